@@ -1,0 +1,1 @@
+"""One INR, every size of a ResNet. See README.md."""
