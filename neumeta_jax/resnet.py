@@ -1,0 +1,301 @@
+"""The ResNet itself: with batch norm (to train a teacher) and folded (what an INR generates).
+
+Parameter trees are nested dicts by layer name. Folded:
+
+    {"stem": {"kernel", "bias"},
+     "stage1_block0": {"conv1": {"kernel", "bias"}, "conv2": {...}[, "shortcut": {...}]}, ...,
+     "head": {"kernel", "bias"}}
+
+Kernels are HWIO, images NHWC. The tree of the linen module has the same layer names, no biases in
+its convolutions, and `stem_bn`, `bn1`, `bn2`, `shortcut_bn` beside them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax.architecture import Block, ResNetSpec, morph
+
+Params = dict[str, Any]
+
+BATCH_NORM_EPSILON = 1e-5
+
+
+def _conv(x, kernel, stride: int):
+    # PyTorch's padding; "SAME" would pad a stride of 2 on the other side.
+    pad = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _pad_shortcut(x, block: Block):
+    """Every second pixel, and zero channels on both sides (He et al., option A)."""
+    extra = block.out_width - block.in_width
+    x = x[:, :: block.stride, :: block.stride]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of `spec` with batch norm, as it is trained before folding."""
+
+    spec: ResNetSpec
+
+    @nn.compact
+    def __call__(self, images, *, train: bool = False):
+        """Logits float[batch, classes] of normalised images float[batch, size, size, channels]."""
+
+        def conv(x, width, name, *, stride=1, size=3):
+            return nn.Conv(
+                width,
+                (size, size),
+                strides=stride,
+                padding=size // 2,  # PyTorch's, see _conv
+                use_bias=False,
+                kernel_init=nn.initializers.he_normal(),
+                name=name,
+            )(x)
+
+        def norm(x, name):
+            # Flax's momentum of 0.9 is PyTorch's 0.1.
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=BATCH_NORM_EPSILON,
+                name=name,
+            )(x)
+
+        x = nn.relu(norm(conv(images, self.spec.stage_widths[0], "stem"), "stem_bn"))
+        for block in self.spec.blocks:
+            if block.hidden_width:
+                x = _BatchNormBlock(block, name=block.name)(x, conv, norm)
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.spec.num_classes, name="head")(x)
+
+
+class _BatchNormBlock(nn.Module):
+    block: Block
+
+    @nn.compact
+    def __call__(self, x, conv, norm):
+        block = self.block
+        y = nn.relu(norm(conv(x, block.hidden_width, "conv1", stride=block.stride), "bn1"))
+        y = norm(conv(y, block.out_width, "conv2"), "bn2")
+        if block.projection:
+            x = conv(x, block.out_width, "shortcut", stride=block.stride, size=1)
+            x = norm(x, "shortcut_bn")
+        elif not block.skippable:
+            x = _pad_shortcut(x, block)
+        return nn.relu(x + y)
+
+
+def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
+    """Logits of the folded network.
+
+    The computation runs in the type of `images`; logits are float32.
+
+    Args:
+        spec: the network's shapes.
+        params: a folded tree; kernels HWIO.
+        images: normalised, float[batch, size, size, channels].
+
+    Returns:
+        float32[batch, classes].
+    """
+
+    def affine(x, layer, stride=1):
+        return _conv(x, layer["kernel"], stride) + layer["bias"].astype(x.dtype)
+
+    x = jax.nn.relu(affine(images, params["stem"]))
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue  # max(0, x) of a stream that is already non-negative
+        layers = params[block.name]
+        y = jax.nn.relu(affine(x, layers["conv1"], block.stride))
+        y = affine(y, layers["conv2"])
+        if block.projection:
+            x = affine(x, layers["shortcut"], block.stride)
+        elif not block.skippable:
+            x = _pad_shortcut(x, block)
+        x = jax.nn.relu(x + y)
+    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def param_shapes(spec: ResNetSpec) -> Params:
+    """The folded tree of `spec` with the shape of each tensor as leaf (a tuple of ints)."""
+
+    def layer(size, in_width, out_width):
+        return {"kernel": (size, size, in_width, out_width), "bias": (out_width,)}
+
+    tree: Params = {"stem": layer(3, spec.channels, spec.stage_widths[0])}
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue
+        tree[block.name] = {
+            "conv1": layer(3, block.in_width, block.hidden_width),
+            "conv2": layer(3, block.hidden_width, block.out_width),
+        }
+        if block.projection:
+            tree[block.name]["shortcut"] = layer(1, block.in_width, block.out_width)
+    width, classes = spec.stage_widths[-1], spec.num_classes
+    tree["head"] = {"kernel": (width, classes), "bias": (classes,)}
+    return tree
+
+
+def init_params(key: jax.Array, spec: ResNetSpec) -> Params:
+    """A folded tree at random: He-normal kernels, zero biases."""
+    shapes, treedef = jax.tree.flatten(param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
+    init = nn.initializers.he_normal()
+    keys = jax.random.split(key, len(shapes))
+    leaves = [
+        init(k, shape) if len(shape) > 1 else jnp.zeros(shape)
+        for k, shape in zip(keys, shapes, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def fold_batch_norm(variables: Mapping) -> Params:
+    """The folded tree with the same function as the linen `variables` at evaluation.
+
+    A convolution followed by batch norm is one affine map (method: NeuMeta, arXiv 2410.11878):
+
+        kernel * s,  beta - mean * s   with   s = scale / sqrt(var + 1e-5)
+
+    Computed in float64, returned in float32.
+    """
+
+    def fold(layers: Mapping, stats: Mapping, conv: str, norm: str):
+        affine = {k: np.asarray(v, np.float64) for k, v in layers[norm].items()}
+        moments = {k: np.asarray(v, np.float64) for k, v in stats[norm].items()}
+        scale = affine["scale"] / np.sqrt(moments["var"] + BATCH_NORM_EPSILON)
+        kernel = np.asarray(layers[conv]["kernel"], np.float64) * scale
+        bias = affine["bias"] - moments["mean"] * scale
+        return {
+            "kernel": jnp.asarray(kernel, jnp.float32),
+            "bias": jnp.asarray(bias, jnp.float32),
+        }
+
+    params, stats = variables["params"], variables["batch_stats"]
+    folded: Params = {"stem": fold(params, stats, "stem", "stem_bn")}
+    for name, layers in params.items():
+        if name.startswith("stage"):
+            folded[name] = {
+                "conv1": fold(layers, stats[name], "conv1", "bn1"),
+                "conv2": fold(layers, stats[name], "conv2", "bn2"),
+            }
+            if "shortcut" in layers:
+                folded[name]["shortcut"] = fold(layers, stats[name], "shortcut", "shortcut_bn")
+    folded["head"] = jax.tree.map(jnp.asarray, dict(params["head"]))
+    return folded
+
+
+def mask_block(layers: Mapping, width: jax.Array | int) -> Params:
+    """A block's layers with the hidden channels from `width` on set to zero.
+
+    A hidden channel whose input weights and bias are zero stays zero through the ReLU. At width 0
+    the bias after the hidden channels is zero too, so that the block is the identity.
+    """
+    conv1, conv2 = layers["conv1"], layers["conv2"]
+    keep = jnp.arange(conv1["bias"].shape[0]) < width
+    # `where`, not a product: what is masked may be anything, and its gradient must be zero.
+    masked = {
+        "conv1": {
+            "kernel": jnp.where(keep, conv1["kernel"], 0.0),
+            "bias": jnp.where(keep, conv1["bias"], 0.0),
+        },
+        "conv2": {
+            "kernel": jnp.where(keep[:, None], conv2["kernel"], 0.0),
+            "bias": jnp.where(width > 0, conv2["bias"], 0.0),
+        },
+    }
+    return {**layers, **masked}
+
+
+def resample_block(layers: Mapping, width: jax.Array | int) -> Params:
+    """A block's layers with the hidden channels averaged down to `width`, at unchanged shape.
+
+    Channel j of the result is the mean of the block's channels over the cell
+    [j / width, (j + 1) / width) of the relative axis; the kernel that reads the hidden channels is
+    multiplied by hidden_width / width, so that its sum over inputs keeps its size (the quadrature
+    of Integral Neural Networks, Solodskikh et al., CVPR 2023). Channels from `width` on are zero.
+    At `width` = hidden_width it returns the block as it is.
+    """
+    conv1, conv2 = layers["conv1"], layers["conv2"]
+    full = conv1["bias"].shape[0]
+    count = jnp.maximum(jnp.asarray(width, jnp.float32), 1.0)
+    new = jnp.arange(full, dtype=jnp.float32)[:, None] / count
+    old = jnp.arange(full, dtype=jnp.float32)[None, :] / full
+    overlap = jnp.minimum(new + 1 / count, old + 1 / full) - jnp.maximum(new, old)
+    mean = jnp.maximum(overlap, 0.0) * count  # rows sum to 1
+    resampled = {
+        "conv1": {
+            "kernel": jnp.einsum("hwio,jo->hwij", conv1["kernel"], mean),
+            "bias": mean @ conv1["bias"],
+        },
+        "conv2": {
+            "kernel": jnp.einsum("hwio,ji->hwjo", conv2["kernel"], mean) * (full / count),
+            "bias": conv2["bias"],
+        },
+    }
+    return mask_block({**layers, **resampled}, width)
+
+
+def mask_params(
+    spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: jax.Array
+) -> Params:
+    """`params` of `spec` with `blocks` masked to `widths`, int[len(blocks)] (may be traced).
+
+    The result computes the same function as the smaller network `slice_params` cuts out of it,
+    at a shape that does not depend on `widths`.
+    """
+    masked = dict(params)
+    for position, n in enumerate(blocks):
+        name = spec.blocks[n].name
+        masked[name] = mask_block(params[name], widths[position])
+    return masked
+
+
+def slice_params(
+    spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: Sequence[int]
+) -> tuple[ResNetSpec, Params]:
+    """The small dense network inside `params`: its spec and its tree.
+
+    Keeps the first `widths[i]` hidden channels of `blocks[i]`; blocks of width 0 leave the tree.
+
+    Raises:
+        ValueError: if a width exceeds the number of channels that `params` has.
+    """
+    small = morph(spec, blocks, widths)
+    sliced = dict(params)
+    for n, width in zip(blocks, widths, strict=True):
+        block = spec.blocks[n]
+        if width > block.hidden_width:
+            raise ValueError(
+                f"{block.name} has {block.hidden_width} hidden channels, got a width of {width}; "
+                "generate a larger tree first."
+            )
+        layers = sliced.pop(block.name)
+        if width == 0:
+            continue
+        sliced[block.name] = {
+            **layers,
+            "conv1": {
+                "kernel": layers["conv1"]["kernel"][..., :width],
+                "bias": layers["conv1"]["bias"][:width],
+            },
+            "conv2": {
+                "kernel": layers["conv2"]["kernel"][:, :, :width, :],
+                "bias": layers["conv2"]["bias"],
+            },
+        }
+    order = param_shapes(small)
+    return small, {name: sliced[name] for name in order}
