@@ -1,0 +1,441 @@
+"""The INRs, and the generation of network parameters from them.
+
+An `INR` maps (parameters, widths) to the raw tensors of every generated block. What surrounds it is
+the same for all kinds: masking to the width, SkipInit, what is not generated, averaging of noisy
+samples. The learned parameters of a hypernetwork are one tree:
+
+    {"inr":     what the INR kind keeps,
+     "alpha":   float32[num_blocks], the SkipInit scalar of each generated block,
+     "learned": the folded tree of everything that is not generated}
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax import coordinates
+from neumeta_jax.architecture import ResNetSpec, morph, widths_at
+from neumeta_jax.coordinates import Coordinates, TensorGroup
+from neumeta_jax.resnet import Params, mask_block, slice_params
+
+
+class INR(Protocol):
+    """What an implicit neural representation must offer. Implementations are hashable values."""
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        """Fresh parameters."""
+        ...
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Raw weights float32[tensors, rows, columns, num_outputs] by group name.
+
+        `widths` is int[num_blocks]; entries beyond a block's width may hold anything finite. With a
+        `key`, coordinates are noisy.
+        """
+        ...
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        """`inr_params` in which block `target` starts as a copy of block `source`."""
+        ...
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        """A tree that broadcasts against `inr_params`: 1 where only `active` blocks learn, else 0.
+
+        `active` is bool[num_blocks] and may be traced.
+        """
+        ...
+
+
+class CoordinateMLP(nn.Module):
+    """The papers' residual MLP for one tensor (arXiv 2505.05510, section 3).
+
+        h = act(W0 e + b0);  h = h + s * act(W h + b), num_layers - 1 times;  W_out h + b_out
+
+    with e the Fourier features of the six normalised coordinates and s learned scalars that start
+    at 0.1.
+    """
+
+    hidden_width: int
+    num_layers: int
+    num_frequencies: int
+    num_outputs: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, coords: Coordinates) -> jax.Array:
+        """float32[rows, columns, num_outputs] for entries that broadcast to [rows, columns]."""
+        act = {"elu": nn.elu, "relu": nn.relu, "gelu": nn.gelu}[self.activation]
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        features = 1 + 2 * self.num_frequencies
+        kernel = self.param("in_kernel", uniform, (len(coords) * features, self.hidden_width))
+        kernel = kernel.reshape(len(coords), features, self.hidden_width)
+        # Linear in the encodings: every entry is projected at its own shape, then broadcast.
+        h = self.param("in_bias", nn.initializers.zeros, (self.hidden_width,))
+        for entry, weights in zip(coords, kernel, strict=True):
+            h = h + coordinates.fourier_features(entry, self.num_frequencies) @ weights
+        h = act(h)
+        for layer in range(1, self.num_layers):
+            scale = self.param(f"scale{layer}", nn.initializers.constant(0.1), ())
+            dense = nn.Dense(self.hidden_width, kernel_init=uniform, name=f"hidden{layer}")
+            h = h + scale * act(dense(h))
+        return nn.Dense(self.num_outputs, kernel_init=uniform, name="out")(h)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensorMLP:
+    """One `CoordinateMLP` for every generated tensor; its output is divided by C_in.
+
+    The MLPs of a group are stacked along a leading axis and run as one batched call.
+
+    Attributes:
+        hidden_width, num_layers, num_frequencies, activation: of each MLP. HTTY: 512, 8, 32, "elu"
+            (2.04 M parameters each, 187.8 M for ResNet56); NeuMeta: 256, 4, 16, "relu".
+        noise_scale: size of the coordinate noise in channels; 1 is the papers' +-0.5.
+        noise_per: "query" (papers) or "channel", see `coordinates.add_noise`.
+    """
+
+    hidden_width: int = 512
+    num_layers: int = 8
+    num_frequencies: int = 32
+    activation: str = "elu"
+    noise_scale: float = 1.0
+    noise_per: str = "query"
+
+    def __post_init__(self):
+        if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
+            raise ValueError(
+                "An INR needs hidden_width >= 1, num_layers >= 1 and num_frequencies >= 0, got "
+                f"{self.hidden_width=}, {self.num_layers=}, {self.num_frequencies=}."
+            )
+        if self.activation not in ("elu", "relu", "gelu"):
+            raise ValueError(f"activation must be one of elu, relu, gelu, got {self.activation!r}.")
+        if self.noise_per not in coordinates.NOISE:
+            raise ValueError(
+                f"noise_per must be one of {coordinates.NOISE}, got {self.noise_per!r}."
+            )
+
+    def _mlp(self, group: TensorGroup) -> CoordinateMLP:
+        return CoordinateMLP(
+            hidden_width=self.hidden_width,
+            num_layers=self.num_layers,
+            num_frequencies=self.num_frequencies,
+            num_outputs=group.num_outputs,
+            activation=self.activation,
+        )
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
+        params = {}
+        for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
+            keys = jax.random.split(group_key, len(group.positions))
+            mlp = self._mlp(group)
+            params[group.name] = jax.vmap(lambda k, mlp=mlp: mlp.init(k, dummy)["params"])(keys)
+        return params
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        raw = {}
+        for number, group in enumerate(groups):
+            coords = coordinates.raw_coordinates(group, widths)
+            in_width = coords.in_width
+            if key is not None and self.noise_scale:
+                coords = coordinates.add_noise(
+                    jax.random.fold_in(key, number),
+                    coords,
+                    scale=self.noise_scale,
+                    per=self.noise_per,
+                )
+            coords = coordinates.normalize(coords, group.norm)
+            # vmap needs the axis of tensors in every entry.
+            tensors = len(group.positions)
+            coords = Coordinates(*[jnp.broadcast_to(x, (tensors, *x.shape[1:])) for x in coords])
+            mlp = self._mlp(group)
+            values = jax.vmap(lambda p, x, mlp=mlp: mlp.apply({"params": p}, x))(
+                inr_params[group.name], coords
+            )
+            raw[group.name] = values / in_width[..., None]
+        return raw
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        copied = dict(inr_params)
+        for group in groups:
+            if source in group.positions and target in group.positions:
+                s, t = group.positions.index(source), group.positions.index(target)
+                copied[group.name] = jax.tree.map(
+                    lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
+                )
+        return copied
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        mask = {}
+        for group in groups:
+            flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
+            mask[group.name] = jax.tree.map(
+                lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+            )
+        return mask
+
+
+INR_KINDS: dict[str, type] = {"per_tensor_mlp": PerTensorMLP}
+
+
+def make_inr(kind: str, **fields: Any) -> INR:
+    """The INR of `kind` ("per_tensor_mlp") with the given fields.
+
+    Raises:
+        ValueError: for an unknown kind or field.
+    """
+    if kind not in INR_KINDS:
+        raise ValueError(f"The INR kind must be one of {sorted(INR_KINDS)}, got {kind!r}.")
+    cls = INR_KINDS[kind]
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = set(fields) - known
+    if unknown:
+        raise ValueError(
+            f"An INR of kind {kind!r} takes {sorted(known)}, got also {sorted(unknown)}."
+        )
+    return cls(**fields)
+
+
+def describe_inr(inr: INR) -> dict[str, Any]:
+    """`{"kind": ..., **fields}` in JSON types, so that `make_inr(**describe_inr(inr)) == inr`."""
+    for kind, cls in INR_KINDS.items():
+        if type(inr) is cls:
+            return {"kind": kind, **dataclasses.asdict(inr)}
+    raise ValueError(f"{type(inr).__name__} is not in INR_KINDS; add it there to save it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypernetwork:
+    """A family of networks: the full-size `spec`, which `blocks` an `inr` generates.
+
+    Hashable, so that it can be a static argument of `jax.jit`.
+    """
+
+    spec: ResNetSpec
+    blocks: tuple[int, ...]
+    inr: INR
+
+    @property
+    def groups(self) -> tuple[TensorGroup, ...]:
+        return coordinates.tensor_groups(self.spec, self.blocks)
+
+    @property
+    def full_widths(self) -> tuple[int, ...]:
+        """Hidden widths of `blocks` in the full-size network."""
+        return tuple(self.spec.hidden_widths[n] for n in self.blocks)
+
+    def widths(self, width_ratio: float) -> np.ndarray:
+        """int32[num_blocks]: every block keeps `width_ratio` of its hidden channels."""
+        return np.array(widths_at(self.spec, self.blocks, width_ratio), np.int32)
+
+
+def learned_params(hypernetwork: Hypernetwork, backbone: Mapping) -> Params:
+    """The part of a folded full-size tree that is not generated."""
+    generated = {hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks}
+    learned = {}
+    for name, layers in backbone.items():
+        if name not in generated:
+            learned[name] = layers
+        elif "shortcut" in layers:
+            learned[name] = {"shortcut": layers["shortcut"]}
+    return learned
+
+
+def init(
+    key: jax.Array, hypernetwork: Hypernetwork, backbone: Mapping, *, alpha: float = 0.0
+) -> Params:
+    """A fresh parameter tree around the folded full-size `backbone`.
+
+    Args:
+        key: PRNG key of the INR's initialisation.
+        hypernetwork: the family.
+        backbone: folded tree of `hypernetwork.spec`; supplies what is not generated.
+        alpha: initial SkipInit scalar; 0 makes every generated block the identity (HTTY).
+    """
+    return {
+        "inr": hypernetwork.inr.init(key, hypernetwork.groups),
+        "alpha": jnp.full(len(hypernetwork.blocks), alpha, jnp.float32),
+        "learned": jax.tree.map(jnp.asarray, learned_params(hypernetwork, backbone)),
+    }
+
+
+def num_inr_params(params: Mapping) -> int:
+    """How many numbers the INR and the SkipInit scalars hold."""
+    return sum(x.size for x in jax.tree.leaves({"inr": params["inr"], "alpha": params["alpha"]}))
+
+
+def check_widths(hypernetwork: Hypernetwork, widths, spec: ResNetSpec | None = None) -> None:
+    """Raises ValueError where concrete `widths` do not fit; traced widths are taken on trust."""
+    spec = spec or hypernetwork.spec
+    blocks = hypernetwork.blocks
+    if jnp.ndim(widths) != 1 or jnp.shape(widths)[0] != len(blocks):
+        raise ValueError(
+            f"widths must be an int array with one entry for each of the {len(blocks)} generated "
+            f"blocks, got shape {jnp.shape(widths)}."
+        )
+    if not jnp.issubdtype(jnp.result_type(widths), jnp.integer):
+        raise ValueError(
+            "widths must be integers (hidden channels, not ratios; Hypernetwork.widths(ratio) "
+            f"makes them), got {jnp.result_type(widths)}."
+        )
+    if isinstance(widths, jax.core.Tracer):
+        return
+    for n, width in zip(blocks, np.asarray(widths), strict=True):
+        block = spec.blocks[n]
+        lowest = 0 if block.skippable else 1
+        if not lowest <= width <= block.hidden_width:
+            raise ValueError(
+                f"{block.name} takes hidden widths from {lowest} to {block.hidden_width}, got "
+                f"{width}; larger ones need generate(..., spec=a larger ResNetSpec)."
+            )
+
+
+def generate_blocks(
+    hypernetwork: Hypernetwork,
+    inr_params: Mapping,
+    widths: jax.Array,
+    *,
+    spec: ResNetSpec | None = None,
+    key: jax.Array | None = None,
+    num_samples: int = 1,
+) -> Params:
+    """The convolutions of the generated blocks, masked to `widths`, without SkipInit.
+
+    See `generate` for the arguments.
+    """
+    spec = spec or hypernetwork.spec
+    groups = coordinates.tensor_groups(spec, hypernetwork.blocks)
+
+    def sample(sample_key):
+        return hypernetwork.inr(dict(inr_params), groups, widths, key=sample_key)
+
+    if key is None or num_samples == 1:
+        raw = sample(key)
+    else:
+        samples = jax.lax.map(sample, jax.random.split(key, num_samples))
+        raw = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
+
+    tree: Params = {spec.blocks[n].name: {"conv1": {}, "conv2": {}} for n in hypernetwork.blocks}
+    for group in groups:
+        for row, position in enumerate(group.positions):
+            block = spec.blocks[hypernetwork.blocks[position]]
+            values = raw[group.name][row]  # [C_out, C_in, outputs] of the group's widest block
+            if group.kind == "bias":
+                rows = block.hidden_width if group.out_is_hidden else group.rows
+                tensor = values[:rows, 0, 0]
+            else:
+                rows = block.hidden_width if group.out_is_hidden else group.rows
+                columns = block.hidden_width if group.in_is_hidden else group.columns
+                tensor = values[:rows, :columns].reshape(rows, columns, 3, 3)
+                tensor = tensor.transpose(2, 3, 1, 0)  # HWIO
+            tree[block.name][group.layer][group.kind] = tensor
+    for position, n in enumerate(hypernetwork.blocks):
+        name = spec.blocks[n].name
+        tree[name] = mask_block(tree[name], widths[position])
+    return tree
+
+
+def skip_init(layers: Mapping, alpha: jax.Array) -> Params:
+    """A block's layers with SkipInit's scalar absorbed: alpha * (kernel * x + bias) after conv2."""
+    conv2 = {kind: alpha * values for kind, values in layers["conv2"].items()}
+    return {**layers, "conv2": conv2}
+
+
+def generate(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    widths: jax.Array,
+    *,
+    spec: ResNetSpec | None = None,
+    key: jax.Array | None = None,
+    num_samples: int = 1,
+) -> Params:
+    """The folded parameter tree of the network with hidden `widths`.
+
+    A pure function, for use under `jit`, `vmap` and `grad`. The tree has the full shape of `spec`
+    whatever the widths, with the channels beyond them set to zero, so that one compilation serves
+    every network; `resnet.slice_params` cuts out the dense one.
+
+    Args:
+        hypernetwork: the family.
+        params: {"inr", "alpha", "learned"}, see `init`.
+        widths: int[num_blocks], hidden channels of each generated block; 0 = block skipped.
+        spec: shapes of the result, where they are to differ from the full-size network: smaller
+            (then nothing larger can be asked for) or larger, for widths beyond the full size.
+        key: PRNG key; draws coordinate noise. Without it coordinates are exact.
+        num_samples: noisy samples to average (the papers use 100); needs `key`.
+
+    Returns:
+        A tree for `resnet.apply(spec, tree, images)`; float32.
+
+    Raises:
+        ValueError: if concrete widths are out of range, or `num_samples` > 1 without a key.
+    """
+    check_widths(hypernetwork, widths, spec)
+    if num_samples < 1 or (num_samples > 1 and key is None):
+        raise ValueError(
+            f"num_samples must be 1, or larger together with a key, got {num_samples=}; without "
+            "noise all samples are equal."
+        )
+    spec = spec or hypernetwork.spec
+    generated = generate_blocks(
+        hypernetwork,
+        params["inr"],
+        jnp.asarray(widths),
+        spec=spec,
+        key=key,
+        num_samples=num_samples,
+    )
+    tree = dict(params["learned"])
+    for position, n in enumerate(hypernetwork.blocks):
+        name = spec.blocks[n].name
+        layers = skip_init(generated[name], params["alpha"][position])
+        tree[name] = {**params["learned"].get(name, {}), **layers}
+    return tree
+
+
+def generate_dense(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    widths: Sequence[int],
+    *,
+    key: jax.Array | None = None,
+    num_samples: int = 1,
+) -> tuple[ResNetSpec, Params]:
+    """The network of hidden `widths` at its own shapes, without masked channels: (spec, tree).
+
+    Each new set of widths compiles anew where the result is used; for many networks use `generate`.
+    Blocks of width 0 are left out.
+    """
+    widths = np.asarray(widths, np.int32)
+    ceiling = [max(int(w), 1) for w in widths]
+    container = morph(hypernetwork.spec, hypernetwork.blocks, ceiling)
+    tree = generate(hypernetwork, params, widths, spec=container, key=key, num_samples=num_samples)
+    return slice_params(container, tree, hypernetwork.blocks, [int(w) for w in widths])
