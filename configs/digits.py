@@ -1,0 +1,94 @@
+"""Quick start: handwritten digits (8x8, bundled with scikit-learn), ResNet14, from scratch.
+
+    python train.py --config=configs/digits.py --workdir=/tmp/digits
+
+Presets: `:smoke` is a run of seconds that touches every phase.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in ("", "smoke"):
+        raise ValueError(f"configs/digits.py has the preset 'smoke', got {preset!r}.")
+    config = ConfigDict()
+    config.seed = 0
+    config.dtype = "float32"
+    config.smooth = True
+    config.generated = "inner"
+    config.log_every = 50
+    config.eval_every = 0
+    config.checkpoint_every = 200
+
+    config.data = ConfigDict()
+    config.data.name = "digits"
+    config.data.dir = ""
+    config.data.num_validation = 144
+    config.data.split_seed = 0
+    config.data.crop_padding = 1
+    config.data.flip = False
+    config.data.mean = ()
+    config.data.std = ()
+
+    config.network = ConfigDict()
+    config.network.depth = 20
+    config.network.stage_widths = (16, 32, 64)
+    config.network.shortcut = "projection"
+
+    config.teacher = ConfigDict()
+    config.teacher.file = ""
+    config.teacher.epochs = 15.0
+    config.teacher.batch_size = 64
+    config.teacher.learning_rate = 0.1
+
+    config.inr = ConfigDict()
+    config.inr.kind = "per_tensor_mlp"
+    config.inr.hidden_width = 64
+    config.inr.num_layers = 4
+    config.inr.num_frequencies = 5
+    config.inr.noise_scale = 0.5
+    config.inr.noise_per = "channel"
+
+    config.train = ConfigDict()
+    config.train.block_init = "fit"
+    config.train.fit_steps = 200
+    config.train.fit_learning_rate = 3e-3
+    config.train.fit_widths = "random"
+    config.train.alpha_init = 1.0
+    config.train.epochs = 8.0
+    config.train.final_epochs = 20.0
+    config.train.warmup_epochs = 1.0
+    config.train.batch_size = 64
+    config.train.num_random_sizes = 2
+    config.train.ce_weight = 1.0
+    config.train.norm_weight = 1e-5
+    config.train.reconstruction_weight = 1e-2
+    config.train.distillation_weight = 1.0
+    config.train.temperature = 2.0
+    config.train.learning_rate = 1e-3
+    config.train.alpha_learning_rate = 1e-3
+    config.train.learned_learning_rate = 1e-3
+    config.train.learned = "all"
+    config.train.schedule = "cosine"
+
+    config.eval = ConfigDict()
+    config.eval.split = "test"
+    config.eval.width_ratios = (1.25, 1.0, 0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.25)
+    config.eval.progress_ratios = (1.0, 0.5)
+    config.eval.progress_images = 1000
+    config.eval.batch_size = 500
+    config.eval.num_samples = 1
+
+    if preset == "smoke":
+        config.network.depth = 14
+        config.network.stage_widths = (4, 6, 8)
+        config.teacher.epochs = 1.0
+        config.inr.hidden_width = 8
+        config.inr.num_layers = 2
+        config.train.fit_steps = 5
+        config.train.epochs = 1.0
+        config.train.final_epochs = 1.0
+        config.eval.width_ratios = (1.25, 1.0, 0.5, 0.25)
+        config.log_every = 4
+        config.checkpoint_every = 3
+    return config

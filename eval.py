@@ -1,0 +1,94 @@
+"""Evaluates networks of every size drawn from a trained INR, or checks a teacher's file.
+
+python eval.py --workdir=/tmp/digits
+python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.75,0.5,0.25
+python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
+"""
+
+import pathlib
+
+from absl import flags
+
+from neumeta_jax import checkpoint, command_line, experiment as lab, teacher_import
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
+    flags.DEFINE_string("teacher", "", "A trained PyTorch network to check.", flag_values=values)
+    flags.DEFINE_enum(
+        "split", None, ["test", "validation"], "Default: the config's.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "width_ratios", None, "Comma-separated; default: the config's.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_samples", None, "Noisy weight samples to average (papers: 100).", flag_values=values
+    )
+    flags.DEFINE_string(
+        "data_dir",
+        "",
+        "Where the data lies, if no longer where the run found it.",
+        flag_values=values,
+    )
+
+
+def main(argv):
+    config, options = command_line.parse(argv, define_flags, config_required=False)
+    lab.quiet_logging()
+    lab.enable_compilation_cache()
+    if options.teacher:
+        if config is None:
+            raise command_line.UsageError(
+                "--teacher=FILE needs --config=FILE, for data and images."
+            )
+        if options.data_dir:
+            config["data"]["dir"] = options.data_dir
+        check_teacher(config, options.teacher, options.split or "test")
+    elif options.workdir:
+        check_workdir(config, options)
+    else:
+        raise command_line.UsageError(
+            "eval.py needs --workdir=DIR, or --teacher=FILE with --config."
+        )
+
+
+def check_teacher(config, path, split):
+    """Prints what a teacher's file holds and its accuracy at each step of the preparation."""
+    dataset, splits = lab.load_data(config)
+    spec, variables = teacher_import.load_teacher(path, image_size=dataset.image_size)
+    print(f"{path}: ResNet{spec.depth}, {spec.num_classes} classes, {spec.shortcut} shortcuts")
+    print(f"spec {spec.to_dict()}")
+    print(f"{spec.num_params:,} parameters folded, {spec.num_macs / 1e6:.2f} M multiply-adds")
+    experiment = lab.for_teacher(config, dataset, spec)
+    images = splits.test_images if split == "test" else splits.validation_images
+    labels = splits.test_labels if split == "test" else splits.validation_labels
+    print(f"{dataset.name}, {split} split, {len(labels)} images")
+    lab.fold_and_smooth(experiment, variables, images, labels)
+
+
+def check_workdir(config, options):
+    """Evaluates the grid of a work directory and writes table and figure into it."""
+    workdir = pathlib.Path(options.workdir)
+    saved = lab.read_config(workdir)
+    if config is not None:
+        lab.check_same_config(workdir, config)
+    hypernetwork, params, _ = checkpoint.load_inr(workdir)
+    if options.data_dir:
+        saved["data"]["dir"] = options.data_dir
+    ratios = lab.parse_width_ratios(options.width_ratios)
+    dataset, splits = lab.load_data(saved)
+    experiment = lab.from_config(saved, dataset)
+    lab.check_same_family(experiment, hypernetwork)
+    lab.evaluate_and_write(
+        workdir,
+        experiment,
+        params,
+        splits,
+        split=options.split or experiment.eval_split,
+        width_ratios=ratios or experiment.width_ratios,
+        num_samples=options.num_samples or experiment.eval_samples,
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

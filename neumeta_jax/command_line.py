@@ -1,0 +1,195 @@
+"""The command line of train.py and eval.py: flags, config files, and errors of one sentence.
+
+Wraps `ml_collections.config_flags`, whose own errors are tracebacks or point elsewhere.
+"""
+
+import difflib
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+USAGE_ERROR = 2
+INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message says what to do instead."""
+
+
+class Interrupted(Exception):
+    """The process was asked to stop and has saved its state."""
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a script's `main`; errors that this package raises on purpose become one line."""
+    try:
+        main(sys.argv if argv is None else argv)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """True if the error was raised by this package or by a config file, not by a library."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = pathlib.Path(frames[-1].filename).resolve()
+    package = pathlib.Path(__file__).resolve().parent
+    scripts = pathlib.Path(sys.argv[0]).resolve()
+    return package in place.parents or place == scripts or "configs" in place.parts
+
+
+def parse(
+    argv: Sequence[str],
+    define: Callable[[flags.FlagValues], None],
+    *,
+    config_required: bool,
+) -> tuple[dict[str, Any] | None, flags.FlagValues]:
+    """The (config, flags) of a command line.
+
+    Args:
+        argv: with the program's name first.
+        define: adds the script's own flags to the FlagValues it is given.
+        config_required: whether `--config` must be there; else the config may be None.
+
+    Returns:
+        The config with all overrides as nested plain dicts, and the parsed flags.
+
+    Raises:
+        UsageError: for a missing file, preset, flag or field, or a value of the wrong type.
+    """
+    argv = list(argv)
+    path, preset = _config_argument(argv)
+    if path is None:
+        if config_required:
+            raise UsageError(f"--config=FILE is required; there are {_existing_configs()}.")
+        if any(arg.startswith("--config.") for arg in argv):
+            raise UsageError("--config.field=value needs --config=FILE before it.")
+    else:
+        base = _load_config(path, preset)
+        argv = _checked_overrides(argv, _flatten(base.to_dict()))
+    values = flags.FlagValues()
+    define(values)
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, optionally with a preset: FILE[:PRESET].",
+        flag_values=values,
+        lock_config=True,
+        sys_argv=argv,
+    )
+    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
+    try:
+        remaining = values(argv)
+    except flags.Error as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(" ".join(str(error).strip("'\"").split())) from None
+    if values.help:
+        print(f"{pathlib.Path(argv[0]).name}\n{values.main_module_help() or values}")
+        print(values.get_help())
+        sys.exit(0)
+    if len(remaining) > 1:
+        raise UsageError(
+            f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
+        )
+    return (values.config.to_dict() if path is not None else None), values
+
+
+def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None]:
+    for number, arg in enumerate(argv):
+        value = None
+        if arg in ("--config", "-config"):
+            value = argv[number + 1] if number + 1 < len(argv) else ""
+        elif arg.startswith(("--config=", "-config=")):
+            value = arg.split("=", 1)[1]
+        if value is not None:
+            path, _, preset = value.partition(":")
+            return path, preset or None
+    return None, None
+
+
+def _existing_configs() -> str:
+    folder = pathlib.Path("configs")
+    found = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+    if not found:
+        return f"no config files in {folder.absolute()}; run this from the project's folder"
+    return ", ".join(found)
+
+
+def _load_config(path: str, preset: str | None):
+    if not os.path.isfile(path):
+        raise UsageError(f"There is no config file {path!r}; there are {_existing_configs()}.")
+    module_spec = importlib.util.spec_from_file_location("neumeta_jax_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"A config file is Python and ends in .py, got {path!r}.")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError(f"{path} must be valid Python, but line {error.lineno} is not.") from None
+    if not hasattr(module, "get_config"):
+        raise UsageError(f"A config file must define get_config(preset=''), {path} does not.")
+    return module.get_config() if preset is None else module.get_config(preset)
+
+
+def _flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _checked_overrides(argv: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
+    """`argv` with every `--config.field` known; integers may be written as 1e3."""
+    checked = list(argv)
+    for number, arg in enumerate(argv):
+        if not arg.startswith("--config."):
+            continue
+        name, equals, value = arg.removeprefix("--config.").partition("=")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            if not close:  # the right name in the wrong section
+                leaf = name.rsplit(".", 1)[-1]
+                close = [field for field in fields if field.rsplit(".", 1)[-1] == leaf][:1]
+            if any(field.startswith(f"{name}.") for field in fields):
+                close = [field for field in fields if field.startswith(f"{name}.")][:1]
+            hint = f"did you mean --config.{close[0]}?" if close else "--help lists the fields."
+            raise UsageError(f"The config has no field {name!r}; {hint}")
+        default = fields[name]
+        if not equals:
+            if isinstance(default, bool) or number + 1 >= len(argv):
+                continue
+            value = argv[number + 1]
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            continue
+        kind = "an integer" if isinstance(default, int) else "a number"
+        try:
+            parsed = float(value)
+            if isinstance(default, int):
+                if not parsed.is_integer():
+                    raise ValueError
+                # ml_collections refuses integers written as 1e3.
+                parsed = int(value) if value.lstrip("+-").isdigit() else int(parsed)
+        except (ValueError, OverflowError):
+            raise UsageError(f"--config.{name} must be {kind}, got {value!r}.") from None
+        if equals:
+            checked[number] = f"--config.{name}={parsed}"
+        else:
+            checked[number + 1] = str(parsed)
+    return checked

@@ -1,0 +1,843 @@
+"""An experiment: what a config describes, and the work directory in which it runs and resumes.
+
+The rest of the library takes values; only this module and the two scripts know of config fields and
+work directories.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax import (
+    architecture,
+    checkpoint,
+    data,
+    evaluation,
+    hypernetwork as hyper,
+    plotting,
+    resnet,
+    smoothing,
+    teacher_import,
+    training,
+)
+from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.evaluation import GridRow
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.progress import MetricsFile, Progress
+from neumeta_jax.resnet import Params
+from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
+
+BACKBONE_FILE = "backbone.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, resolved against its data set. `name` is the data set's."""
+
+    name: str
+    seed: int
+    hypernetwork: Hypernetwork
+    preprocessing: Preprocessing
+    teacher_file: str
+    teacher_recipe: TeacherRecipe
+    recipe: InrRecipe
+    smooth: bool
+    width_ratios: tuple[float, ...]
+    eval_split: str
+    eval_samples: int
+    eval_batch_size: int
+    progress_ratios: tuple[float, ...]
+    progress_images: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def spec(self) -> ResNetSpec:
+        return self.hypernetwork.spec
+
+    @property
+    def trained_range(self) -> tuple[float, float]:
+        return self.recipe.min_width_ratio, self.recipe.max_width_ratio
+
+
+def _fields(cls: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for field in section:
+        if field not in known:
+            close = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {known}."
+            raise UsageError(f"The config section {name!r} has no field {field!r}; {hint}")
+    return dict(section)
+
+
+def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
+    """The data set of a config and its training, validation and test splits."""
+    section = config["data"]
+    dataset = data.load_dataset(section["name"], data_dir=section["dir"] or None)
+    splits = data.split_validation(
+        dataset, num_validation=section["num_validation"], seed=section["split_seed"]
+    )
+    return dataset, splits
+
+
+def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
+    """The experiment that `config` describes.
+
+    Raises:
+        ValueError: for a value that no run could use.
+    """
+    section = config["data"]
+    mean, std = tuple(section["mean"]), tuple(section["std"])
+    if not mean or not std:
+        known = data.NORMALIZATION.get(dataset.name)
+        mean, std = known or data.channel_statistics(dataset.train_images)
+    if len(mean) != dataset.channels or len(std) != dataset.channels or min(std) <= 0:
+        raise UsageError(
+            f"data.mean and data.std need {dataset.channels} entries, those of std above 0, got "
+            f"{mean} and {std}."
+        )
+    network = config["network"]
+    spec = architecture.cifar_resnet(
+        network["depth"],
+        num_classes=dataset.num_classes,
+        stage_widths=tuple(network["stage_widths"]),
+        image_size=dataset.image_size,
+        channels=dataset.channels,
+        shortcut=network["shortcut"],
+    )
+    hypernetwork = Hypernetwork(
+        spec=spec,
+        blocks=architecture.generated_blocks(spec, config["generated"]),
+        inr=hyper.make_inr(**config["inr"]),
+    )
+    teacher = dict(config["teacher"])
+    teacher_file = teacher.pop("file")
+    evaluate = config["eval"]
+    if evaluate["split"] not in ("test", "validation"):
+        raise UsageError(f"eval.split must be test or validation, got {evaluate['split']!r}.")
+    if config["dtype"] not in ("float32", "bfloat16"):
+        raise UsageError(f"dtype must be float32 or bfloat16, got {config['dtype']!r}.")
+    return Experiment(
+        name=dataset.name,
+        seed=config["seed"],
+        hypernetwork=hypernetwork,
+        preprocessing=Preprocessing(
+            mean=mean,
+            std=std,
+            crop_padding=section["crop_padding"],
+            flip=section["flip"],
+            dtype=config["dtype"],
+        ),
+        teacher_file=teacher_file,
+        teacher_recipe=TeacherRecipe(**_fields(TeacherRecipe, teacher, "teacher")),
+        recipe=InrRecipe(**_fields(InrRecipe, config["train"], "train")),
+        smooth=config["smooth"],
+        width_ratios=tuple(map(architecture.check_width_ratio, evaluate["width_ratios"])),
+        eval_split=evaluate["split"],
+        eval_samples=evaluate["num_samples"],
+        eval_batch_size=evaluate["batch_size"],
+        progress_ratios=tuple(map(architecture.check_width_ratio, evaluate["progress_ratios"])),
+        progress_images=evaluate["progress_images"],
+        log_every=config["log_every"],
+        eval_every=config["eval_every"],
+        checkpoint_every=config["checkpoint_every"],
+    )
+
+
+def for_teacher(config: Mapping[str, Any], dataset: data.Dataset, spec: ResNetSpec) -> Experiment:
+    """The experiment of `config` with a teacher's `spec` in place of the config's network."""
+    if spec.num_classes != dataset.num_classes or spec.channels != dataset.channels:
+        raise UsageError(
+            f"The teacher must fit {dataset.name}, which has {dataset.num_classes} classes and "
+            f"{dataset.channels} channels; the file has {spec.num_classes} and {spec.channels}."
+        )
+    experiment = from_config(config, dataset)
+    family = dataclasses.replace(experiment.hypernetwork, spec=spec, blocks=())
+    return dataclasses.replace(experiment, hypernetwork=family)
+
+
+def check_same_family(experiment: Experiment, hypernetwork: Hypernetwork) -> None:
+    """Raises ValueError if a saved INR generates other networks than the experiment's."""
+    if hypernetwork != experiment.hypernetwork:
+        raise UsageError(
+            "The saved INR must generate the networks of the work directory's config, but it "
+            f"generates {hypernetwork.spec} and the config asks for {experiment.spec}; one of "
+            "them was replaced."
+        )
+
+
+def parse_width_ratios(values: Sequence[str] | None) -> tuple[float, ...]:
+    """Width ratios from the command line, checked; empty where none were given."""
+    ratios = []
+    for value in values or ():
+        try:
+            ratios.append(float(value))
+        except ValueError:
+            raise UsageError(
+                f"--width_ratios takes numbers with commas between, got {value!r}."
+            ) from None
+    return tuple(map(architecture.check_width_ratio, ratios))
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "neumeta-jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def phase_key(experiment: Experiment, number: int) -> jax.Array:
+    """The PRNG key of part `number` of a run: 0 teacher, 1 INR initialisation, 2 INR training."""
+    return jax.random.fold_in(jax.random.key(experiment.seed), number)
+
+
+# --- the work directory ----------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the packages that numbers depend on, and the devices in use."""
+    packages = ("neumeta-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    devices = jax.devices()
+    kind = f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})"
+    return {"python": platform.python_version(), **found, "devices": kind}
+
+
+def _differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        found = []
+        for name in sorted(set(saved) | set(given)):
+            found += _differences(
+                saved.get(name, "absent"), given.get(name, "absent"), f"{prefix}{name}."
+            )
+        return found
+    return [] if saved == given else [f"{prefix[:-1]} (saved {saved!r}, given {given!r})"]
+
+
+@dataclasses.dataclass
+class Workdir:
+    """The directory of one run: config, versions, metrics, checkpoints, results."""
+
+    path: pathlib.Path
+    stop_requested: bool = False
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    def check_stop(self, step: int) -> None:
+        """Raises `Interrupted` if the process was asked to stop."""
+        if self.stop_requested:
+            raise Interrupted(f"stopped at step {step}; the same command continues from there.")
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The config that `workdir` was made with.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, or it is damaged.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{workdir} must be a work directory of train.py, but it has no config.json."
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        raise UsageError(f"{path} must be JSON; it is damaged, restore or remove it.") from None
+    return config
+
+
+def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the fields that differ, if another config made `path`."""
+    differing = _differences(read_config(path), json.loads(json.dumps(config)))
+    if differing:
+        raise UsageError(
+            f"{path} was written by another config; these fields differ: {', '.join(differing)}; "
+            "use the saved values or another --workdir."
+        )
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
+    """Opens or creates the work directory of a run with `config`, for this process alone.
+
+    While it is open, SIGTERM and SIGINT ask the run to save and stop.
+
+    Raises:
+        ValueError: if another config wrote the directory (naming the fields that differ), or
+            another process is using it.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"The work directory {path} must be writable, but {error.strerror}; choose another."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"Another process is using {path}; wait for it or choose another --workdir."
+            ) from None
+        config = json.loads(json.dumps(config))
+        if (path / "config.json").exists():
+            check_same_config(path, config)
+        else:
+            _write_json(path / "config.json", config)
+        _write_json(path / "versions.json", versions())
+        workdir = Workdir(path)
+
+        def request_stop(signum, frame):
+            del frame
+            if workdir.stop_requested:  # asked twice: at once
+                raise KeyboardInterrupt
+            workdir.stop_requested = True
+            print(f"{signal.Signals(signum).name}: saving and stopping", flush=True)
+
+        previous = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield workdir
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+# --- the recipe's steps ----------------------------------------------------------------------
+
+
+def _train(
+    workdir: Workdir,
+    experiment: Experiment,
+    *,
+    part: str,
+    saved: checkpoint.Checkpoints,
+    call: Callable,
+    state: training.TrainState,
+    start: int,
+    stop: int,
+    key: jax.Array,
+    images: Images,
+    images_per_step: int,
+    steps_per_call: int,
+    phase: str,
+    progress: Progress,
+    shown: Sequence[str],
+    rest: tuple = (),
+    evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
+) -> training.TrainState:
+    """`training.run_steps` with metrics, progress, checkpoints and requests to stop."""
+    every = (experiment.log_every, experiment.checkpoint_every, experiment.eval_every)
+    last_saved = start
+
+    def due(step, interval):
+        return interval > 0 and step % interval == 0
+
+    def after(step, state, metrics):
+        nonlocal last_saved
+        log = due(step, experiment.log_every) or step == stop
+        rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
+        if log:
+            record = {**metrics, "images_per_second": round(rate, 1)}
+            workdir.metrics.write(part, step, {"phase": phase, **record})
+        if evaluate and (due(step, experiment.eval_every) or step == stop):
+            found = evaluate(state)
+            if found:
+                text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
+                print(f"{phase} | step {step} | validation top-1 at width {text}", flush=True)
+                workdir.metrics.write(part, step, {"phase": phase, "validation": found})
+        if due(step, experiment.checkpoint_every) or step == stop or workdir.stop_requested:
+            saved.save(step, state)
+            last_saved = step
+        workdir.check_stop(step)
+
+    try:
+        return training.run_steps(
+            call,
+            state,
+            start=start,
+            stop=stop,
+            key=key,
+            images=images,
+            images_per_step=images_per_step,
+            steps_per_call=steps_per_call,
+            every=every,
+            after=after,
+            rest=rest,
+        )
+    except training.NonFiniteLossError as error:
+        raise training.NonFiniteLossError(
+            error.step, error.metrics, phase=phase, last_saved=last_saved
+        ) from None
+
+
+def _on_device(splits: data.Splits) -> Images:
+    return Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+
+
+def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
+    """Trains the full-size network with batch norm; returns its linen variables."""
+    recipe, spec = experiment.teacher_recipe, experiment.spec
+    images = _on_device(splits)
+    num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
+    steps_per_call = training.default_steps_per_call()
+    key = phase_key(experiment, 0)
+    state = training.teacher_init(key, spec, recipe, num_steps)
+    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "teacher")
+    start = 0
+    restored = saved.restore(state)
+    if restored:
+        start, state = restored
+        print(f"teacher: continuing from step {start} of {num_steps}", flush=True)
+    workdir.metrics.rewind("teacher", start)
+    update = training.teacher_update(spec, recipe, experiment.preprocessing, num_steps)
+
+    def evaluate(state):
+        if not len(splits.validation_labels):
+            return {}
+        accuracy = evaluation.batch_norm_accuracy(
+            spec,
+            state.params,
+            splits.validation_images[: experiment.progress_images],
+            splits.validation_labels[: experiment.progress_images],
+            experiment.preprocessing,
+            batch_size=experiment.eval_batch_size,
+        )
+        return {"1.0": accuracy}
+
+    with Progress(num_steps, recipe.batch_size, done=start) as progress:
+        state = _train(
+            workdir,
+            experiment,
+            part="teacher",
+            saved=saved,
+            call=training.chunked(
+                update, images_per_step=recipe.batch_size, steps_per_call=steps_per_call
+            ),
+            state=state,
+            start=start,
+            stop=num_steps,
+            key=key,
+            images=images,
+            images_per_step=recipe.batch_size,
+            steps_per_call=steps_per_call,
+            phase="teacher",
+            progress=progress,
+            shown=("loss", "accuracy"),
+            evaluate=evaluate,
+        )
+    return state.params
+
+
+def import_teacher(experiment: Experiment, path: str) -> Params:
+    """Linen variables of a PyTorch network from a file; it must have the experiment's spec."""
+    spec = experiment.spec
+    _, variables = teacher_import.load_teacher(path, image_size=spec.image_size, spec=spec)
+    return variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A teacher, folded and smoothed.
+
+    Attributes:
+        params: folded tree, channels in smooth order.
+        report: what each step did, for logs: accuracies in [0, 1] by stage of processing and total
+            variation before and after.
+    """
+
+    params: Params
+    report: dict[str, float]
+
+
+def fold_and_smooth(
+    experiment: Experiment,
+    variables: Mapping,
+    images: np.ndarray,
+    labels: np.ndarray,
+) -> Backbone:
+    """Folds batch norm, reorders channels, and measures that neither changed the function."""
+    spec, preprocessing = experiment.spec, experiment.preprocessing
+    measured = len(labels) > 0
+    report = {}
+
+    def measure(name, params):
+        if measured:
+            report[name] = evaluation.accuracy(
+                spec, params, images, labels, preprocessing, batch_size=experiment.eval_batch_size
+            )
+            print(f"teacher accuracy {name}: {100 * report[name]:.2f} %", flush=True)
+
+    if measured:
+        report["as trained"] = evaluation.batch_norm_accuracy(
+            spec, variables, images, labels, preprocessing, batch_size=experiment.eval_batch_size
+        )
+        print(f"teacher accuracy as trained: {100 * report['as trained']:.2f} %", flush=True)
+    params = resnet.fold_batch_norm(variables)
+    measure("folded", params)
+    if experiment.smooth:
+        before = smoothing.total_variation(params, spec)
+        params, _ = smoothing.smooth(params, spec)
+        after = smoothing.total_variation(params, spec)
+        report |= {"total variation before": before, "total variation after": after}
+        print(f"smoothing: total variation {before:.1f} -> {after:.1f}", flush=True)
+        measure("smoothed", params)
+    return Backbone(params, report)
+
+
+def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
+    """The folded, smoothed teacher: from the work directory, else imported or trained."""
+    path = workdir.path / BACKBONE_FILE
+    if path.exists():
+        params, _ = checkpoint.load_tree(path)
+        print(f"teacher: {path} is there already", flush=True)
+        return params
+    if experiment.teacher_file:
+        print(f"teacher: importing {experiment.teacher_file}", flush=True)
+        variables = import_teacher(experiment, experiment.teacher_file)
+    else:
+        variables = train_teacher(workdir, experiment, splits)
+    images, labels = splits.validation_images, splits.validation_labels
+    if experiment.teacher_file and len(labels):
+        print("teacher: it may have been trained on images of the validation split", flush=True)
+    backbone = fold_and_smooth(experiment, variables, images, labels)
+    checkpoint.save_tree(
+        path,
+        backbone.params,
+        {"spec": experiment.spec.to_dict(), "report": backbone.report},
+    )
+    return backbone.params
+
+
+def train_inr(
+    workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
+) -> Params:
+    """All phases of INR training, from where the work directory stands; returns the parameters."""
+    hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
+    images = _on_device(splits)
+    phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
+    if not phases:
+        raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
+    total = phases[-1].stop
+    params = hyper.init(phase_key(experiment, 1), hypernetwork, backbone, alpha=recipe.alpha_init)
+    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
+    optimizer = training.inr_optimizer(recipe)
+    template = jax.eval_shape(lambda p: training.TrainState(p, optimizer.init(p)), params)
+    start, state = 0, None
+    restored = saved.restore(template)
+    if restored:
+        start, state = restored
+        params = state.params
+        print(f"INR: continuing from step {start} of {total}", flush=True)
+    workdir.metrics.rewind("inr", start)
+
+    steps_per_call = training.default_steps_per_call()
+    size = {"images_per_step": recipe.images_per_step, "steps_per_call": steps_per_call}
+    updates = {
+        "fit": training.fit_update(hypernetwork, recipe),
+        "train": training.inr_update(
+            hypernetwork, recipe, experiment.preprocessing, unroll=jax.default_backend() == "cpu"
+        ),
+    }
+    calls = {kind: training.chunked(update, **size) for kind, update in updates.items()}
+    shown = {"fit": ("loss",), "train": ("loss", "ce", "accuracy", "full_accuracy")}
+
+    for number, phase in enumerate(phases, 1):
+        if start >= phase.stop:
+            continue
+        if state is None or start <= phase.start:
+            state = training.start_phase(params, hypernetwork, recipe, phase)
+        first = max(start, phase.start)
+        images_per_step = 0 if phase.kind == "fit" else recipe.images_per_step
+        teacher = backbone
+        inputs = training.phase_inputs(hypernetwork, recipe, phase)
+
+        def evaluate(state, phase=phase, inputs=inputs):
+            return _progress_accuracy(experiment, splits, backbone, state.params, inputs, phase)
+
+        with Progress(total, images_per_step, done=first) as progress:
+            state = _train(
+                workdir,
+                experiment,
+                part="inr",
+                saved=saved,
+                call=calls[phase.kind],
+                state=state,
+                start=first,
+                stop=phase.stop,
+                key=phase_key(experiment, 2),
+                images=images,
+                phase=f"[{number}/{len(phases)}] {phase.name}",
+                progress=progress,
+                shown=shown[phase.kind],
+                rest=(teacher, inputs),
+                evaluate=evaluate,
+                **size,
+            )
+        params = state.params
+    return params
+
+
+def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> dict[str, float]:
+    """Validation accuracy of the network as the phase has it, at a few widths."""
+    images = splits.validation_images[: experiment.progress_images]
+    labels = splits.validation_labels[: experiment.progress_images]
+    if phase.kind == "fit" or not len(labels):
+        return {}
+    hypernetwork = experiment.hypernetwork
+    found = {}
+    for ratio in experiment.progress_ratios:
+        tree = _mixed_network(
+            hypernetwork, params, jnp.asarray(hypernetwork.widths(ratio)), backbone, inputs.active
+        )
+        found[str(ratio)] = evaluation.accuracy(
+            experiment.spec,
+            tree,
+            images,
+            labels,
+            experiment.preprocessing,
+            batch_size=experiment.eval_batch_size,
+        )
+    return found
+
+
+def _mixed_network_impl(hypernetwork, params, widths, backbone, active):
+    generated = hyper.generate_blocks(hypernetwork, params["inr"], widths)
+    return training.mixed_tree(hypernetwork, params, generated, backbone, active)
+
+
+_mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)
+
+
+def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
+    """Writes the trained INR with what is needed to use it elsewhere; returns the file's path."""
+    path = workdir.path / checkpoint.INR_FILE
+    checkpoint.save_inr(
+        path,
+        experiment.hypernetwork,
+        params,
+        dataset=experiment.name,
+        mean=list(experiment.preprocessing.mean),
+        std=list(experiment.preprocessing.std),
+        trained_range=list(experiment.trained_range),
+    )
+    return path
+
+
+def evaluate_and_write(
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    params: Params,
+    splits: data.Splits,
+    *,
+    split: str,
+    width_ratios: Sequence[float],
+    num_samples: int = 1,
+) -> list[GridRow]:
+    """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png."""
+    images = splits.test_images if split == "test" else splits.validation_images
+    labels = splits.test_labels if split == "test" else splits.validation_labels
+    if not len(labels):
+        raise UsageError(
+            f"The {split} split must have images; set --config.data.num_validation above 0."
+        )
+    low, high = experiment.trained_range
+    outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
+    print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
+    print(evaluation.TABLE_HEADER, flush=True)
+    started = time.perf_counter()
+    rows = evaluation.evaluate_grid(
+        experiment.hypernetwork,
+        params,
+        width_ratios,
+        images,
+        labels,
+        experiment.preprocessing,
+        trained_range=experiment.trained_range,
+        num_samples=num_samples,
+        key=phase_key(experiment, 3) if num_samples > 1 else None,
+        batch_size=experiment.eval_batch_size,
+        on_row=lambda row: print(evaluation.format_row(row), flush=True),
+    )
+    if outside:
+        print(f"note: width ratios {outside} lie outside the trained range")
+    extra = {
+        "trained_range": [low, high],
+        "num_inr_params": hyper.num_inr_params(params),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+    }
+    evaluation.write_grid(workdir, rows, dataset=experiment.name, split=split, **extra)
+    plotting.plot_grid(
+        workdir / "grid.png",
+        rows,
+        title=f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split: "
+        "every size from one INR",
+        trained_range=experiment.trained_range,
+        teacher_accuracy=_teacher_accuracy(workdir, experiment, images, labels),
+    )
+    print(f"wrote {workdir / 'grid.json'}, grid.csv and grid.png")
+    return rows
+
+
+def _teacher_accuracy(workdir, experiment, images, labels) -> float | None:
+    path = workdir / BACKBONE_FILE
+    if not path.exists():
+        return None
+    params, _ = checkpoint.load_tree(path)
+    found = evaluation.accuracy(
+        experiment.spec,
+        params,
+        images,
+        labels,
+        experiment.preprocessing,
+        batch_size=experiment.eval_batch_size,
+    )
+    print(f"teacher (full size, not generated): {100 * found:.2f} %")
+    return found
+
+
+# --- what will happen ------------------------------------------------------------------------
+
+
+def describe(
+    experiment: Experiment,
+    dataset: data.Dataset,
+    splits: data.Splits,
+    *,
+    estimate_time: bool = False,
+) -> str:
+    """A page on the run before it starts: networks, coordinates, parameters, memory, steps."""
+    hypernetwork, recipe, spec = experiment.hypernetwork, experiment.recipe, experiment.spec
+    shapes = jax.eval_shape(
+        lambda key: hyper.init(key, hypernetwork, resnet.init_params(key, spec)), jax.random.key(0)
+    )
+    num_inr = hyper.num_inr_params(shapes)
+    queries = sum(len(g.positions) * g.rows * g.columns for g in hypernetwork.groups)
+    lines = [
+        f"data       {dataset.name} {dataset.fingerprint()}: {len(splits.train_labels)} training, "
+        f"{len(splits.validation_labels)} validation, {len(splits.test_labels)} test images, "
+        f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}, "
+        f"{dataset.num_classes} classes",
+        f"network    ResNet{spec.depth}: {spec.num_params:,} parameters, "
+        f"{spec.num_macs / 1e6:.2f} M multiply-adds; generated blocks: "
+        f"{len(hypernetwork.blocks)} of {len(spec.blocks)}",
+    ]
+    for name, ratio in (("smallest", recipe.min_width_ratio), ("largest", recipe.max_width_ratio)):
+        widths = architecture.widths_at(spec, hypernetwork.blocks, ratio)
+        small = architecture.morph(spec, hypernetwork.blocks, widths)
+        lines.append(
+            f"{name:<10} width ratio {ratio}: {small.num_params:,} parameters, "
+            f"{small.num_macs / 1e6:.2f} M multiply-adds"
+        )
+    lines.append(
+        f"INR        {hyper.describe_inr(hypernetwork.inr)}: {num_inr:,} parameters "
+        f"({num_inr / spec.num_params:.2f} networks), {queries:,} queries per network"
+    )
+    for group in hypernetwork.groups:
+        count = sum(x.size for x in jax.tree.leaves(shapes["inr"].get(group.name, {})))
+        lines.append(
+            f"  {group.name:<28} {len(group.positions):>2} tensors x {group.rows:>3} x "
+            f"{group.columns:>3} queries -> {group.num_outputs} values  {count:>12,} parameters"
+        )
+    learned = sum(x.size for x in jax.tree.leaves(shapes["learned"]))
+    lines.append(f"learned    {learned:,} parameters outside the INR ({recipe.learned!r} trained)")
+    phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
+    lines.append(f"steps      {phases[-1].stop if phases else 0} in {len(phases)} phases:")
+    for phase in phases:
+        lines.append(f"  {phase.name:<20} {phase.stop - phase.start:>8} steps")
+    # Parameters, two moments, gradients; activations of one size, forward and backward.
+    state = 4 * 4 * (num_inr + learned)
+    mlp = hypernetwork.inr
+    per_query = getattr(mlp, "hidden_width", 1) * 2 * getattr(mlp, "num_layers", 1)
+    maps = sum(2 * (b.hidden_width + 2 * b.out_width) * b.out_size**2 for b in spec.blocks)
+    activations = 4 * (queries * per_query + recipe.batch_size * maps)
+    raw = sum(a.nbytes for a in (splits.train_images, splits.test_images))
+    lines.append(
+        f"memory     about {(state + activations + raw) / 2**30:.2f} GiB: state "
+        f"{state / 2**20:.0f} MiB, activations of one size {activations / 2**20:.0f} MiB, images "
+        f"{raw / 2**20:.0f} MiB"
+    )
+    if estimate_time:
+        lines.append(_time_estimate(experiment, phases))
+    return "\n".join(lines)
+
+
+def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> str:
+    """Measures a forward pass and one generation here and adds up what the phases need."""
+    spec, recipe, hypernetwork = experiment.spec, experiment.recipe, experiment.hypernetwork
+    shape = (recipe.batch_size, spec.image_size, spec.image_size, spec.channels)
+    images = jnp.zeros(shape, experiment.preprocessing.dtype)
+    backbone = resnet.init_params(jax.random.key(0), spec)
+    params = hyper.init(jax.random.key(0), hypernetwork, backbone)
+    widths = jnp.array(hypernetwork.full_widths, jnp.int32)
+
+    def seconds(function, *args):
+        jax.block_until_ready(function(*args))
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            jax.block_until_ready(function(*args))
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    forward = seconds(jax.jit(lambda p, x: resnet.apply(spec, p, x)), backbone, images)
+    generation = seconds(jax.jit(lambda p, w: hyper.generate(hypernetwork, p, w)), params, widths)
+    # A backward pass costs about two forward passes; measured 3.0 to 4.5 in all on two cores.
+    step = recipe.num_sizes * 4 * (forward + generation)
+    step += recipe.num_sizes * forward if recipe.distillation_weight else 0.0
+    steps = {
+        kind: sum(p.stop - p.start for p in phases if p.kind == kind) for kind in ("fit", "train")
+    }
+    total = steps["fit"] * 4 * generation + steps["train"] * step
+    minutes = total / 60
+    return (
+        f"time       about {minutes:.1f} minutes for the INR on this device (forward pass of "
+        f"{recipe.batch_size} images {1e3 * forward:.1f} ms, generation {1e3 * generation:.1f} ms; "
+        "estimated from these, compilation and teacher not included)"
+    )
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def quiet_logging() -> None:
+    """Warnings of this package on standard error; orbax and absl only from errors on."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    for name in ("absl", "orbax", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,70 @@
+"""The terms of the training loss: float32 scalars, differentiable everywhere."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy of logits float[batch, classes] and labels int[batch]."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def distillation(
+    logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """Mean `T^2 KL(softmax(teacher / T) || softmax(logits / T))` over the batch.
+
+    T^2 keeps the size of the gradient independent of T (Hinton et al., arXiv 1503.02531).
+    No gradient flows into the teacher.
+    """
+    log_student = jax.nn.log_softmax(logits / temperature)
+    log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
+    divergence = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
+    return temperature**2 * jnp.mean(divergence)
+
+
+def weight_norm(blocks: Mapping, active: Mapping[str, jax.Array] | None = None) -> jax.Array:
+    """Sum of the Euclidean norms of all tensors in `blocks` (arXiv 2505.05510).
+
+    `active` holds a weight for each block, 0 to leave it out.
+    """
+    total = jnp.zeros(())
+    for name, layers in blocks.items():
+        # The norm has no gradient at zero, where masked tensors are.
+        norms = [jnp.sqrt(jnp.sum(jnp.square(x)) + 1e-12) for x in jax.tree.leaves(layers)]
+        total += sum(norms) * (1.0 if active is None else active[name])
+    return total
+
+
+def reconstruction(
+    blocks: Mapping,
+    teacher: Mapping,
+    active: Mapping[str, jax.Array] | None = None,
+    *,
+    relative: bool = False,
+) -> jax.Array:
+    """Mean squared error between generated tensors and the teacher's.
+
+    Args:
+        blocks: generated tensors by block name, at full width.
+        teacher: a folded tree that has these blocks; what else it holds is ignored.
+        active: a weight for each block, 0 to leave it out.
+        relative: divide each tensor's error by the teacher's mean square and average over tensors,
+            so that 1 means nothing learned and small tensors count as much as large ones. Without
+            it the mean runs over all weights, as in the papers.
+    """
+    error, count = jnp.zeros(()), jnp.zeros(())
+    for name, layers in blocks.items():
+        weight = jnp.float32(1.0) if active is None else active[name]
+        target = {layer: teacher[name][layer] for layer in layers}
+        for x, y in zip(jax.tree.leaves(layers), jax.tree.leaves(target), strict=True):
+            if relative:
+                error += weight * jnp.mean((x - y) ** 2) / (jnp.mean(y**2) + 1e-12)
+                count += weight
+            else:
+                error += weight * jnp.sum((x - y) ** 2)
+                count += weight * x.size
+    return error / jnp.maximum(count, 1.0)

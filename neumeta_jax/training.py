@@ -1,0 +1,687 @@
+"""The phases of training, as functions from trees to trees.
+
+    teacher   SGD on a ResNet with batch norm                       (`teacher_update`)
+    fit       the INR reproduces the folded, smoothed teacher       (`fit_update`)
+    blocks    blocks join one at a time, from the input; all INRs   (`inr_update`)
+              so far are trained jointly at random widths
+
+Method: arXiv 2505.05510. Everything random is a pure function of a key and the step, so that a run
+that was interrupted ends with the same bits as one that was not.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from neumeta_jax import data, hypernetwork as hyper, losses, resnet
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.resnet import Params
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a phase carries from step to step."""
+
+    params: Any
+    opt_state: Any
+
+
+class Images(NamedTuple):
+    """Training images as they lie on the device: uint8[n, size, size, channels], int32[n]."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What happens to a batch of uint8 images before the network sees it."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int = 4
+    flip: bool = True
+    dtype: str = "float32"
+
+    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        augmented = data.augment(key, images, crop_padding=self.crop_padding, flip=self.flip)
+        return self.evaluate(augmented)
+
+    def evaluate(self, images: jax.Array) -> jax.Array:
+        return data.normalize(images, self.mean, self.std).astype(self.dtype)
+
+
+# --- teacher ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRecipe:
+    """SGD with Nesterov momentum and a cosine schedule, for a network with batch norm."""
+
+    epochs: float = 200.0
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+
+
+def _teacher_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.learning_rate, min(num_steps // 20, 500), max(num_steps, 1)
+    )
+    return optax.chain(
+        optax.add_decayed_weights(
+            recipe.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+        ),
+        optax.sgd(schedule, momentum=recipe.momentum, nesterov=True),
+    )
+
+
+def teacher_init(
+    key: jax.Array, spec: resnet.ResNetSpec, recipe: TeacherRecipe, num_steps: int
+) -> TrainState:
+    """State whose `params` are the linen variables {"params", "batch_stats"}."""
+    dummy = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
+    variables = jax.jit(resnet.ResNet(spec).init)(key, dummy)
+    return TrainState(variables, _teacher_optimizer(recipe, num_steps).init(variables["params"]))
+
+
+def teacher_update(
+    spec: resnet.ResNetSpec, recipe: TeacherRecipe, preprocessing: Preprocessing, num_steps: int
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`update(state, step, key, images, indices)` of one SGD step; `indices` is int[batch]."""
+    optimizer = _teacher_optimizer(recipe, num_steps)
+    model = resnet.ResNet(spec)
+
+    def update(state, step, key, images, indices):
+        x = preprocessing.train(jax.random.fold_in(key, step), images.images[indices])
+        y = images.labels[indices]
+
+        def loss_fn(params):
+            variables = {**state.params, "params": params}
+            logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(y, spec.num_classes), recipe.label_smoothing
+            )
+            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            return loss, (mutated["batch_stats"], jnp.mean(jnp.argmax(logits, -1) == y))
+
+        params = state.params["params"]
+        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads)}
+        return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
+
+    return update
+
+
+# --- INR -------------------------------------------------------------------------------------
+
+MODES = ("blockwise", "at_once")
+BLOCK_INITS = ("copy", "fit")
+LEARNED = ("last", "all", "none")
+FIT_WIDTHS = ("full", "random")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class InrRecipe:
+    """How the INR is trained. Defaults are the papers' (arXiv 2505.05510).
+
+    Attributes:
+        mode: "blockwise" adds blocks from the input on, `blocks_per_phase` at a time; "at_once"
+            trains all of them in one phase (NeuMeta, arXiv 2410.11878).
+        epochs: of each phase; one epoch shows every training image once, to one of the sizes.
+        final_epochs: of a last phase after all blocks have joined.
+        warmup_epochs: linear warm-up of the learning rate in a phase that opens a stage, whose INR
+            has nothing to be copied from.
+        block_init: a new block's INR starts as a "copy" of the previous block's, or keeps the
+            weights of the "fit" phase.
+        fit_steps, fit_learning_rate: the fit phase; 0 steps leave it out.
+        fit_widths: fit the teacher at "full" width only, or at "random" widths of the trained range
+            too, where the target is the teacher with its hidden channels averaged
+            (`resnet.resample_block`).
+        alpha_init: SkipInit scalar of a new block; 0 makes it start as the identity.
+        batch_size: images per size.
+        num_random_sizes: sizes per step beside the full width.
+        min_width_ratio, max_width_ratio: trained range; ratios are drawn uniformly from it.
+        per_block_widths: draw one ratio per block instead of one per network.
+        noise: whether training adds coordinate noise (its size belongs to the INR).
+        ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
+        learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: AdamW, and
+            the largest value of a gradient's entry.
+        learned: which parameters that are not generated are trained: the "last" block and the head
+            once the third stage is reached, "all" of them always, or "none".
+        schedule: of the learning rates within a phase.
+    """
+
+    mode: str = "blockwise"
+    epochs: float = 50.0
+    final_epochs: float = 0.0
+    warmup_epochs: float = 20.0
+    blocks_per_phase: int = 1
+    block_init: str = "copy"
+    fit_steps: int = 0
+    fit_learning_rate: float = 8e-4
+    fit_widths: str = "full"
+    alpha_init: float = 0.0
+    batch_size: int = 128
+    num_random_sizes: int = 3
+    min_width_ratio: float = 0.5
+    max_width_ratio: float = 1.0
+    per_block_widths: bool = False
+    noise: bool = True
+    ce_weight: float = 100.0
+    norm_weight: float = 1e-3
+    reconstruction_weight: float = 1.0
+    distillation_weight: float = 0.0
+    temperature: float = 1.0
+    learning_rate: float = 8e-4
+    alpha_learning_rate: float = 1e-4
+    learned_learning_rate: float = 7e-5
+    weight_decay: float = 1e-4
+    clip: float = 10.0
+    learned: str = "last"
+    schedule: str = "constant"
+
+    def __post_init__(self):
+        for field, allowed in (
+            ("mode", MODES),
+            ("block_init", BLOCK_INITS),
+            ("learned", LEARNED),
+            ("schedule", SCHEDULES),
+            ("fit_widths", FIT_WIDTHS),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
+        if not 0 < self.min_width_ratio <= self.max_width_ratio <= 1:
+            raise ValueError(
+                "The trained range must satisfy 0 < min_width_ratio <= max_width_ratio <= 1, got "
+                f"[{self.min_width_ratio}, {self.max_width_ratio}]."
+            )
+        if self.batch_size < 1 or self.num_random_sizes < 0 or self.blocks_per_phase < 1:
+            raise ValueError(
+                "batch_size and blocks_per_phase must be at least 1 and num_random_sizes at least "
+                f"0, got {self.batch_size}, {self.blocks_per_phase}, {self.num_random_sizes}."
+            )
+        if min(self.epochs, self.final_epochs, self.warmup_epochs, self.fit_steps) < 0:
+            raise ValueError("epochs, final_epochs, warmup_epochs and fit_steps must not be < 0.")
+
+    @property
+    def num_sizes(self) -> int:
+        return 1 + self.num_random_sizes
+
+    @property
+    def images_per_step(self) -> int:
+        return self.num_sizes * self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training between two events.
+
+    Attributes:
+        name: for logs.
+        kind: "fit" or "train".
+        start, stop: global steps.
+        num_active: how many blocks, counted in training order, are generated.
+        new_blocks: positions of the blocks that join when the phase starts.
+        warmup_steps: linear warm-up of the learning rate.
+        stage: the stage of the newest block.
+    """
+
+    name: str
+    kind: str
+    start: int
+    stop: int
+    num_active: int
+    new_blocks: tuple[int, ...]
+    warmup_steps: int
+    stage: int
+
+
+def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) -> tuple[Phase, ...]:
+    """The phases of INR training in order; they cover all global steps without gaps."""
+    stages = [hypernetwork.spec.blocks[n].stage for n in hypernetwork.blocks]
+    num_blocks = len(stages)
+    per_epoch = num_images / recipe.images_per_step
+    result: list[Phase] = []
+
+    def add(name, kind, num_steps, num_active, new_blocks, warmup_steps=0):
+        start = result[-1].stop if result else 0
+        stage = stages[num_active - 1]
+        result.append(
+            Phase(name, kind, start, start + num_steps, num_active, new_blocks, warmup_steps, stage)
+        )
+
+    everything = tuple(range(num_blocks))
+    if recipe.fit_steps:
+        add("fit", "fit", recipe.fit_steps, num_blocks, everything)
+    steps = round(recipe.epochs * per_epoch)
+    warmup = min(round(recipe.warmup_epochs * per_epoch), steps)
+    if recipe.mode == "at_once":
+        add("all blocks", "train", steps, num_blocks, everything, warmup)
+    else:
+        for first in range(0, num_blocks, recipe.blocks_per_phase):
+            new = tuple(range(first, min(first + recipe.blocks_per_phase, num_blocks)))
+            opens = any(p == 0 or stages[p] != stages[p - 1] for p in new)
+            name = f"block {new[-1] + 1} of {num_blocks}"
+            add(name, "train", steps, new[-1] + 1, new, warmup if opens else 0)
+    final = round(recipe.final_epochs * per_epoch)
+    if final:
+        add("final", "train", final, num_blocks, ())
+    return tuple(phase for phase in result if phase.stop > phase.start)
+
+
+def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
+    """AdamW with learning rates for "inr", "alpha" and "learned", behind a clip by value."""
+
+    def adamw(learning_rate):
+        return optax.adamw(learning_rate, weight_decay=recipe.weight_decay)
+
+    return optax.chain(
+        optax.clip(recipe.clip),
+        optax.multi_transform(
+            {
+                "inr": adamw(recipe.learning_rate),
+                "alpha": adamw(recipe.alpha_learning_rate),
+                "learned": adamw(recipe.learned_learning_rate),
+            },
+            lambda params: {
+                name: jax.tree.map(lambda _, n=name: n, params[name]) for name in params
+            },
+        ),
+    )
+
+
+def start_phase(
+    params: Params, hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase
+) -> TrainState:
+    """The state at the first step of `phase`: new blocks initialised, a fresh optimiser.
+
+    A new block's INR starts from the block before it ("INR initialisation"), where there is one in
+    the same stage and the recipe says so.
+    """
+    if phase.kind == "train" and phase.new_blocks:
+        inr_params = params["inr"]
+        if recipe.block_init == "copy" and recipe.mode == "blockwise":
+            for position in phase.new_blocks:
+                if position:
+                    inr_params = hypernetwork.inr.copy_block(
+                        inr_params, hypernetwork.groups, position - 1, position
+                    )
+        new = jnp.array(phase.new_blocks)
+        alpha = params["alpha"].at[new].set(recipe.alpha_init)
+        params = {**params, "inr": inr_params, "alpha": alpha}
+    # Copies, because the step donates its buffers and the trees may share leaves.
+    params = jax.tree.map(jnp.array, params)
+    return TrainState(params, inr_optimizer(recipe).init(params))
+
+
+class PhaseInputs(NamedTuple):
+    """What a step needs to know of its phase, as arrays, so that all phases share a compilation."""
+
+    start: np.ndarray
+    num_steps: np.ndarray
+    warmup_steps: np.ndarray
+    active: np.ndarray
+    learn_last: np.ndarray
+
+
+def phase_inputs(hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase) -> PhaseInputs:
+    last = recipe.learned == "last" and phase.stage == 3
+    return PhaseInputs(
+        start=np.int32(phase.start),
+        num_steps=np.int32(phase.stop - phase.start),
+        warmup_steps=np.int32(phase.warmup_steps),
+        active=np.arange(len(hypernetwork.blocks)) < phase.num_active,
+        learn_last=np.bool_(last),
+    )
+
+
+def learning_rate_scale(recipe: InrRecipe, step: jax.Array, phase: PhaseInputs) -> jax.Array:
+    """Factor on all learning rates: linear warm-up, then constant or half a cosine to zero."""
+    done = (step - phase.start).astype(jnp.float32)
+    scale = jnp.minimum(1.0, (done + 1) / jnp.maximum(phase.warmup_steps, 1))
+    if recipe.schedule == "cosine":
+        remaining = jnp.maximum(phase.num_steps - phase.warmup_steps, 1)
+        progress = jnp.clip((done - phase.warmup_steps) / remaining, 0.0, 1.0)
+        scale = scale * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return scale
+
+
+def update_mask(
+    hypernetwork: Hypernetwork, recipe: InrRecipe, params: Params, phase: PhaseInputs
+) -> Params:
+    """1 where `phase` trains a parameter and 0 where it does not; broadcasts against `params`."""
+    last_block = hypernetwork.spec.blocks[-1].name
+    learned = {}
+    for name, layers in params["learned"].items():
+        if recipe.learned == "all":
+            flag = jnp.float32(1)
+        elif recipe.learned == "last" and name in (last_block, "head"):
+            flag = phase.learn_last.astype(jnp.float32)
+        else:
+            flag = jnp.float32(0)
+        learned[name] = jax.tree.map(lambda _, f=flag: f, layers)
+    return {
+        "inr": hypernetwork.inr.update_mask(params["inr"], hypernetwork.groups, phase.active),
+        "alpha": phase.active.astype(jnp.float32),
+        "learned": learned,
+    }
+
+
+def sample_widths(
+    key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, num: int
+) -> jax.Array:
+    """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range."""
+    full = jnp.array(hypernetwork.full_widths, jnp.float32)
+    shape = (num, len(full)) if recipe.per_block_widths else (num, 1)
+    ratios = jax.random.uniform(
+        key, shape, minval=recipe.min_width_ratio, maxval=recipe.max_width_ratio
+    )
+    return jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
+
+
+def mixed_tree(
+    hypernetwork: Hypernetwork,
+    params: Params,
+    generated: Params,
+    teacher: Mapping,
+    active: jax.Array,
+) -> Params:
+    """The network of a phase: generated blocks where `active`, the teacher's elsewhere."""
+    tree = dict(params["learned"])
+    for position, n in enumerate(hypernetwork.blocks):
+        name = hypernetwork.spec.blocks[n].name
+        layers = hyper.skip_init(generated[name], params["alpha"][position])
+        layers = {**params["learned"].get(name, {}), **layers}
+        original = {layer: teacher[name][layer] for layer in layers}
+        tree[name] = jax.tree.map(
+            lambda new, old, a=active[position]: jnp.where(a, new, old), layers, original
+        )
+    return tree
+
+
+def inr_update(
+    hypernetwork: Hypernetwork,
+    recipe: InrRecipe,
+    preprocessing: Preprocessing,
+    *,
+    unroll: bool,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`update(state, step, key, images, indices, teacher, phase)`: one step over several sizes.
+
+    The gradients of one mini-batch at full width and of `num_random_sizes` at random widths are
+    averaged. `indices` is int[num_sizes * batch_size], `teacher` the folded tree, `phase` a
+    `PhaseInputs`.
+
+    Args:
+        unroll: write the sizes out instead of looping over them; XLA's CPU backend runs
+            convolutions inside loops on one core.
+    """
+    optimizer = inr_optimizer(recipe)
+    spec = hypernetwork.spec
+
+    def loss_fn(params, widths, is_full, key, x, y, teacher, phase):
+        noise_key = key if recipe.noise else None
+        generated = hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+        tree = mixed_tree(hypernetwork, params, generated, teacher, phase.active)
+        logits = resnet.apply(spec, tree, x)
+        active = {
+            spec.blocks[n].name: phase.active[p].astype(jnp.float32)
+            for p, n in enumerate(hypernetwork.blocks)
+        }
+        terms = {
+            "ce": losses.cross_entropy(logits, y),
+            "norm": losses.weight_norm(generated, active),
+            "reconstruction": is_full * losses.reconstruction(generated, teacher, active),
+        }
+        loss = (
+            recipe.ce_weight * terms["ce"]
+            + recipe.norm_weight * terms["norm"]
+            + recipe.reconstruction_weight * terms["reconstruction"]
+        )
+        if recipe.distillation_weight:
+            terms["distillation"] = losses.distillation(
+                logits, resnet.apply(spec, teacher, x), temperature=recipe.temperature
+            )
+            loss += recipe.distillation_weight * terms["distillation"]
+        terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
+        return loss, {"loss": loss, **terms}
+
+    def update(state, step, key, images, indices, teacher, phase):
+        width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
+        full = jnp.array([hypernetwork.full_widths], jnp.int32)
+        drawn = sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
+        widths = jnp.concatenate([full, drawn])
+        x = preprocessing.train(data_key, images.images[indices])
+        per_size = (recipe.num_sizes, recipe.batch_size)
+        sizes = (
+            widths,
+            jnp.arange(recipe.num_sizes) == 0,
+            jax.random.split(noise_key, recipe.num_sizes),
+            x.reshape(per_size + x.shape[1:]),
+            images.labels[indices].reshape(per_size),
+        )
+
+        def gradient(total, size):
+            grads, terms = jax.grad(loss_fn, has_aux=True)(state.params, *size, teacher, phase)
+            return jax.tree.map(jnp.add, total, grads), terms
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        if unroll:
+            grads, collected = zeros, []
+            for n in range(recipe.num_sizes):
+                grads, terms = gradient(grads, jax.tree.map(lambda x, n=n: x[n], sizes))
+                collected.append(terms)
+            terms = jax.tree.map(lambda *x: jnp.stack(x), *collected)
+        else:
+            grads, terms = jax.lax.scan(gradient, zeros, sizes)
+        grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
+
+        metrics = {name: jnp.mean(values) for name, values in terms.items()}
+        metrics["full_accuracy"] = terms["accuracy"][0]
+        metrics["reconstruction"] = terms["reconstruction"][0]
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        scale = learning_rate_scale(recipe, step, phase)
+        mask = update_mask(hypernetwork, recipe, state.params, phase)
+        updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return update
+
+
+def fit_update(
+    hypernetwork: Hypernetwork, recipe: InrRecipe
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`update(state, step, key, images, indices, teacher, phase)`: the INR learns the teacher.
+
+    Minimises the relative reconstruction error at full width, or in turn there and at a random
+    width, with coordinate noise where the recipe has it, so that the fit is as smooth as what
+    follows. Images are not looked at.
+    """
+    factor = recipe.fit_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
+    optimizer = inr_optimizer(recipe)
+    full = jnp.array(hypernetwork.full_widths, jnp.int32)
+    names = [hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks]
+
+    def update(state, step, key, images, indices, teacher, phase):
+        del images, indices
+        width_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
+        widths, target = full, teacher
+        if recipe.fit_widths == "random":
+            drawn = sample_widths(width_key, hypernetwork, recipe, 1)[0]
+            widths = jnp.where(step % 2 == 0, full, drawn)
+            target = {
+                name: resnet.resample_block(teacher[name], width)
+                for name, width in zip(names, widths, strict=True)
+            }
+
+        def loss_fn(params):
+            generated = hyper.generate_blocks(
+                hypernetwork, params["inr"], widths, key=noise_key if recipe.noise else None
+            )
+            return losses.reconstruction(generated, target, relative=True)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Always a cosine: there is nothing to keep exploring once the weights are met.
+        done = (step - phase.start) / phase.num_steps
+        scale = factor * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        updates = {
+            "inr": jax.tree.map(lambda u: scale * u, updates["inr"]),
+            "alpha": jnp.zeros_like(updates["alpha"]),
+            "learned": jax.tree.map(jnp.zeros_like, updates["learned"]),
+        }
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return update
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+class NonFiniteLossError(FloatingPointError):
+    """Loss or gradient stopped being finite; `step` is the first step where it did."""
+
+    def __init__(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        *,
+        phase: str = "training",
+        last_saved: int | None = None,
+    ):
+        self.step = step
+        self.metrics = dict(metrics)
+        bad = ", ".join(f"{name} = {value}" for name, value in metrics.items())
+        kept = "" if last_saved is None else f"; the checkpoint of step {last_saved} is kept"
+        super().__init__(
+            f"Training needs a finite loss and gradient, got {bad} at step {step} ({phase}){kept}; "
+            "lower the learning rates and start in a new work directory."
+        )
+
+
+def default_steps_per_call() -> int:
+    """Steps per jitted call: a chunk on accelerators, one on CPUs.
+
+    XLA's CPU backend runs convolutions inside loops on one core (measured 2.5 times slower).
+    """
+    return 1 if jax.default_backend() == "cpu" else 50
+
+
+def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> Callable:
+    """`call(state, first, last, key, images, order, offset, *rest)` runs steps first..last - 1.
+
+    One jitted function with donated state and no host synchronisation inside. `order` is the
+    epoch's permutation and `offset` the position of step `first` in it. Returns the new state, the
+    metrics of the last step, and the first step with a non-finite loss or gradient (-1 if none).
+    """
+
+    def one(state, step, position, key, images, order, rest):
+        indices = jax.lax.dynamic_slice(order, (position,), (images_per_step,))
+        state, metrics = update(state, step, key, images, indices, *rest)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        return state, metrics, finite
+
+    if steps_per_call == 1:
+
+        def call(state, first, last, key, images, order, offset, *rest):
+            del last
+            state, metrics, finite = one(state, first, offset, key, images, order, rest)
+            return state, metrics, jnp.where(finite, -1, first)
+
+    else:
+
+        def call(state, first, last, key, images, order, offset, *rest):
+            shapes = jax.eval_shape(
+                lambda s: one(s, first, offset, key, images, order, rest)[1], state
+            )
+            metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+            def body(step, carry):
+                state, _, bad = carry
+                position = offset + (step - first) * images_per_step
+                new_state, new_metrics, finite = one(
+                    state, step, position, key, images, order, rest
+                )
+                bad = jnp.where((bad < 0) & ~finite, step, bad)
+                return new_state, new_metrics, bad
+
+            return jax.lax.fori_loop(first, last, body, (state, metrics, jnp.int32(-1)))
+
+    return jax.jit(call, donate_argnums=0)
+
+
+def run_steps(
+    call: Callable,
+    state: TrainState,
+    *,
+    start: int,
+    stop: int,
+    key: jax.Array,
+    images: Images,
+    images_per_step: int,
+    steps_per_call: int,
+    every: Sequence[int],
+    after: Callable[[int, TrainState, dict[str, float]], None],
+    rest: tuple = (),
+) -> TrainState:
+    """Runs steps `start`..`stop` - 1 of `call` (see `chunked`) and returns the state.
+
+    Calls end at epochs, at multiples of `steps_per_call` and of each entry of `every`, so that
+    where a run was interrupted has no influence on where its calls begin. `after(step, state,
+    metrics)` runs after each.
+
+    Raises:
+        NonFiniteLossError: naming the step; `after` has not seen the damaged state.
+    """
+    num_images = images.labels.shape[0]
+    if images_per_step > num_images:
+        raise ValueError(
+            f"A step needs {images_per_step} images (batch size times sizes), but the training "
+            f"split has {num_images}; lower batch_size."
+        )
+    per_epoch = num_images // images_per_step
+    strides = [steps_per_call, per_epoch, *(n for n in every if n > 0)]
+    order_key, step_key = jax.random.split(key)
+    epoch_order = jax.jit(data.epoch_order, static_argnums=2)
+    epoch, order = -1, None
+    step = start
+    while step < stop:
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(order_key, epoch, num_images)
+        last = min(stop, *(step - step % n + n for n in strides))
+        if steps_per_call == 1:
+            last = step + 1
+        offset = (step % per_epoch) * images_per_step
+        state, metrics, bad = call(
+            state,
+            np.int32(step),
+            np.int32(last),
+            step_key,
+            images,
+            order,
+            np.int32(offset),
+            *rest,
+        )
+        values = {name: float(value) for name, value in metrics.items()}
+        if int(bad) >= 0:
+            raise NonFiniteLossError(
+                int(bad), {n: v for n, v in values.items() if n in ("loss", "grad_norm")}
+            )
+        step = last
+        after(step, state, values)
+    return state

@@ -1,0 +1,66 @@
+"""Trains one INR from which every size of a ResNet can be drawn.
+
+    python train.py --config=configs/digits.py --workdir=/tmp/digits
+
+The same command continues an interrupted run. `--config.field=value` overrides a field,
+`--config=FILE:PRESET` chooses a preset, `--dry_run` says what would happen.
+"""
+
+import json
+import time
+
+import jax
+from absl import flags
+
+from neumeta_jax import command_line, experiment as lab
+from neumeta_jax.progress import format_seconds
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir", "", "Where the run lives; created if absent.", flag_values=values
+    )
+    flags.DEFINE_bool("dry_run", False, "Describe the run and exit.", flag_values=values)
+
+
+def main(argv):
+    config, options = command_line.parse(argv, define_flags, config_required=True)
+    if not options.workdir and not options.dry_run:
+        raise command_line.UsageError(
+            "--workdir=DIR is required; the run is kept and resumed there."
+        )
+    lab.quiet_logging()
+    lab.enable_compilation_cache()
+    started = time.perf_counter()
+    print("  ".join(f"{name} {version}" for name, version in lab.versions().items()))
+
+    dataset, splits = lab.load_data(config)
+    experiment = lab.from_config(config, dataset)
+    if options.dry_run:
+        print(json.dumps(config, indent=1))
+        print(lab.describe(experiment, dataset, splits, estimate_time=True))
+        return
+    print(lab.describe(experiment, dataset, splits), flush=True)
+
+    with lab.open_workdir(options.workdir, config) as workdir:
+        backbone = lab.prepare_backbone(
+            workdir, experiment, splits
+        )  # import or train, fold, smooth
+        params = lab.train_inr(workdir, experiment, splits, backbone)  # fit, then block by block
+        path = lab.save_result(workdir, experiment, params)
+        print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
+        lab.evaluate_and_write(
+            workdir.path,
+            experiment,
+            params,
+            splits,
+            split=experiment.eval_split,
+            width_ratios=experiment.width_ratios,
+            num_samples=experiment.eval_samples,
+        )
+    jax.block_until_ready(params)
+    print(f"done in {format_seconds(time.perf_counter() - started)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
