@@ -37,7 +37,7 @@ def main(argv):
     lab.quiet_logging()
     lab.enable_compilation_cache()
     if options.teacher:
-        if config is None:
+        if not config:
             raise command_line.UsageError(
                 "--teacher=FILE needs --config=FILE, for data and images."
             )
@@ -70,7 +70,7 @@ def check_workdir(config, options):
     """Evaluates the grid of a work directory and writes table and figure into it."""
     workdir = pathlib.Path(options.workdir)
     saved = lab.read_config(workdir)
-    if config is not None:
+    if config:
         lab.check_same_config(workdir, config)
     hypernetwork, params, _ = checkpoint.load_inr(workdir)
     if options.data_dir:

@@ -50,7 +50,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.noise_per = "channel"
 
     config.train = ConfigDict()
-    config.train.block_init = "fit"
+    config.train.block_init = "teacher"
     config.train.fit_steps = 200
     config.train.fit_learning_rate = 3e-3
     config.train.fit_widths = "random"
@@ -58,6 +58,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.epochs = 8.0
     config.train.final_epochs = 20.0
     config.train.warmup_epochs = 1.0
+    config.train.warmup_phases = "all"
     config.train.batch_size = 64
     config.train.num_random_sizes = 2
     config.train.ce_weight = 1.0

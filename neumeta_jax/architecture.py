@@ -10,6 +10,7 @@ Reference: He et al., "Deep Residual Learning for Image Recognition", 2016, sect
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 NUM_STAGES = 3
 SHORTCUTS = ("projection", "pad")
@@ -172,7 +173,10 @@ class ResNetSpec:
         names = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != names:
             raise ValueError(f"A ResNetSpec has the fields {sorted(names)}, got {sorted(fields)}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
+        return cls(**values)
 
 
 def cifar_resnet(

@@ -56,13 +56,13 @@ def parse(
     define: Callable[[flags.FlagValues], None],
     *,
     config_required: bool,
-) -> tuple[dict[str, Any] | None, flags.FlagValues]:
+) -> tuple[dict[str, Any], flags.FlagValues]:
     """The (config, flags) of a command line.
 
     Args:
         argv: with the program's name first.
         define: adds the script's own flags to the FlagValues it is given.
-        config_required: whether `--config` must be there; else the config may be None.
+        config_required: whether `--config` must be there; without it the config is empty.
 
     Returns:
         The config with all overrides as nested plain dicts, and the parsed flags.
@@ -105,7 +105,7 @@ def parse(
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
         )
-    return (values.config.to_dict() if path is not None else None), values
+    return (values.config.to_dict() if path is not None else {}), values
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None]:

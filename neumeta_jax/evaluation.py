@@ -46,7 +46,7 @@ def _count_correct(spec, preprocessing, params, images, labels):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _count_correct_batch_norm(spec, preprocessing, variables, images, labels):
-    logits = resnet.ResNet(spec).apply(variables, preprocessing.evaluate(images))
+    logits = jnp.asarray(resnet.ResNet(spec).apply(variables, preprocessing.evaluate(images)))
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
@@ -133,7 +133,6 @@ def evaluate_grid(
     ratios = [check_width_ratio(ratio) for ratio in width_ratios]
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     widest = max([1.0, *ratios])
-    images = jnp.asarray(images)
     rows = []
     for ratio in ratios:
         widths = hypernetwork.widths(ratio)

@@ -199,7 +199,7 @@ def parse_width_ratios(values: Sequence[str] | None) -> tuple[float, ...]:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told where to."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "neumeta-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -551,7 +551,13 @@ def train_inr(
     if not phases:
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     total = phases[-1].stop
-    params = hyper.init(phase_key(experiment, 1), hypernetwork, backbone, alpha=recipe.alpha_init)
+    params = hyper.init(
+        phase_key(experiment, 1),
+        hypernetwork,
+        backbone,
+        alpha=recipe.alpha_init,
+        from_backbone=recipe.block_init == "teacher",
+    )
     saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
     optimizer = training.inr_optimizer(recipe)
     template = jax.eval_shape(lambda p: training.TrainState(p, optimizer.init(p)), params)

@@ -46,6 +46,15 @@ class INR(Protocol):
         """
         ...
 
+    def start_from(
+        self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]
+    ) -> Params:
+        """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
+
+        Kinds without one return `inr_params` as they are.
+        """
+        ...
+
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
@@ -172,41 +181,185 @@ class PerTensorMLP:
             tensors = len(group.positions)
             coords = Coordinates(*[jnp.broadcast_to(x, (tensors, *x.shape[1:])) for x in coords])
             mlp = self._mlp(group)
-            values = jax.vmap(lambda p, x, mlp=mlp: mlp.apply({"params": p}, x))(
-                inr_params[group.name], coords
+            values = jnp.asarray(
+                jax.vmap(lambda p, x, mlp=mlp: mlp.apply({"params": p}, x))(
+                    inr_params[group.name], coords
+                )
             )
             raw[group.name] = values / in_width[..., None]
         return raw
 
+    def start_from(
+        self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]
+    ) -> Params:
+        del groups, raw
+        return inr_params  # no closed form; that is what the fit phase is for
+
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
-        copied = dict(inr_params)
-        for group in groups:
-            if source in group.positions and target in group.positions:
-                s, t = group.positions.index(source), group.positions.index(target)
-                copied[group.name] = jax.tree.map(
-                    lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
-                )
-        return copied
+        return _copy_stacked(inr_params, groups, source, target)
 
     def update_mask(
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
     ) -> Params:
-        mask = {}
-        for group in groups:
-            flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
-            mask[group.name] = jax.tree.map(
-                lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+        return _mask_stacked(inr_params, groups, active)
+
+
+def _copy_stacked(inr_params, groups, source, target):
+    """`INR.copy_block` where every leaf of a group has a leading axis of tensors."""
+    copied = dict(inr_params)
+    for group in groups:
+        if source in group.positions and target in group.positions:
+            s, t = group.positions.index(source), group.positions.index(target)
+            copied[group.name] = jax.tree.map(
+                lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
             )
-        return mask
+    return copied
 
 
-INR_KINDS: dict[str, type] = {"per_tensor_mlp": PerTensorMLP}
+def _mask_stacked(inr_params, groups, active):
+    """`INR.update_mask` where every leaf of a group has a leading axis of tensors."""
+    mask = {}
+    for group in groups:
+        flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
+        mask[group.name] = jax.tree.map(
+            lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+        )
+    return mask
+
+
+RESAMPLING = ("cell", "nested")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Learned values on a grid of channels, interpolated, and conditioned on the width.
+
+    For a block of `hidden` channels at full size and w = width / hidden, before resampling,
+
+        V(w) = sum over m < num_terms of (1 - w)^m G_m
+
+    with one value of each G_m for every weight of the full-size tensor. "cell" resampling gives
+    channel j of a network with C channels the mean of V over [j / C, (j + 1) / C) of the relative
+    channel axis, V being constant over each of its own cells; what reads the hidden channels is
+    multiplied by hidden / C, the quadrature that keeps sums over inputs (Integral Neural Networks,
+    Solodskikh et al., CVPR 2023). "nested" resampling takes the first C channels, as slimmable
+    networks do; beyond full size it adds channels of zeros.
+
+    It has `num_terms` times the parameters of what it generates, generation is one small matrix
+    product per tensor, and it starts at the teacher exactly (G_0; the rest at zero).
+
+    Attributes:
+        num_terms: 1 leaves the width out of the function.
+        resampling: "cell" or "nested".
+        noise_scale: in training, cells move by up to +-0.5 of their own size times this.
+    """
+
+    num_terms: int = 2
+    resampling: str = "cell"
+    noise_scale: float = 0.0
+
+    def __post_init__(self):
+        if self.num_terms < 1 or self.noise_scale < 0:
+            raise ValueError(
+                "A grid INR needs num_terms >= 1 and noise_scale >= 0, got "
+                f"{self.num_terms=}, {self.noise_scale=}."
+            )
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"resampling must be one of {RESAMPLING}, got {self.resampling!r}.")
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        params = {}
+        for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
+            shape = (len(group.positions), group.rows, group.columns, group.num_outputs)
+            # He initialisation of kernels; biases start at zero.
+            scale = (2 / (9 * group.columns)) ** 0.5 if group.kind == "kernel" else 0.0
+            values = jnp.zeros((self.num_terms, *shape))
+            values = values.at[0].set(scale * jax.random.normal(group_key, shape))
+            params[group.name] = {"values": jnp.moveaxis(values, 0, 1)}
+        return params
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        raw = {}
+        for number, group in enumerate(groups):
+            values = inr_params[group.name]["values"]
+            hidden_axis = 1 if group.out_is_hidden else 2 if group.in_is_hidden else None
+            # The bias after the hidden channels has no such axis, but its kernel's sibling has.
+            full = (
+                values.shape[1 + hidden_axis] if hidden_axis else _hidden_width(inr_params, group)
+            )
+            width = jnp.maximum(jnp.asarray(widths)[jnp.array(group.positions)], 1)
+            width = width.astype(jnp.float32)
+            ratio = width / full
+            powers = (1 - ratio)[:, None] ** jnp.arange(self.num_terms)
+            values = jnp.einsum("tm,tmrco->trco", powers, values)
+            if hidden_axis:
+                size = group.rows if group.out_is_hidden else group.columns
+                group_key = None if key is None else jax.random.fold_in(key, number)
+                weights = self._weights(width, size, full, group_key)
+                if group.out_is_hidden:
+                    values = jnp.einsum("tsr,trco->tsco", weights, values)
+                else:
+                    values = jnp.einsum("tsc,trco->trso", weights, values)
+                    if self.resampling == "cell":
+                        values = values * (full / width)[:, None, None, None]
+            raw[group.name] = values
+        return raw
+
+    def _weights(self, width, size, full, key):
+        """float32[tensors, size, full]: how much each value counts for each channel."""
+        channels = jnp.arange(size, dtype=jnp.float32)
+        if self.resampling == "nested":
+            weights = (channels[:, None] == jnp.arange(full)).astype(jnp.float32)
+            return jnp.broadcast_to(weights, (width.shape[0], size, full))
+        cell = 1 / width[:, None]
+        left = channels * cell
+        if key is not None and self.noise_scale:
+            noise = jax.random.uniform(key, left.shape, minval=-0.5, maxval=0.5)
+            left = jnp.clip(left + self.noise_scale * noise * cell, 0.0, 1.0 - cell)
+        left, right = left[:, :, None], (left + cell)[:, :, None]
+        edges = jnp.arange(full, dtype=jnp.float32) / full
+        overlap = jnp.minimum(right, edges + 1 / full) - jnp.maximum(left, edges)
+        return jnp.maximum(overlap, 0.0) * width[:, None, None]
+
+    def start_from(
+        self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]
+    ) -> Params:
+        started = {}
+        for group in groups:
+            values = jnp.zeros_like(inr_params[group.name]["values"])
+            started[group.name] = {"values": values.at[:, 0].set(raw[group.name])}
+        return started
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        return _copy_stacked(inr_params, groups, source, target)
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        return _mask_stacked(inr_params, groups, active)
+
+
+def _hidden_width(inr_params, group):
+    sibling = group.name.removesuffix("bias") + "kernel"
+    return inr_params[sibling]["values"].shape[3]
+
+
+INR_KINDS: dict[str, type] = {"per_tensor_mlp": PerTensorMLP, "grid": Grid}
 
 
 def make_inr(kind: str, **fields: Any) -> INR:
-    """The INR of `kind` ("per_tensor_mlp") with the given fields.
+    """The INR of `kind` ("per_tensor_mlp" or "grid") with the given fields.
 
     Raises:
         ValueError: for an unknown kind or field.
@@ -227,7 +380,8 @@ def describe_inr(inr: INR) -> dict[str, Any]:
     """`{"kind": ..., **fields}` in JSON types, so that `make_inr(**describe_inr(inr)) == inr`."""
     for kind, cls in INR_KINDS.items():
         if type(inr) is cls:
-            return {"kind": kind, **dataclasses.asdict(inr)}
+            fields = {f.name: getattr(inr, f.name) for f in dataclasses.fields(cls)}
+            return {"kind": kind, **fields}
     raise ValueError(f"{type(inr).__name__} is not in INR_KINDS; add it there to save it.")
 
 
@@ -269,7 +423,12 @@ def learned_params(hypernetwork: Hypernetwork, backbone: Mapping) -> Params:
 
 
 def init(
-    key: jax.Array, hypernetwork: Hypernetwork, backbone: Mapping, *, alpha: float = 0.0
+    key: jax.Array,
+    hypernetwork: Hypernetwork,
+    backbone: Mapping,
+    *,
+    alpha: float = 0.0,
+    from_backbone: bool = False,
 ) -> Params:
     """A fresh parameter tree around the folded full-size `backbone`.
 
@@ -278,9 +437,14 @@ def init(
         hypernetwork: the family.
         backbone: folded tree of `hypernetwork.spec`; supplies what is not generated.
         alpha: initial SkipInit scalar; 0 makes every generated block the identity (HTTY).
+        from_backbone: start at the backbone's own weights, for INR kinds that have a closed form.
     """
+    inr_params = hypernetwork.inr.init(key, hypernetwork.groups)
+    if from_backbone:
+        raw = pack_blocks(hypernetwork, backbone)
+        inr_params = hypernetwork.inr.start_from(inr_params, hypernetwork.groups, raw)
     return {
-        "inr": hypernetwork.inr.init(key, hypernetwork.groups),
+        "inr": inr_params,
         "alpha": jnp.full(len(hypernetwork.blocks), alpha, jnp.float32),
         "learned": jax.tree.map(jnp.asarray, learned_params(hypernetwork, backbone)),
     }
@@ -305,9 +469,11 @@ def check_widths(hypernetwork: Hypernetwork, widths, spec: ResNetSpec | None = N
             "widths must be integers (hidden channels, not ratios; Hypernetwork.widths(ratio) "
             f"makes them), got {jnp.result_type(widths)}."
         )
-    if isinstance(widths, jax.core.Tracer):
+    try:
+        concrete = np.asarray(widths)
+    except jax.errors.TracerArrayConversionError:
         return
-    for n, width in zip(blocks, np.asarray(widths), strict=True):
+    for n, width in zip(blocks, concrete, strict=True):
         block = spec.blocks[n]
         lowest = 0 if block.skippable else 1
         if not lowest <= width <= block.hidden_width:
@@ -362,6 +528,36 @@ def generate_blocks(
     return tree
 
 
+def pack_blocks(hypernetwork: Hypernetwork, tree: Mapping) -> dict[str, jax.Array]:
+    """The generated tensors of a full-size folded tree, as an INR emits them.
+
+    Returns:
+        float32[tensors, rows, columns, num_outputs] by group name.
+
+    Raises:
+        ValueError: if blocks of one group differ in hidden width.
+    """
+    raw = {}
+    for group in hypernetwork.groups:
+        tensors = []
+        for position in group.positions:
+            block = hypernetwork.spec.blocks[hypernetwork.blocks[position]]
+            tensor = jnp.asarray(tree[block.name][group.layer][group.kind])
+            if group.kind == "bias":
+                tensor = tensor[:, None, None]
+            else:
+                tensor = tensor.transpose(3, 2, 0, 1)
+                tensor = tensor.reshape(*tensor.shape[:2], -1)
+            tensors.append(tensor)
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise ValueError(
+                f"The blocks of {group.name} must have one hidden width to be stacked, got "
+                f"{[hypernetwork.full_widths[p] for p in group.positions]}."
+            )
+        raw[group.name] = jnp.stack(tensors)
+    return raw
+
+
 def skip_init(layers: Mapping, alpha: jax.Array) -> Params:
     """A block's layers with SkipInit's scalar absorbed: alpha * (kernel * x + bias) after conv2."""
     conv2 = {kind: alpha * values for kind, values in layers["conv2"].items()}
@@ -371,7 +567,7 @@ def skip_init(layers: Mapping, alpha: jax.Array) -> Params:
 def generate(
     hypernetwork: Hypernetwork,
     params: Mapping,
-    widths: jax.Array,
+    widths: jax.Array | np.ndarray,
     *,
     spec: ResNetSpec | None = None,
     key: jax.Array | None = None,
@@ -434,8 +630,14 @@ def generate_dense(
     Each new set of widths compiles anew where the result is used; for many networks use `generate`.
     Blocks of width 0 are left out.
     """
-    widths = np.asarray(widths, np.int32)
-    ceiling = [max(int(w), 1) for w in widths]
-    container = morph(hypernetwork.spec, hypernetwork.blocks, ceiling)
-    tree = generate(hypernetwork, params, widths, spec=container, key=key, num_samples=num_samples)
-    return slice_params(container, tree, hypernetwork.blocks, [int(w) for w in widths])
+    chosen = [int(w) for w in widths]
+    container = morph(hypernetwork.spec, hypernetwork.blocks, [max(w, 1) for w in chosen])
+    tree = generate(
+        hypernetwork,
+        params,
+        np.array(chosen, np.int32),
+        spec=container,
+        key=key,
+        num_samples=num_samples,
+    )
+    return slice_params(container, tree, hypernetwork.blocks, chosen)

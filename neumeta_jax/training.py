@@ -126,9 +126,10 @@ def teacher_update(
 # --- INR -------------------------------------------------------------------------------------
 
 MODES = ("blockwise", "at_once")
-BLOCK_INITS = ("copy", "fit")
+BLOCK_INITS = ("copy", "teacher")
 LEARNED = ("last", "all", "none")
 FIT_WIDTHS = ("full", "random")
+WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
 
 
@@ -141,10 +142,11 @@ class InrRecipe:
             trains all of them in one phase (NeuMeta, arXiv 2410.11878).
         epochs: of each phase; one epoch shows every training image once, to one of the sizes.
         final_epochs: of a last phase after all blocks have joined.
-        warmup_epochs: linear warm-up of the learning rate in a phase that opens a stage, whose INR
-            has nothing to be copied from.
-        block_init: a new block's INR starts as a "copy" of the previous block's, or keeps the
-            weights of the "fit" phase.
+        warmup_epochs: length of the linear warm-up of the learning rates.
+        warmup_phases: which phases warm up: only those that open a "stage", whose INR has nothing
+            to be copied from (papers), or "all", because each starts a fresh optimiser.
+        block_init: a new block's INR starts as a "copy" of the previous block's, or from the
+            "teacher": in closed form for INR kinds that have one, else from the fit phase.
         fit_steps, fit_learning_rate: the fit phase; 0 steps leave it out.
         fit_widths: fit the teacher at "full" width only, or at "random" widths of the trained range
             too, where the target is the teacher with its hidden channels averaged
@@ -153,6 +155,8 @@ class InrRecipe:
         batch_size: images per size.
         num_random_sizes: sizes per step beside the full width.
         min_width_ratio, max_width_ratio: trained range; ratios are drawn uniformly from it.
+        sandwich: the first of the random sizes is always the smallest of the trained range (Yu and
+            Huang, arXiv 1903.05134).
         per_block_widths: draw one ratio per block instead of one per network.
         noise: whether training adds coordinate noise (its size belongs to the INR).
         ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
@@ -167,6 +171,7 @@ class InrRecipe:
     epochs: float = 50.0
     final_epochs: float = 0.0
     warmup_epochs: float = 20.0
+    warmup_phases: str = "stage"
     blocks_per_phase: int = 1
     block_init: str = "copy"
     fit_steps: int = 0
@@ -177,6 +182,7 @@ class InrRecipe:
     num_random_sizes: int = 3
     min_width_ratio: float = 0.5
     max_width_ratio: float = 1.0
+    sandwich: bool = False
     per_block_widths: bool = False
     noise: bool = True
     ce_weight: float = 100.0
@@ -199,6 +205,7 @@ class InrRecipe:
             ("learned", LEARNED),
             ("schedule", SCHEDULES),
             ("fit_widths", FIT_WIDTHS),
+            ("warmup_phases", WARMUP_PHASES),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
@@ -257,6 +264,7 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
 
     def add(name, kind, num_steps, num_active, new_blocks, warmup_steps=0):
         start = result[-1].stop if result else 0
+        warmup_steps = min(warmup_steps, num_steps)
         stage = stages[num_active - 1]
         result.append(
             Phase(name, kind, start, start + num_steps, num_active, new_blocks, warmup_steps, stage)
@@ -266,7 +274,8 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
     if recipe.fit_steps:
         add("fit", "fit", recipe.fit_steps, num_blocks, everything)
     steps = round(recipe.epochs * per_epoch)
-    warmup = min(round(recipe.warmup_epochs * per_epoch), steps)
+    warmup = round(recipe.warmup_epochs * per_epoch)
+    always = recipe.warmup_phases == "all"
     if recipe.mode == "at_once":
         add("all blocks", "train", steps, num_blocks, everything, warmup)
     else:
@@ -274,10 +283,10 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
             new = tuple(range(first, min(first + recipe.blocks_per_phase, num_blocks)))
             opens = any(p == 0 or stages[p] != stages[p - 1] for p in new)
             name = f"block {new[-1] + 1} of {num_blocks}"
-            add(name, "train", steps, new[-1] + 1, new, warmup if opens else 0)
+            add(name, "train", steps, new[-1] + 1, new, warmup if opens or always else 0)
     final = round(recipe.final_epochs * per_epoch)
     if final:
-        add("final", "train", final, num_blocks, ())
+        add("final", "train", final, num_blocks, (), warmup if always else 0)
     return tuple(phase for phase in result if phase.stop > phase.start)
 
 
@@ -329,11 +338,11 @@ def start_phase(
 class PhaseInputs(NamedTuple):
     """What a step needs to know of its phase, as arrays, so that all phases share a compilation."""
 
-    start: np.ndarray
-    num_steps: np.ndarray
-    warmup_steps: np.ndarray
-    active: np.ndarray
-    learn_last: np.ndarray
+    start: Any  # int32
+    num_steps: Any  # int32
+    warmup_steps: Any  # int32
+    active: Any  # bool[num_blocks]
+    learn_last: Any  # bool
 
 
 def phase_inputs(hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase) -> PhaseInputs:
@@ -382,12 +391,17 @@ def update_mask(
 def sample_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, num: int
 ) -> jax.Array:
-    """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range."""
+    """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range.
+
+    With `recipe.sandwich` the first row holds the smallest widths of the range.
+    """
     full = jnp.array(hypernetwork.full_widths, jnp.float32)
     shape = (num, len(full)) if recipe.per_block_widths else (num, 1)
     ratios = jax.random.uniform(
         key, shape, minval=recipe.min_width_ratio, maxval=recipe.max_width_ratio
     )
+    if recipe.sandwich and num:
+        ratios = ratios.at[0].set(recipe.min_width_ratio)
     return jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
 
 
@@ -538,11 +552,11 @@ def fit_update(
         # Always a cosine: there is nothing to keep exploring once the weights are met.
         done = (step - phase.start) / phase.num_steps
         scale = factor * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        updates = {
-            "inr": jax.tree.map(lambda u: scale * u, updates["inr"]),
-            "alpha": jnp.zeros_like(updates["alpha"]),
-            "learned": jax.tree.map(jnp.zeros_like, updates["learned"]),
+        mask = {
+            name: jax.tree.map(lambda _, n=name: float(n == "inr"), values)
+            for name, values in state.params.items()
         }
+        updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
@@ -597,29 +611,25 @@ def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> C
 
     if steps_per_call == 1:
 
-        def call(state, first, last, key, images, order, offset, *rest):
+        def call_one(state, first, last, key, images, order, offset, *rest):
             del last
             state, metrics, finite = one(state, first, offset, key, images, order, rest)
             return state, metrics, jnp.where(finite, -1, first)
 
-    else:
+        return jax.jit(call_one, donate_argnums=0)
 
-        def call(state, first, last, key, images, order, offset, *rest):
-            shapes = jax.eval_shape(
-                lambda s: one(s, first, offset, key, images, order, rest)[1], state
-            )
-            metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    def call(state, first, last, key, images, order, offset, *rest):
+        shapes = jax.eval_shape(lambda s: one(s, first, offset, key, images, order, rest)[1], state)
+        metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-            def body(step, carry):
-                state, _, bad = carry
-                position = offset + (step - first) * images_per_step
-                new_state, new_metrics, finite = one(
-                    state, step, position, key, images, order, rest
-                )
-                bad = jnp.where((bad < 0) & ~finite, step, bad)
-                return new_state, new_metrics, bad
+        def body(step, carry):
+            state, _, bad = carry
+            position = offset + (step - first) * images_per_step
+            new_state, new_metrics, finite = one(state, step, position, key, images, order, rest)
+            bad = jnp.where((bad < 0) & ~finite, step, bad)
+            return new_state, new_metrics, bad
 
-            return jax.lax.fori_loop(first, last, body, (state, metrics, jnp.int32(-1)))
+        return jax.lax.fori_loop(first, last, body, (state, metrics, jnp.int32(-1)))
 
     return jax.jit(call, donate_argnums=0)
 

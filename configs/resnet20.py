@@ -1,0 +1,120 @@
+"""CIFAR-100, ResNet20, sized for two CPU cores: a grid INR that starts at the teacher.
+
+    python train.py --config=configs/resnet20.py --workdir=/tmp/resnet20 \\
+        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+
+The teacher is the public network of `chenyaofo/pytorch-cifar-models` (68.83 % top-1); without
+`teacher.file` one is trained first, which takes hours on two cores.
+
+Hardware, time and result: see results/cifar100_resnet20/README.md.
+Presets: `:smoke` touches every phase in about a minute; `:per_tensor_mlp` is the papers' INR kind
+at a size that two cores can train.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in ("", "smoke", "per_tensor_mlp"):
+        raise ValueError(
+            f"configs/resnet20.py has the presets 'smoke' and 'per_tensor_mlp', got {preset!r}."
+        )
+    config = ConfigDict()
+    config.seed = 0
+    config.dtype = "float32"
+    config.smooth = True
+    config.generated = "inner"
+    config.log_every = 50
+    config.eval_every = 0  # besides the end of each phase
+    config.checkpoint_every = 100
+
+    config.data = ConfigDict()
+    config.data.name = "cifar100"
+    config.data.dir = ""
+    config.data.num_validation = 5000
+    config.data.split_seed = 0
+    config.data.crop_padding = 4
+    config.data.flip = True
+    config.data.mean = ()  # those of the data set
+    config.data.std = ()
+
+    config.network = ConfigDict()
+    config.network.depth = 20
+    config.network.stage_widths = (16, 32, 64)
+    config.network.shortcut = "projection"
+
+    config.teacher = ConfigDict()
+    config.teacher.file = ""
+    config.teacher.epochs = 200.0
+    config.teacher.batch_size = 128
+    config.teacher.learning_rate = 0.1
+    config.teacher.momentum = 0.9
+    config.teacher.weight_decay = 5e-4
+    config.teacher.label_smoothing = 0.0
+
+    config.inr = ConfigDict()
+    config.inr.kind = "grid"
+    config.inr.num_terms = 2
+    config.inr.resampling = "cell"
+    config.inr.noise_scale = 0.0
+
+    config.train = ConfigDict()
+    config.train.mode = "blockwise"
+    config.train.epochs = 0.4  # of each of the five blocks
+    config.train.final_epochs = 9.0
+    config.train.warmup_epochs = 0.1
+    config.train.warmup_phases = "all"
+    config.train.blocks_per_phase = 1
+    config.train.block_init = "teacher"
+    config.train.fit_steps = 0  # the grid starts at the teacher in closed form
+    config.train.fit_learning_rate = 4e-3
+    config.train.fit_widths = "full"
+    config.train.alpha_init = 1.0
+    config.train.batch_size = 64
+    config.train.num_random_sizes = 2
+    config.train.min_width_ratio = 0.5
+    config.train.max_width_ratio = 1.0
+    config.train.sandwich = True
+    config.train.per_block_widths = False
+    config.train.noise = True
+    config.train.ce_weight = 1.0
+    config.train.norm_weight = 1e-5
+    config.train.reconstruction_weight = 0.0
+    config.train.distillation_weight = 4.0
+    config.train.temperature = 2.0
+    config.train.learning_rate = 1e-3
+    config.train.alpha_learning_rate = 1e-3
+    config.train.learned_learning_rate = 5e-4
+    config.train.weight_decay = 1e-4
+    config.train.clip = 10.0
+    config.train.learned = "all"
+    config.train.schedule = "cosine"
+
+    config.eval = ConfigDict()
+    config.eval.split = "test"
+    config.eval.width_ratios = (1.25, 1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3, 0.25)
+    config.eval.progress_ratios = (1.0, 0.75, 0.5)
+    config.eval.progress_images = 1000
+    config.eval.batch_size = 500
+    config.eval.num_samples = 1
+
+    if preset == "per_tensor_mlp":
+        config.inr = ConfigDict()
+        config.inr.kind = "per_tensor_mlp"
+        config.inr.hidden_width = 192
+        config.inr.num_layers = 4
+        config.inr.num_frequencies = 7
+        config.inr.activation = "elu"
+        config.inr.noise_scale = 0.0
+        config.inr.noise_per = "channel"
+        config.train.fit_steps = 800
+        config.train.learning_rate = 1e-4
+    if preset == "smoke":
+        config.data.num_validation = 200
+        config.train.epochs = 0.005
+        config.train.final_epochs = 0.01
+        config.eval.progress_images = 100
+        config.eval.split = "validation"
+        config.eval.width_ratios = (1.0, 0.5, 0.25)
+        config.log_every = 1
+    return config
