@@ -12,11 +12,13 @@ encoding of single coordinates costs C_out + C_in evaluations instead of C_out *
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neumeta_jax.architecture import ResNetSpec
 
@@ -150,12 +152,17 @@ def add_noise(
     """
     if per not in NOISE:
         raise ValueError(f"noise must be drawn per one of {NOISE}, got {per!r}.")
-    noisy = []
-    for entry, entry_key in zip(coords, jax.random.split(key, len(coords)), strict=True):
-        shape = coords.shape if per == "query" else entry.shape
-        noise = jnp.clip(jax.random.uniform(entry_key, shape, minval=-0.5, maxval=0.5), -0.49, 0.49)
-        noisy.append(entry + scale * noise)
-    return Coordinates(*noisy)
+    shapes = [coords.shape if per == "query" else entry.shape for entry in coords]
+    sizes = [math.prod(shape) for shape in shapes]
+    # One draw for all entries: the generator is most of the compiled code.
+    noise = jax.random.uniform(key, (sum(sizes),), minval=-0.5, maxval=0.5)
+    noise = scale * jnp.clip(noise, -0.49, 0.49)
+    parts = jnp.split(noise, np.cumsum(sizes)[:-1])
+    moved = [
+        entry + part.reshape(shape)
+        for entry, part, shape in zip(coords, parts, shapes, strict=True)
+    ]
+    return Coordinates(*moved)
 
 
 def normalize(coords: Coordinates, norm: int) -> Coordinates:

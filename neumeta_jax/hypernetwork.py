@@ -94,10 +94,16 @@ class CoordinateMLP(nn.Module):
         features = 1 + 2 * self.num_frequencies
         kernel = self.param("in_kernel", uniform, (len(coords) * features, self.hidden_width))
         kernel = kernel.reshape(len(coords), features, self.hidden_width)
-        # Linear in the encodings: every entry is projected at its own shape, then broadcast.
+        # Linear in the encodings: entries are projected at their own shape and broadcast, those of
+        # one shape together, in one product.
         h = self.param("in_bias", nn.initializers.zeros, (self.hidden_width,))
-        for entry, weights in zip(coords, kernel, strict=True):
-            h = h + coordinates.fourier_features(entry, self.num_frequencies) @ weights
+        for shape in dict.fromkeys(entry.shape for entry in coords):
+            chosen = [n for n, entry in enumerate(coords) if entry.shape == shape]
+            encoded = [
+                coordinates.fourier_features(coords[n], self.num_frequencies) for n in chosen
+            ]
+            weights = jnp.concatenate([kernel[n] for n in chosen])
+            h = h + jnp.concatenate(encoded, axis=-1) @ weights
         h = act(h)
         for layer in range(1, self.num_layers):
             scale = self.param(f"scale{layer}", nn.initializers.constant(0.1), ())

@@ -48,21 +48,13 @@ def plot_grid(
                 label = "trained range" if trained else "never trained"
                 axis.scatter(x, y, color=color, marker=marker, s=30, label=label, zorder=2)
         if teacher_accuracy is not None:
-            axis.axhline(100 * teacher_accuracy, color="0.3", linestyle="--", linewidth=1)
+            label = f"teacher, {100 * teacher_accuracy:.1f} %"
+            axis.axhline(
+                100 * teacher_accuracy, color="0.3", linestyle="--", linewidth=1, label=label
+            )
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    if teacher_accuracy is not None:
-        # Above the line, at the end where the small networks leave room.
-        left.annotate(
-            f"teacher {100 * teacher_accuracy:.1f} %",
-            (0.01, 100 * teacher_accuracy),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            fontsize=8,
-            color="0.3",
-        )
     left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
     left.set_xlabel("kept hidden width (ratio)")
     left.set_ylabel("top-1 accuracy (%)")

@@ -10,6 +10,7 @@ that was interrupted ends with the same bits as one that was not.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -439,15 +440,18 @@ def inr_update(
     `PhaseInputs`.
 
     Args:
-        unroll: write the sizes out instead of looping over them; XLA's CPU backend runs
-            convolutions inside loops on one core.
+        unroll: generate all sizes in one batched call and write their networks out instead of
+            looping over sizes. XLA's CPU backend runs convolutions inside loops on one core;
+            elsewhere the loop saves memory and compilation.
     """
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
 
-    def loss_fn(params, widths, is_full, key, x, y, teacher, phase):
+    def generate(params, widths, key):
         noise_key = key if recipe.noise else None
-        generated = hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+        return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+
+    def size_loss(params, generated, is_full, x, y, teacher_logits, teacher, phase):
         tree = mixed_tree(hypernetwork, params, generated, teacher, phase.active)
         logits = resnet.apply(spec, tree, x)
         active = {
@@ -466,7 +470,7 @@ def inr_update(
         )
         if recipe.distillation_weight:
             terms["distillation"] = losses.distillation(
-                logits, resnet.apply(spec, teacher, x), temperature=recipe.temperature
+                logits, teacher_logits, temperature=recipe.temperature
             )
             loss += recipe.distillation_weight * terms["distillation"]
         terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
@@ -477,29 +481,45 @@ def inr_update(
         full = jnp.array([hypernetwork.full_widths], jnp.int32)
         drawn = sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
         widths = jnp.concatenate([full, drawn])
+        keys = jax.random.split(noise_key, recipe.num_sizes)
         x = preprocessing.train(data_key, images.images[indices])
-        per_size = (recipe.num_sizes, recipe.batch_size)
-        sizes = (
-            widths,
-            jnp.arange(recipe.num_sizes) == 0,
-            jax.random.split(noise_key, recipe.num_sizes),
-            x.reshape(per_size + x.shape[1:]),
-            images.labels[indices].reshape(per_size),
+        teacher_logits = None
+        if recipe.distillation_weight:
+            teacher_logits = resnet.apply(spec, teacher, x)
+        # One leading axis of sizes; None has no leaves and stays None.
+        batches = jax.tree.map(
+            lambda a: a.reshape(recipe.num_sizes, recipe.batch_size, *a.shape[1:]),
+            (x, images.labels[indices], teacher_logits),
         )
+        is_full = jnp.arange(recipe.num_sizes) == 0
 
-        def gradient(total, size):
-            grads, terms = jax.grad(loss_fn, has_aux=True)(state.params, *size, teacher, phase)
+        def all_sizes(params):
+            generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)
+            total, collected = jnp.zeros(()), []
+            for n in range(recipe.num_sizes):
+                pick = functools.partial(jax.tree.map, lambda a, n=n: a[n])
+                loss, terms = size_loss(
+                    params, pick(generated), is_full[n], *pick(batches), teacher, phase
+                )
+                total += loss
+                collected.append(terms)
+            return total, jax.tree.map(lambda *values: jnp.stack(values), *collected)
+
+        def one_size(total, size):
+            widths, key, is_full, batch = size
+
+            def loss_fn(params):
+                generated = generate(params, widths, key)
+                return size_loss(params, generated, is_full, *batch, teacher, phase)
+
+            grads, terms = jax.grad(loss_fn, has_aux=True)(state.params)
             return jax.tree.map(jnp.add, total, grads), terms
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
         if unroll:
-            grads, collected = zeros, []
-            for n in range(recipe.num_sizes):
-                grads, terms = gradient(grads, jax.tree.map(lambda x, n=n: x[n], sizes))
-                collected.append(terms)
-            terms = jax.tree.map(lambda *x: jnp.stack(x), *collected)
+            grads, terms = jax.grad(all_sizes, has_aux=True)(state.params)
         else:
-            grads, terms = jax.lax.scan(gradient, zeros, sizes)
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, terms = jax.lax.scan(one_size, zeros, (widths, keys, is_full, batches))
         grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
 
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
