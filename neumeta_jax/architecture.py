@@ -99,6 +99,11 @@ class ResNetSpec:
             )
         if self.shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut must be one of {SHORTCUTS}, got {self.shortcut!r}.")
+        if self.shortcut == "pad" and list(self.stage_widths) != sorted(self.stage_widths):
+            raise ValueError(
+                "Padded shortcuts need stage widths that do not decrease, got "
+                f"{self.stage_widths}; use shortcut='projection'."
+            )
         for block in self.blocks:
             if block.hidden_width < 0:
                 raise ValueError(

@@ -71,6 +71,13 @@ def parse(
         UsageError: for a missing file, preset, flag or field, or a value of the wrong type.
     """
     argv = list(argv)
+    values = flags.FlagValues()
+    define(values)
+    if any(arg in ("-h", "--help", "-help") for arg in argv):
+        print((sys.modules["__main__"].__doc__ or "").strip())
+        print("\nFlags, besides --config=FILE[:PRESET] and --config.FIELD=VALUE:")
+        print(values.get_help())
+        sys.exit(0)
     path, preset = _config_argument(argv)
     if path is None:
         if config_required:
@@ -80,8 +87,6 @@ def parse(
     else:
         base = _load_config(path, preset)
         argv = _checked_overrides(argv, _flatten(base.to_dict()))
-    values = flags.FlagValues()
-    define(values)
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -90,17 +95,12 @@ def parse(
         lock_config=True,
         sys_argv=argv,
     )
-    flags.DEFINE_bool("help", False, "Show this help.", flag_values=values)
     try:
         remaining = values(argv)
     except flags.Error as error:
         raise UsageError(" ".join(str(error).split())) from None
     except (AttributeError, KeyError, TypeError) as error:
         raise UsageError(" ".join(str(error).strip("'\"").split())) from None
-    if values.help:
-        print(f"{pathlib.Path(argv[0]).name}\n{values.main_module_help() or values}")
-        print(values.get_help())
-        sys.exit(0)
     if len(remaining) > 1:
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
@@ -169,7 +169,7 @@ def _checked_overrides(argv: Sequence[str], fields: Mapping[str, Any]) -> list[s
                 close = [field for field in fields if field.rsplit(".", 1)[-1] == leaf][:1]
             if any(field.startswith(f"{name}.") for field in fields):
                 close = [field for field in fields if field.startswith(f"{name}.")][:1]
-            hint = f"did you mean --config.{close[0]}?" if close else "--help lists the fields."
+            hint = f"did you mean --config.{close[0]}?" if close else "see the file for the fields."
             raise UsageError(f"The config has no field {name!r}; {hint}")
         default = fields[name]
         if not equals:

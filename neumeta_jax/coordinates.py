@@ -191,6 +191,7 @@ def fourier_features(x: jax.Array, num_frequencies: int) -> jax.Array:
     [0.5, 1.0, 0.0, 0.0, -1.0]
     """
     x = x.astype(jnp.float32)[..., None]
-    half_turns = x * jnp.exp2(jnp.arange(num_frequencies, dtype=jnp.float32))
+    # NumPy's powers of two are exact; XLA's exp2 is not.
+    half_turns = x * np.exp2(np.arange(num_frequencies, dtype=np.float32))
     phase = jnp.pi * (half_turns - 2.0 * jnp.round(half_turns / 2.0))
     return jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1)

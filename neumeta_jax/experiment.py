@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -493,27 +494,27 @@ def fold_and_smooth(
     measured = len(labels) > 0
     report = {}
 
-    def measure(name, params):
+    def measure(name, accuracy, params):
         if measured:
-            report[name] = evaluation.accuracy(
+            report[name] = accuracy(
                 spec, params, images, labels, preprocessing, batch_size=experiment.eval_batch_size
             )
-            print(f"teacher accuracy {name}: {100 * report[name]:.2f} %", flush=True)
+            correct = round(report[name] * len(labels))
+            print(
+                f"teacher accuracy {name}: {100 * report[name]:.2f} % ({correct} of {len(labels)})",
+                flush=True,
+            )
 
-    if measured:
-        report["as trained"] = evaluation.batch_norm_accuracy(
-            spec, variables, images, labels, preprocessing, batch_size=experiment.eval_batch_size
-        )
-        print(f"teacher accuracy as trained: {100 * report['as trained']:.2f} %", flush=True)
+    measure("as trained", evaluation.batch_norm_accuracy, variables)
     params = resnet.fold_batch_norm(variables)
-    measure("folded", params)
+    measure("folded", evaluation.accuracy, params)
     if experiment.smooth:
         before = smoothing.total_variation(params, spec)
         params, _ = smoothing.smooth(params, spec)
         after = smoothing.total_variation(params, spec)
         report |= {"total variation before": before, "total variation after": after}
         print(f"smoothing: total variation {before:.1f} -> {after:.1f}", flush=True)
-        measure("smoothed", params)
+        measure("smoothed", evaluation.accuracy, params)
     return Backbone(params, report)
 
 
@@ -551,13 +552,12 @@ def train_inr(
     if not phases:
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     total = phases[-1].stop
-    params = hyper.init(
-        phase_key(experiment, 1),
-        hypernetwork,
-        backbone,
-        alpha=recipe.alpha_init,
-        from_backbone=recipe.block_init == "teacher",
-    )
+    params = jax.jit(
+        functools.partial(
+            hyper.init, alpha=recipe.alpha_init, from_backbone=recipe.block_init == "teacher"
+        ),
+        static_argnums=1,
+    )(phase_key(experiment, 1), hypernetwork, backbone)
     saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
     optimizer = training.inr_optimizer(recipe)
     template = jax.eval_shape(lambda p: training.TrainState(p, optimizer.init(p)), params)

@@ -138,6 +138,8 @@ class PerTensorMLP:
                 "An INR needs hidden_width >= 1, num_layers >= 1 and num_frequencies >= 0, got "
                 f"{self.hidden_width=}, {self.num_layers=}, {self.num_frequencies=}."
             )
+        if self.noise_scale < 0:
+            raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}.")
         if self.activation not in ("elu", "relu", "gelu"):
             raise ValueError(f"activation must be one of elu, relu, gelu, got {self.activation!r}.")
         if self.noise_per not in coordinates.NOISE:
@@ -157,10 +159,18 @@ class PerTensorMLP:
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
         params = {}
-        for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
-            keys = jax.random.split(group_key, len(group.positions))
-            mlp = self._mlp(group)
-            params[group.name] = jax.vmap(lambda k, mlp=mlp: mlp.init(k, dummy)["params"])(keys)
+        # All MLPs of one shape in one call: random numbers take long to compile.
+        for outputs in sorted({group.num_outputs for group in groups}):
+            alike = [group for group in groups if group.num_outputs == outputs]
+            sizes = [len(group.positions) for group in alike]
+            mlp = self._mlp(alike[0])
+            keys = jax.random.split(jax.random.fold_in(key, outputs), sum(sizes))
+            stacked = jax.vmap(lambda k, mlp=mlp: mlp.init(k, dummy)["params"])(keys)
+            start = 0
+            for group, size in zip(alike, sizes, strict=True):
+                stop = start + size
+                params[group.name] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], stacked)
+                start = stop
         return params
 
     def __call__(
@@ -461,19 +471,30 @@ def num_inr_params(params: Mapping) -> int:
     return sum(x.size for x in jax.tree.leaves({"inr": params["inr"], "alpha": params["alpha"]}))
 
 
-def check_widths(hypernetwork: Hypernetwork, widths, spec: ResNetSpec | None = None) -> None:
-    """Raises ValueError where concrete `widths` do not fit; traced widths are taken on trust."""
+def check_widths(
+    hypernetwork: Hypernetwork, widths, spec: ResNetSpec | None = None, *, limited: bool = True
+) -> None:
+    """Raises ValueError where concrete `widths` do not fit; traced widths are taken on trust.
+
+    Args:
+        hypernetwork: the family.
+        widths: hidden widths of its blocks, an array or a sequence of ints.
+        spec: the shapes that are to hold them; default the full size.
+        limited: whether the channels of `spec` are an upper limit.
+    """
     spec = spec or hypernetwork.spec
     blocks = hypernetwork.blocks
-    if jnp.ndim(widths) != 1 or jnp.shape(widths)[0] != len(blocks):
+    if not isinstance(widths, jax.Array):
+        widths = np.asarray(widths)
+    if widths.ndim != 1 or widths.shape[0] != len(blocks):
         raise ValueError(
             f"widths must be an int array with one entry for each of the {len(blocks)} generated "
-            f"blocks, got shape {jnp.shape(widths)}."
+            f"blocks, got shape {widths.shape}."
         )
-    if not jnp.issubdtype(jnp.result_type(widths), jnp.integer):
+    if not jnp.issubdtype(widths.dtype, jnp.integer):
         raise ValueError(
             "widths must be integers (hidden channels, not ratios; Hypernetwork.widths(ratio) "
-            f"makes them), got {jnp.result_type(widths)}."
+            f"makes them), got {widths.dtype}."
         )
     try:
         concrete = np.asarray(widths)
@@ -482,11 +503,10 @@ def check_widths(hypernetwork: Hypernetwork, widths, spec: ResNetSpec | None = N
     for n, width in zip(blocks, concrete, strict=True):
         block = spec.blocks[n]
         lowest = 0 if block.skippable else 1
-        if not lowest <= width <= block.hidden_width:
-            raise ValueError(
-                f"{block.name} takes hidden widths from {lowest} to {block.hidden_width}, got "
-                f"{width}; larger ones need generate(..., spec=a larger ResNetSpec)."
-            )
+        if width < lowest or (limited and width > block.hidden_width):
+            allowed = f"from {lowest} to {block.hidden_width}" if limited else f"from {lowest} on"
+            larger = "; larger ones need generate(..., spec=a larger ResNetSpec)" if limited else ""
+            raise ValueError(f"{block.name} takes hidden widths {allowed}, got {width}{larger}.")
 
 
 def generate_blocks(
@@ -636,6 +656,7 @@ def generate_dense(
     Each new set of widths compiles anew where the result is used; for many networks use `generate`.
     Blocks of width 0 are left out.
     """
+    check_widths(hypernetwork, widths, limited=False)
     chosen = [int(w) for w in widths]
     container = morph(hypernetwork.spec, hypernetwork.blocks, [max(w, 1) for w in chosen])
     tree = generate(

@@ -257,6 +257,10 @@ def mask_params(
     The result computes the same function as the smaller network `slice_params` cuts out of it,
     at a shape that does not depend on `widths`.
     """
+    if len(widths) != len(blocks):
+        raise ValueError(
+            f"widths needs one entry for each of the {len(blocks)} blocks, got {len(widths)}."
+        )
     masked = dict(params)
     for position, n in enumerate(blocks):
         name = spec.blocks[n].name

@@ -451,7 +451,8 @@ def inr_update(
         noise_key = key if recipe.noise else None
         return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
 
-    def size_loss(params, generated, is_full, x, y, teacher_logits, teacher, phase):
+    def size_loss(params, generated, is_full, batch, teacher, phase):
+        x, y, teacher_logits = batch
         tree = mixed_tree(hypernetwork, params, generated, teacher, phase.active)
         logits = resnet.apply(spec, tree, x)
         active = {
@@ -499,7 +500,7 @@ def inr_update(
             for n in range(recipe.num_sizes):
                 pick = functools.partial(jax.tree.map, lambda a, n=n: a[n])
                 loss, terms = size_loss(
-                    params, pick(generated), is_full[n], *pick(batches), teacher, phase
+                    params, pick(generated), is_full[n], pick(batches), teacher, phase
                 )
                 total += loss
                 collected.append(terms)
@@ -510,7 +511,7 @@ def inr_update(
 
             def loss_fn(params):
                 generated = generate(params, widths, key)
-                return size_loss(params, generated, is_full, *batch, teacher, phase)
+                return size_loss(params, generated, is_full, batch, teacher, phase)
 
             grads, terms = jax.grad(loss_fn, has_aux=True)(state.params)
             return jax.tree.map(jnp.add, total, grads), terms

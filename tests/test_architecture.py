@@ -1,0 +1,201 @@
+"""The shapes of networks: parameters and multiply-adds against the papers and against JAX."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from neumeta_jax import resnet
+from neumeta_jax.architecture import (
+    SHORTCUTS,
+    ResNetSpec,
+    cifar_resnet,
+    generated_blocks,
+    morph,
+    widths_at,
+)
+
+
+def random_spec(seed):
+    """Any network there is: blocks of all widths, some skipped, odd and even image sizes."""
+    rng = np.random.default_rng(seed)
+    stage_widths = tuple(int(w) for w in np.sort(rng.integers(1, 9, 3)))
+    blocks_per_stage = int(rng.integers(1, 4))
+    spec = ResNetSpec(
+        stage_widths=stage_widths,
+        hidden_widths=(1,) * 3 * blocks_per_stage,
+        num_classes=int(rng.integers(1, 7)),
+        image_size=int(rng.integers(4, 14)),
+        channels=int(rng.integers(1, 4)),
+        shortcut=SHORTCUTS[rng.integers(2)],
+    )
+    widths = [rng.integers(0 if block.skippable else 1, 8) for block in spec.blocks]
+    return morph(spec, range(len(widths)), widths)
+
+
+def shapes_of(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def count_macs(jaxpr):
+    """Multiply-adds of all convolutions and matrix products, including those of inner calls."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            height, width, in_channels, _ = eqn.invars[1].aval.shape
+            total += math.prod(eqn.outvars[0].aval.shape) * height * width * in_channels
+        elif eqn.primitive.name == "dot_general":
+            ((contracted, _), _) = eqn.params["dimension_numbers"]
+            lengths = [eqn.invars[0].aval.shape[axis] for axis in contracted]
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(lengths)
+        for inner in eqn.params.values():
+            inner = getattr(inner, "jaxpr", inner)
+            total += count_macs(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def refusal(function, *args, **kwargs):
+    """The message with which `function` refuses; one line."""
+    with pytest.raises(ValueError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_resnet56_has_the_parameters_and_multiply_adds_of_the_papers():
+    assert cifar_resnet(56, num_classes=100).num_params == 859_492
+    assert cifar_resnet(56, num_classes=10).num_params == 853_642
+    assert round(cifar_resnet(56, num_classes=100).num_macs / 1e6, 2) == 125.75
+
+
+@pytest.mark.parametrize(
+    "gamma, thousand_params, million_macs",
+    [(0, 859, 125.8), (0.25, 684, 98.6), (0.5, 509, 71.5), (0.75, 334, 44.4)],
+)
+def test_compressed_networks_have_the_totals_of_the_papers(gamma, thousand_params, million_macs):
+    spec = cifar_resnet(56, num_classes=100)
+    blocks = generated_blocks(spec, "inner")
+    small = morph(spec, blocks, widths_at(spec, blocks, 1 - gamma))
+    assert round(small.num_params / 1000) == thousand_params
+    assert round(small.num_macs / 1e6, 1) == million_macs
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_num_params_counts_the_entries_of_the_parameter_tree(seed):
+    spec = random_spec(seed)
+    assert spec.num_params == sum(map(math.prod, shapes_of(resnet.param_shapes(spec))))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_num_macs_counts_what_the_forward_pass_multiplies(seed):
+    spec = random_spec(seed)
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        resnet.param_shapes(spec),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, spec.channels), np.float32)
+    jaxpr = jax.make_jaxpr(resnet.apply, static_argnums=0)(spec, params, images)
+    assert spec.num_macs == count_macs(jaxpr.jaxpr)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_spec_survives_json(seed):
+    spec = random_spec(seed)
+    restored = ResNetSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert restored == spec
+    assert hash(restored) == hash(spec)
+
+
+def test_skipping_a_block_removes_exactly_its_parameters_and_multiply_adds():
+    spec = cifar_resnet(20, num_classes=5)
+    for n in generated_blocks(spec):
+        small, block = morph(spec, [n], [0]), spec.blocks[n]
+        assert spec.num_params - small.num_params == block.num_params
+        assert spec.num_macs - small.num_macs == block.num_macs
+        assert small.depth == spec.depth  # positions of blocks do not move
+
+
+def test_the_inner_blocks_of_a_resnet56_are_23_of_27():
+    spec = cifar_resnet(56, num_classes=100)
+    blocks = [(spec.blocks[n].stage, spec.blocks[n].index) for n in generated_blocks(spec)]
+    last = {1: 8, 2: 8, 3: 7}
+    assert blocks == [(stage, index) for stage in last for index in range(1, last[stage] + 1)]
+    assert len(blocks) == 23
+    assert generated_blocks(spec, "all") == tuple(range(27))
+
+
+def test_widths_are_rounded_half_up_and_at_least_one():
+    spec = cifar_resnet(14, num_classes=5, stage_widths=(3, 5, 8))
+    assert widths_at(spec, (0, 2, 4), 0.5) == (2, 3, 4)
+    assert widths_at(spec, (0, 2, 4), 0.01) == (1, 1, 1)
+    assert widths_at(spec, (0, 2, 4), 1.5) == (5, 8, 12)
+    assert widths_at(spec, (0, 2, 4), 1) == (3, 5, 8)
+
+
+@pytest.mark.parametrize("depth", [2, 7, 13, 55, -4])
+def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
+    message = refusal(cifar_resnet, depth, num_classes=10)
+    assert "6n + 2" in message
+    assert f"depth={depth}" in message
+
+
+@pytest.mark.parametrize("width_ratio", [0, 1.6, -1, math.nan])
+def test_a_width_ratio_outside_its_range_is_refused(width_ratio):
+    spec = cifar_resnet(14, num_classes=5)
+    message = refusal(widths_at, spec, generated_blocks(spec), width_ratio)
+    assert f"got {width_ratio};" in message
+
+
+@pytest.mark.parametrize(
+    "change, given",
+    [
+        ({"shortcut": "identity"}, "'identity'"),
+        ({"stage_widths": (4, 6)}, "(4, 6)"),
+        ({"stage_widths": (4, 0, 8)}, "(4, 0, 8)"),
+        ({"hidden_widths": (4, 6, 8, 8)}, "4 hidden widths"),
+        ({"hidden_widths": ()}, "0 hidden widths"),
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"channels": -1}, "channels=-1"),
+        ({"hidden_widths": (4, 6, -2)}, "-2 for stage3_block0"),
+        ({"hidden_widths": (4, 0, 8)}, "stage2_block0"),
+    ],
+)
+def test_a_spec_of_impossible_shapes_is_refused(change, given):
+    fields = {"stage_widths": (4, 6, 8), "hidden_widths": (4, 6, 8), "num_classes": 5, **change}
+    assert given in refusal(ResNetSpec, **fields)
+
+
+def test_stage_widths_of_the_wrong_number_are_refused():
+    assert "(4, 6)" in refusal(cifar_resnet, 14, num_classes=5, stage_widths=[4, 6])
+
+
+def test_an_unknown_choice_of_generated_blocks_is_refused():
+    assert "'outer'" in refusal(generated_blocks, cifar_resnet(14, num_classes=5), "outer")
+
+
+def test_a_network_without_inner_blocks_says_what_to_do():
+    message = refusal(generated_blocks, cifar_resnet(8, num_classes=5))
+    assert "ResNet8" in message
+    assert "generated='all'" in message
+
+
+def test_skipping_a_block_that_reshapes_the_stream_is_refused():
+    assert "stage2_block0" in refusal(morph, cifar_resnet(14, num_classes=5), [2], [0])
+
+
+def test_morphing_needs_one_width_for_each_block():
+    message = refusal(morph, cifar_resnet(14, num_classes=5), [1, 3], [4, 4, 4])
+    assert "2 generated blocks" in message
+    assert "got 3" in message
+
+
+def test_a_dictionary_with_other_fields_is_refused():
+    fields = cifar_resnet(14, num_classes=5).to_dict()
+    assert "'dropout'" in refusal(ResNetSpec.from_dict, {**fields, "dropout": 0.1})
+    del fields["channels"]
+    assert "'channels'" in refusal(ResNetSpec.from_dict, fields)

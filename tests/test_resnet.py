@@ -1,0 +1,279 @@
+"""The folded network against an explicit one in NumPy, and against itself at other widths."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neumeta_jax import resnet
+from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks, morph
+
+NUM_IMAGES = 3
+apply = jax.jit(resnet.apply, static_argnums=0)
+resample = jax.jit(resnet.resample_block)
+
+
+def small_spec(**kwargs):
+    fields = {"stage_widths": (4, 6, 8), "image_size": 8, "channels": 2, **kwargs}
+    return cifar_resnet(14, num_classes=5, **fields)
+
+
+def random_params(spec, seed=0):
+    """Every weight random, biases included."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape):
+        scale = np.sqrt(2 / math.prod(shape[:-1])) if len(shape) > 1 else 0.5
+        return rng.normal(size=shape, scale=scale).astype(np.float32)
+
+    return jax.tree.map(
+        leaf, resnet.param_shapes(spec), is_leaf=lambda shape: isinstance(shape, tuple)
+    )
+
+
+def random_images(spec, seed=7):
+    shape = (NUM_IMAGES, spec.image_size, spec.image_size, spec.channels)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def random_widths(spec, blocks, seed):
+    rng = np.random.default_rng(seed)
+    chosen = [spec.blocks[n] for n in blocks]
+    return [int(rng.integers(0 if b.skippable else 1, b.hidden_width + 1)) for b in chosen]
+
+
+def reference_conv(x, layer, stride):
+    """PyTorch's Conv2d(kernel_size=k, stride=stride, padding=k // 2), pixel by pixel."""
+    kernel = np.asarray(layer["kernel"], np.float64)
+    side = len(kernel)
+    pad = side // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    size = (x.shape[1] - side) // stride + 1
+    y = np.empty((len(x), size, size, kernel.shape[-1]))
+    for i in range(size):
+        for j in range(size):
+            patch = x[:, i * stride : i * stride + side, j * stride : j * stride + side]
+            y[:, i, j] = np.tensordot(patch, kernel, 3)
+    return y + layer["bias"]
+
+
+def reference_logits(spec, params, images):
+    """The network of He et al., written out in float64."""
+    x = np.maximum(reference_conv(images, params["stem"], 1), 0)
+    for block in spec.blocks:
+        if block.name not in params:
+            continue
+        layers = params[block.name]
+        y = np.maximum(reference_conv(x, layers["conv1"], block.stride), 0)
+        y = reference_conv(y, layers["conv2"], 1)
+        if "shortcut" in layers:
+            x = reference_conv(x, layers["shortcut"], block.stride)
+        elif x.shape != y.shape:
+            widened = np.zeros_like(y)
+            before = (y.shape[-1] - x.shape[-1]) // 2
+            widened[..., before : before + x.shape[-1]] = x[:, ::2, ::2]
+            x = widened
+        x = np.maximum(x + y, 0)
+    return (
+        x.mean((1, 2)) @ np.asarray(params["head"]["kernel"], np.float64) + params["head"]["bias"]
+    )
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("image_size", [8, 9])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_the_network_computes_what_pytorch_computes(shortcut, image_size):
+    spec = small_spec(shortcut=shortcut, image_size=image_size)
+    params, images = random_params(spec), random_images(spec)
+    assert_close(apply(spec, params, images), reference_logits(spec, params, images))
+
+
+def test_networks_of_uneven_blocks_compute_what_pytorch_computes():
+    spec = morph(small_spec(channels=1), range(6), (0, 2, 9, 0, 1, 5))
+    params, images = random_params(spec), random_images(spec)
+    assert_close(apply(spec, params, images), reference_logits(spec, params, images))
+
+
+@pytest.mark.parametrize("size", [6, 7])
+def test_a_strided_convolution_pads_as_pytorch_does(size):
+    rng = np.random.default_rng(0)
+    layer = {"kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32), "bias": np.zeros(4)}
+    x = rng.normal(size=(2, size, size, 2)).astype(np.float32)
+    ours = resnet._conv(jnp.asarray(x), jnp.asarray(layer["kernel"]), 2)
+    assert_close(ours, reference_conv(x, layer, 2), 1e-6)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_folding_batch_norm_preserves_the_function(shortcut):
+    spec = small_spec(shortcut=shortcut)
+    model, images = resnet.ResNet(spec), random_images(spec)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    rng = np.random.default_rng(1)
+
+    def leaf(path, x):
+        if path[-1].key == "var":
+            return rng.uniform(0.01, 3, x.shape)
+        return rng.normal(size=x.shape) / np.sqrt(max(1, math.prod(x.shape[:-1])))
+
+    variables = jax.tree_util.tree_map_with_path(leaf, shapes)
+    folded = resnet.fold_batch_norm(variables)
+    assert jax.tree.map(jnp.shape, folded) == resnet.param_shapes(spec)
+    with jax.enable_x64(True):
+        expected = jax.jit(model.apply)(variables, jnp.asarray(images, jnp.float64))
+    assert_close(reference_logits(spec, folded, images), expected, 1e-6)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_the_linen_network_has_the_layer_names_of_the_folded_one(shortcut):
+    spec = morph(small_spec(shortcut=shortcut), (1, 3), (0, 2))
+    images = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
+    variables = jax.eval_shape(resnet.ResNet(spec).init, jax.random.key(0), images)
+
+    def kernels(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
+        named = {jax.tree_util.keystr(path): getattr(x, "shape", x) for path, x in leaves}
+        return {name: shape for name, shape in named.items() if name.endswith("['kernel']")}
+
+    assert kernels(variables["params"]) == kernels(resnet.param_shapes(spec))
+
+
+def test_initial_parameters_have_the_shapes_of_the_spec():
+    spec = morph(small_spec(), (1, 3), (0, 2))
+    params = jax.eval_shape(lambda key: resnet.init_params(key, spec), jax.random.key(0))
+    assert jax.tree.map(lambda x: x.shape, params) == resnet.param_shapes(spec)
+
+
+@pytest.mark.parametrize("which", ["inner", "all"])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
+    spec = small_spec(shortcut=shortcut)
+    blocks = generated_blocks(spec, which)
+    params, images = random_params(spec), random_images(spec)
+
+    @jax.jit
+    def masked_logits(widths):
+        return resnet.apply(spec, resnet.mask_params(spec, params, blocks, widths), images)
+
+    choices = [random_widths(spec, blocks, seed) for seed in range(6)]
+    lowest = [0 if spec.blocks[n].skippable else 1 for n in blocks]
+    full = [spec.blocks[n].hidden_width for n in blocks]
+    for widths in [*choices, lowest, full]:
+        small, dense = resnet.slice_params(spec, params, blocks, widths)
+        assert small == morph(spec, blocks, widths)
+        assert jax.tree.map(jnp.shape, dense) == resnet.param_shapes(small)
+        expected = reference_logits(small, dense, images)
+        assert_close(masked_logits(np.array(widths)), expected)
+
+
+def test_what_is_masked_may_be_anything_and_gets_no_gradient():
+    spec = small_spec()
+    blocks, widths = generated_blocks(spec, "all"), (0, 3, 2, 0, 5, 1)
+    params, images = random_params(spec), random_images(spec)
+
+    @jax.jit
+    def mask(tree):
+        return resnet.mask_params(spec, tree, blocks, widths)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return jnp.sum(resnet.apply(spec, mask(params), images) ** 2)
+
+    kept = jax.tree.map(lambda x: np.asarray(x) > 0, mask(jax.tree.map(np.ones_like, params)))
+    poisoned = jax.tree.map(lambda x, keep: np.where(keep, x, np.nan), params, kept)
+    value, gradients = loss(poisoned)
+    clean_value, clean_gradients = loss(params)
+    assert np.isfinite(value)
+    assert value == clean_value
+    for path, keep in jax.tree_util.tree_leaves_with_path(kept):
+        gradient, clean = gradients, clean_gradients
+        for step in path:
+            gradient, clean = gradient[step.key], clean[step.key]
+        np.testing.assert_array_equal(gradient, clean)
+        assert np.isfinite(gradient).all()
+        assert not np.asarray(gradient)[~keep].any()
+        assert np.asarray(gradient)[keep].any() == keep.any()
+
+
+def test_slicing_beyond_the_tree_is_refused():
+    spec = small_spec()
+    with pytest.raises(ValueError) as caught:
+        resnet.slice_params(spec, random_params(spec), (1, 3), (4, 7))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "stage2_block1 has 6 hidden channels, got a width of 7" in message
+
+
+def cell_means(x, axis, width):
+    """Means over `width` equal cells of an axis: exact, on the common refinement of both grids."""
+    fine = np.moveaxis(np.repeat(np.asarray(x, np.float64), width, axis), axis, 0)
+    return np.moveaxis(fine.reshape(width, x.shape[axis], *fine.shape[1:]).mean(1), 0, axis)
+
+
+def one_block():
+    spec = small_spec()
+    return random_params(spec)["stage2_block1"]
+
+
+def test_resampling_to_the_full_width_is_the_identity():
+    block = one_block()
+    resampled = resample(block, 6)
+    jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), resampled, block)
+
+
+def test_resampling_to_half_the_width_averages_neighbours():
+    conv1, conv2 = (one_block()[layer] for layer in ("conv1", "conv2"))
+    half = resample(one_block(), 3)
+    mean = (conv1["kernel"][..., ::2] + conv1["kernel"][..., 1::2]) / 2
+    assert_close(half["conv1"]["kernel"][..., :3], mean, 1e-6)
+    assert_close(half["conv1"]["bias"][:3], (conv1["bias"][::2] + conv1["bias"][1::2]) / 2, 1e-6)
+    total = conv2["kernel"][:, :, ::2] + conv2["kernel"][:, :, 1::2]
+    assert_close(half["conv2"]["kernel"][:, :, :3], total, 1e-6)
+    np.testing.assert_array_equal(half["conv2"]["bias"], conv2["bias"])
+
+
+def test_resampling_averages_over_cells_at_every_traced_width():
+    block = one_block()
+    conv1, conv2 = block["conv1"], block["conv2"]
+    for width in range(1, 7):
+        resampled = resample(block, width)
+        kernels = resampled["conv1"]["kernel"], resampled["conv2"]["kernel"]
+        assert_close(kernels[0][..., :width], cell_means(conv1["kernel"], 3, width), 1e-6)
+        assert_close(resampled["conv1"]["bias"][:width], cell_means(conv1["bias"], 0, width), 1e-6)
+        scaled = cell_means(conv2["kernel"], 2, width) * 6 / width
+        assert_close(kernels[1][:, :, :width], scaled, 1e-6)
+        # Hidden channels that all carry one value are summed to the same result.
+        assert_close(kernels[1].sum(2), conv2["kernel"].sum(2), 1e-6)
+        for beyond in (kernels[0][..., width:], kernels[1][:, :, width:]):
+            assert not np.asarray(beyond).any()
+        assert not np.asarray(resampled["conv1"]["bias"])[width:].any()
+    assert resample._cache_size() == 1
+
+
+def test_resampling_to_width_zero_leaves_the_identity():
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(resample(one_block(), 0)))
+
+
+def test_bfloat16_images_give_float32_logits_close_to_those_of_float32_images():
+    spec = small_spec()
+    params, images = random_params(spec), random_images(spec)
+    logits = apply(spec, params, jnp.asarray(images, jnp.bfloat16))
+    exact = apply(spec, params, images)
+    assert logits.dtype == exact.dtype == jnp.float32
+    assert_close(logits, exact, 0.05)
+    assert not np.allclose(logits, exact, rtol=1e-4, atol=0)  # it did run in bfloat16
+
+
+def test_apply_can_be_mapped_over_parameters():
+    spec = small_spec()
+    trees, images = [random_params(spec, seed) for seed in range(3)], random_images(spec)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+    logits = jax.jit(jax.vmap(lambda params: resnet.apply(spec, params, images)))(stacked)
+    for tree, result in zip(trees, logits, strict=True):
+        assert_close(result, reference_logits(spec, tree, images))
