@@ -196,7 +196,7 @@ def cifar_resnet(
     """The CIFAR ResNet of `depth` = 6n + 2 layers, with n blocks in each of three stages.
 
     >>> cifar_resnet(20, num_classes=10).num_params
-    271482
+    271690
 
     Raises:
         ValueError: if `depth` is not 6n + 2 with n >= 1, or any width is below 1.

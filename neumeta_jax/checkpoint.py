@@ -40,7 +40,8 @@ def save_tree(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, Any
         "/".join(entry.key for entry in keys): np.ascontiguousarray(leaf)
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
-    header = {"format": FORMAT, **{k: json.dumps(v) for k, v in metadata.items()}}
+    # One entry: safetensors writes several in any order, and equal trees should be equal files.
+    header = {FORMAT: json.dumps(dict(metadata), sort_keys=True)}
     partial = path.with_name(path.name + ".partial")
     safetensors.numpy.save_file(flat, partial, metadata=header)
     partial.replace(path)
@@ -65,7 +66,7 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
             f"{path} must be a complete safetensors file, but reading it failed ({error}); write "
             "it again."
         ) from error
-    if header.pop("format", None) != FORMAT:
+    if FORMAT not in header:
         raise ValueError(
             f"{path} must be written by this software (format {FORMAT!r}); it is some other "
             "safetensors file."
@@ -77,7 +78,7 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = jnp.asarray(value)
-    return tree, {name: json.loads(value) for name, value in header.items()}
+    return tree, json.loads(header[FORMAT])
 
 
 def save_inr(
@@ -160,6 +161,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     meta=ocp.args.JsonSave({"sha256": _digest(state)}),
                 ),
+                force=True,  # also where a damaged, later one is still there
             )
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
@@ -195,7 +197,8 @@ class Checkpoints:
                     reason[:200],
                 )
                 continue
-            return step, restored["state"]
+            # Orbax commits arrays to a device, which would compile every program a second time.
+            return step, jax.tree.map(lambda x: jnp.array(np.asarray(x)), restored["state"])
         if steps:
             raise ValueError(
                 f"{self.directory} holds checkpoints of steps {steps}, but none of them is intact; "

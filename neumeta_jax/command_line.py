@@ -35,7 +35,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         print(stop, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:
-        if not _is_ours(error):
+        if not isinstance(error, UsageError) and not _is_ours(error):
             raise
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
@@ -82,7 +82,7 @@ def parse(
     if path is None:
         if config_required:
             raise UsageError(f"--config=FILE is required; there are {_existing_configs()}.")
-        if any(arg.startswith("--config.") for arg in argv):
+        if any(arg.startswith(("--config.", "-config.")) for arg in argv):
             raise UsageError("--config.field=value needs --config=FILE before it.")
     else:
         base = _load_config(path, preset)
@@ -142,7 +142,14 @@ def _load_config(path: str, preset: str | None):
         raise UsageError(f"{path} must be valid Python, but line {error.lineno} is not.") from None
     if not hasattr(module, "get_config"):
         raise UsageError(f"A config file must define get_config(preset=''), {path} does not.")
-    return module.get_config() if preset is None else module.get_config(preset)
+    try:
+        return module.get_config() if preset is None else module.get_config(preset)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except TypeError as error:
+        raise UsageError(
+            f"get_config in {path} must take one optional argument, the preset ({error})."
+        ) from error
 
 
 def _flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -159,9 +166,9 @@ def _checked_overrides(argv: Sequence[str], fields: Mapping[str, Any]) -> list[s
     """`argv` with every `--config.field` known; integers may be written as 1e3."""
     checked = list(argv)
     for number, arg in enumerate(argv):
-        if not arg.startswith("--config."):
+        if not arg.startswith(("--config.", "-config.")):
             continue
-        name, equals, value = arg.removeprefix("--config.").partition("=")
+        name, equals, value = arg.lstrip("-").removeprefix("config.").partition("=")
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
             if not close:  # the right name in the wrong section

@@ -156,7 +156,7 @@ def add_noise(
     sizes = [math.prod(shape) for shape in shapes]
     # One draw for all entries: the generator is most of the compiled code.
     noise = jax.random.uniform(key, (sum(sizes),), minval=-0.5, maxval=0.5)
-    noise = scale * jnp.clip(noise, -0.49, 0.49)
+    noise = jax.lax.optimization_barrier(scale * jnp.clip(noise, -0.49, 0.49))
     parts = jnp.split(noise, np.cumsum(sizes)[:-1])
     moved = [
         entry + part.reshape(shape)

@@ -110,7 +110,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     if not mean or not std:
         known = data.NORMALIZATION.get(dataset.name)
         mean, std = known or data.channel_statistics(dataset.train_images)
-    if len(mean) != dataset.channels or len(std) != dataset.channels or min(std) <= 0:
+    if len(mean) != dataset.channels or len(std) != dataset.channels or not min(std) > 0:
         raise UsageError(
             f"data.mean and data.std need {dataset.channels} entries, those of std above 0, got "
             f"{mean} and {std}."
@@ -134,6 +134,11 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     evaluate = config["eval"]
     if evaluate["split"] not in ("test", "validation"):
         raise UsageError(f"eval.split must be test or validation, got {evaluate['split']!r}.")
+    if evaluate["batch_size"] < 1 or evaluate["num_samples"] < 1:
+        raise UsageError(
+            "eval.batch_size and eval.num_samples must be at least 1, got "
+            f"{evaluate['batch_size']} and {evaluate['num_samples']}."
+        )
     if config["dtype"] not in ("float32", "bfloat16"):
         raise UsageError(f"dtype must be float32 or bfloat16, got {config['dtype']!r}.")
     return Experiment(
@@ -370,15 +375,15 @@ def _train(
         nonlocal last_saved
         log = due(step, experiment.log_every) or step == stop
         rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
-        if log:
-            record = {**metrics, "images_per_second": round(rate, 1)}
-            workdir.metrics.write(part, step, {"phase": phase, **record})
+        record = {**metrics, "images_per_second": round(rate, 1)} if log else {}
         if evaluate and (due(step, experiment.eval_every) or step == stop):
             found = evaluate(state)
             if found:
                 text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
                 print(f"{phase} | step {step} | validation top-1 at width {text}", flush=True)
-                workdir.metrics.write(part, step, {"phase": phase, "validation": found})
+                record["validation"] = found
+        if record:
+            workdir.metrics.write(part, step, {"phase": phase, **record})
         if due(step, experiment.checkpoint_every) or step == stop or workdir.stop_requested:
             saved.save(step, state)
             last_saved = step

@@ -10,6 +10,7 @@ samples. The learned parameters of a hypernetwork are one tree:
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -158,19 +159,31 @@ class PerTensorMLP:
 
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
-        params = {}
-        # All MLPs of one shape in one call: random numbers take long to compile.
-        for outputs in sorted({group.num_outputs for group in groups}):
-            alike = [group for group in groups if group.num_outputs == outputs]
-            sizes = [len(group.positions) for group in alike]
-            mlp = self._mlp(alike[0])
-            keys = jax.random.split(jax.random.fold_in(key, outputs), sum(sizes))
-            stacked = jax.vmap(lambda k, mlp=mlp: mlp.init(k, dummy)["params"])(keys)
-            start = 0
-            for group, size in zip(alike, sizes, strict=True):
-                stop = start + size
-                params[group.name] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], stacked)
-                start = stop
+        shapes = {}
+        for group in groups:
+            one = jax.eval_shape(self._mlp(group).init, jax.random.key(0), dummy)["params"]
+            count = len(group.positions)
+            shapes[group.name] = jax.tree.map(lambda x, n=count: (n, *x.shape), one)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        # As `CoordinateMLP.init` would draw them one by one, but from a single draw: a generator
+        # for each leaf takes longer to compile than everything else.
+        sizes = [math.prod(shape) for _, shape in leaves]
+        draws = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+        draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
+        values = []
+        for (path, shape), draw in zip(
+            leaves, jnp.split(draws, np.cumsum(sizes)[:-1]), strict=True
+        ):
+            name = path[-1].key
+            if name.startswith("scale"):
+                values.append(jnp.full(shape, 0.1, jnp.float32))
+            elif name.endswith("bias"):
+                values.append(jnp.zeros(shape, jnp.float32))
+            else:  # uniform(+-1 / sqrt(fan_in)), PyTorch's default
+                values.append(draw.reshape(shape) / shape[1] ** 0.5)
+        params = jax.tree_util.tree_unflatten(treedef, values)
         return params
 
     def __call__(

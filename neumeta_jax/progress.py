@@ -60,6 +60,7 @@ class Progress:
         self.images_per_step = images_per_step
         self.first = done
         self.started: float | None = None
+        self.drawn = 0.0
         self.console = None
         if sys.stdout.isatty():
             from rich.console import Console
@@ -82,7 +83,7 @@ class Progress:
         """Shows where training is and returns images per second since the first call.
 
         The first call starts the clock, so that compilation does not count. `line` asks for a line
-        that stays.
+        that stays. A phase that looks at no images (`images_per_step` 0) shows steps instead.
         """
         now = time.perf_counter()
         if self.started is None:
@@ -92,13 +93,18 @@ class Progress:
         rate = done * self.images_per_step / elapsed
         remaining = elapsed / done * (self.total - step) if done else math.inf
         numbers = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        speed = f"{rate:.0f} images/s" if done else "- images/s"
+        if self.images_per_step:
+            speed = f"{rate:.0f} images/s" if done else "- images/s"
+        else:
+            speed = f"{done / elapsed:.1f} steps/s" if done else "- steps/s"
         text = (
             f"{phase} | step {step}/{self.total} | {numbers} | {speed} | "
             f"ETA {format_seconds(remaining)}"
         )
         if self.console:
-            self.console.update(self._text(text), refresh=True)
+            if now - self.drawn > 0.1:
+                self.console.update(self._text(text), refresh=True)
+                self.drawn = now
             if line:
                 self.console.console.print(text, highlight=False)
         elif line:

@@ -10,6 +10,7 @@ Kernels are HWIO, images NHWC. The tree of the linen module has the same layer n
 its convolutions, and `stem_bn`, `bn1`, `bn2`, `shortcut_bn` beside them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,16 +152,38 @@ def param_shapes(spec: ResNetSpec) -> Params:
     return tree
 
 
+def init_variables(key: jax.Array, spec: ResNetSpec) -> Params:
+    """Fresh linen variables {"params", "batch_stats"}: He-normal kernels, identity batch norm."""
+    dummy = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
+    return _draw(key, jax.eval_shape(ResNet(spec).init, jax.random.key(0), dummy))
+
+
 def init_params(key: jax.Array, spec: ResNetSpec) -> Params:
     """A folded tree at random: He-normal kernels, zero biases."""
-    shapes, treedef = jax.tree.flatten(param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
-    init = nn.initializers.he_normal()
-    keys = jax.random.split(key, len(shapes))
-    leaves = [
-        init(k, shape) if len(shape) > 1 else jnp.zeros(shape)
-        for k, shape in zip(keys, shapes, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, leaves)
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        param_shapes(spec),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return _draw(key, shapes)
+
+
+def _draw(key: jax.Array, shapes: Mapping) -> Params:
+    """A tree of `shapes`; one draw for all, because a generator per leaf takes long to compile."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
+    draws = jax.random.normal(key, (sum(leaf.size for _, leaf in leaves),))
+    draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
+    values, start = [], 0
+    for path, leaf in leaves:
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = math.prod(leaf.shape[:-1])
+            draw = draws[start : start + leaf.size].reshape(leaf.shape)
+            values.append(draw * (2 / fan_in) ** 0.5)
+        else:
+            values.append(jnp.full(leaf.shape, float(name in ("scale", "var")), jnp.float32))
+        start += leaf.size
+    return jax.tree_util.tree_unflatten(treedef, values)
 
 
 def fold_batch_norm(variables: Mapping) -> Params:

@@ -72,6 +72,13 @@ class TeacherRecipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
 
+    def __post_init__(self):
+        if self.epochs <= 0 or self.batch_size < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                "A teacher needs epochs > 0, batch_size >= 1 and learning_rate > 0, got "
+                f"{self.epochs=}, {self.batch_size=}, {self.learning_rate=}."
+            )
+
 
 def _teacher_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
@@ -89,8 +96,7 @@ def teacher_init(
     key: jax.Array, spec: resnet.ResNetSpec, recipe: TeacherRecipe, num_steps: int
 ) -> TrainState:
     """State whose `params` are the linen variables {"params", "batch_stats"}."""
-    dummy = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
-    variables = jax.jit(resnet.ResNet(spec).init)(key, dummy)
+    variables = jax.jit(resnet.init_variables, static_argnums=1)(key, spec)
     return TrainState(variables, _teacher_optimizer(recipe, num_steps).init(variables["params"]))
 
 
@@ -118,7 +124,7 @@ def teacher_update(
         (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
         return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
 
     return update
@@ -526,7 +532,7 @@ def inr_update(
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
         metrics["full_accuracy"] = terms["accuracy"][0]
         metrics["reconstruction"] = terms["reconstruction"][0]
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         scale = learning_rate_scale(recipe, step, phase)
         mask = update_mask(hypernetwork, recipe, state.params, phase)
@@ -555,7 +561,8 @@ def fit_update(
         width_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
         widths, target = full, teacher
         if recipe.fit_widths == "random":
-            drawn = sample_widths(width_key, hypernetwork, recipe, 1)[0]
+            free = dataclasses.replace(recipe, sandwich=False)
+            drawn = sample_widths(width_key, hypernetwork, free, 1)[0]
             widths = jnp.where(step % 2 == 0, full, drawn)
             target = {
                 name: resnet.resample_block(teacher[name], width)
@@ -578,7 +585,7 @@ def fit_update(
             for name, values in state.params.items()
         }
         updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return update
@@ -628,6 +635,8 @@ def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> C
         indices = jax.lax.dynamic_slice(order, (position,), (images_per_step,))
         state, metrics = update(state, step, key, images, indices, *rest)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        for leaf in jax.tree.leaves(state.params):
+            finite &= jnp.all(jnp.isfinite(leaf))
         return state, metrics, finite
 
     if steps_per_call == 1:

@@ -1,0 +1,558 @@
+"""train.py and eval.py from end to end, with the quick start's preset of seconds.
+
+The scripts' `main` runs in this process and what it compiles is kept from run to run, since
+compilation is nearly all of the time; where a real process matters, one is started.
+"""
+
+import contextlib
+import csv
+import functools
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    data,
+    evaluation,
+    experiment as lab,
+    hypernetwork as hyper,
+    resnet,
+    smoothing,
+    teacher_import,
+    training,
+)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
+CONFIG = "--config=configs/digits.py:smoke"
+
+
+class KilledError(BaseException):
+    """Ends a run as SIGKILL does: nothing in the program catches it."""
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation_for_all_runs():
+    """The same values give the same jitted function, which JAX compiles once per process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name in ("teacher_update", "inr_update", "fit_update", "chunked"):
+            patch.setattr(training, name, functools.cache(getattr(training, name)))
+        yield
+
+
+def call(script, *args):
+    """(exit status, standard output, standard error) of a script's main with these arguments."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    program = str(ROOT / f"{script}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *args])
+        # It would take over the handlers that pytest collects warnings with.
+        patch.setattr(lab, "quiet_logging", lambda: None)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command_line.run(load_script(script).main)
+            except SystemExit as stop:
+                status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def train(workdir, *args):
+    status, out, err = call("train", CONFIG, f"--workdir={workdir}", *args)
+    assert status == 0, err
+    return out
+
+
+def refusal(script, *args):
+    """What a script that refuses prints: one line."""
+    status, _, err = call(script, *args)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(work directory, what was printed) of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, train(workdir)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished work directory, to do harm to."""
+    return pathlib.Path(shutil.copytree(finished[0], tmp_path / "copied"))
+
+
+def tensors(path):
+    tree, _ = checkpoint.load_tree(path)
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def read_metrics(workdir):
+    """The lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
+
+
+def assert_same_result(workdir, reference):
+    for name in ("backbone.safetensors", checkpoint.INR_FILE):
+        got, wanted = tensors(workdir / name), tensors(reference / name)
+        assert list(got) == list(wanted)
+        for leaf, value in wanted.items():
+            assert got[leaf].tobytes() == value.tobytes(), (name, leaf)
+    assert read_metrics(workdir) == read_metrics(reference)
+
+
+def assert_same_grid(workdir, reference):
+    grids = [json.loads((path / "grid.json").read_text()) for path in (workdir, reference)]
+    assert grids[0]["rows"] == grids[1]["rows"]
+
+
+def forbid_training(monkeypatch):
+    def run_steps(*args, **kwargs):
+        raise AssertionError("it trains again")
+
+    monkeypatch.setattr(training, "run_steps", run_steps)
+
+
+# --- a run -----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_config_its_metrics_and_its_results(finished):
+    workdir, out = finished
+    assert {path.name for path in workdir.iterdir()} == {
+        "backbone.safetensors",
+        "checkpoints",
+        "config.json",
+        "grid.csv",
+        "grid.json",
+        "grid.png",
+        "inr.safetensors",
+        "lock",
+        "metrics.jsonl",
+        "versions.json",
+    }
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["network"]["depth"], config["train"]["fit_steps"]) == (14, 5)
+    versions = json.loads((workdir / "versions.json").read_text())
+    assert {"python", "jax", "flax", "devices"} <= set(versions)
+    assert out.rstrip().splitlines()[-1].startswith("done in ")
+
+
+def test_every_part_of_the_metrics_counts_its_steps_upwards(finished):
+    workdir, _ = finished
+    lines = read_metrics(workdir)
+    assert {line["part"] for line in lines} == {"teacher", "inr"}
+    for part, last in (("teacher", 20), ("inr", 26)):
+        steps = [line["step"] for line in lines if line["part"] == part]
+        assert steps == sorted(set(steps)) and steps[-1] == last
+    phases = dict.fromkeys(line["phase"] for line in lines)
+    assert [name.split("] ")[-1] for name in phases] == [
+        "teacher",
+        "fit",
+        "block 1 of 2",
+        "block 2 of 2",
+        "final",
+    ]
+    assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
+
+
+def test_the_grid_of_a_run_is_of_the_test_split_at_the_ratios_of_the_config(finished):
+    workdir, out = finished
+    document = json.loads((workdir / "grid.json").read_text())
+    assert (document["dataset"], document["split"]) == ("digits", "test")
+    rows = document["rows"]
+    assert [row["width_ratio"] for row in rows] == [1.25, 1.0, 0.5, 0.25]
+    assert [row["trained"] for row in rows] == [False, True, True, False]
+    with (workdir / "grid.csv").open(newline="") as file:
+        assert [int(line["num_params"]) for line in csv.DictReader(file)] == [
+            row["num_params"] for row in rows
+        ]
+    assert (workdir / "grid.png").read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert f"{100 * row['accuracy']:.2f}" in out
+
+
+def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
+    workdir, _ = finished
+    family, params, metadata = checkpoint.load_inr(workdir)
+    images = data.load_dataset("digits")
+    preprocessing = training.Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
+    generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
+    rows = json.loads((workdir / "grid.json").read_text())["rows"]
+    for row in rows[1:]:
+        tree = generate(params, family.widths(row["width_ratio"]))
+        found = evaluation.accuracy(
+            family.spec, tree, images.test_images, images.test_labels, preprocessing
+        )
+        assert found == row["accuracy"]
+
+
+def test_folding_and_smoothing_change_no_accuracy(finished):
+    lines = [line for line in finished[1].splitlines() if line.startswith("teacher accuracy")]
+    stages = {line.split(":")[0].removeprefix("teacher accuracy "): line for line in lines}
+    assert list(stages) == ["as trained", "folded", "smoothed"]
+    assert len({line.split(":")[1] for line in lines}) == 1
+
+
+def test_the_same_command_again_trains_nothing_and_ends_the_same(finished, copied, monkeypatch):
+    forbid_training(monkeypatch)
+    out = train(copied)
+    assert "is there already" in out and "continuing from step 26 of 26" in out
+    assert_same_result(copied, finished[0])
+    assert_same_grid(copied, finished[0])
+
+
+# --- interruptions ---------------------------------------------------------------------------
+
+
+def killing(monkeypatch, part, number, *, before):
+    """Kills the run at its save `number` of `part`, before or after something is on disk."""
+    save, count = checkpoint.Checkpoints.save, 0
+
+    def killed_save(self, step, state):
+        nonlocal count
+        if self.directory.name == part:
+            count += 1
+            if count == number and before:
+                raise KilledError
+        save(self, step, state)
+        if count == number and self.directory.name == part:
+            raise KilledError
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", killed_save)
+
+
+@pytest.mark.parametrize(
+    "part, number, before",
+    [
+        ("teacher", 3, False),
+        ("inr", 1, True),  # in the fit phase, nothing saved yet
+        ("inr", 2, False),  # between fit and the first block
+        ("inr", 4, True),  # within the first block's phase
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    finished, tmp_path, monkeypatch, part, number, before
+):
+    reference, workdir = finished[0], tmp_path / "run"
+    # What does not belong to training, and is tested elsewhere, takes most of the time.
+    monkeypatch.setattr(lab, "describe", lambda *args, **options: "")
+    monkeypatch.setattr(lab, "evaluate_and_write", lambda *args, **options: [])
+    if part == "inr":  # the teacher's part is tested above
+        workdir.mkdir()
+        shutil.copy(reference / "backbone.safetensors", workdir)
+        lines = (reference / "metrics.jsonl").read_text().splitlines(keepends=True)
+        teacher = [line for line in lines if json.loads(line)["part"] == "teacher"]
+        (workdir / "metrics.jsonl").write_text("".join(teacher))
+    with monkeypatch.context() as patch:
+        killing(patch, part, number, before=before)
+        with pytest.raises(KilledError):
+            train(workdir)
+    assert not (workdir / checkpoint.INR_FILE).exists()
+    train(workdir)
+    assert_same_result(workdir, reference)
+
+
+def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, "train.py", CONFIG, f"--workdir={workdir}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_lines(process, workdir, part, number):
+    """Returns as soon as metrics.jsonl has `number` lines of `part`."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            content = (workdir / "metrics.jsonl").read_text()
+            if content.count(f'"part": "{part}"') >= number:
+                return
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_bits(finished, tmp_path):
+    reference, workdir = finished[0], tmp_path / "run"
+    stopped = start(workdir)
+    wait_for_lines(stopped, workdir, "teacher", 1)
+    stopped.send_signal(signal.SIGTERM)
+    out, err = stopped.communicate(timeout=300)
+    assert stopped.returncode == 75, err
+    assert "SIGTERM: saving and stopping" in out
+    assert "the same command continues from there" in err
+    assert "Traceback" not in err
+    steps = checkpoint.Checkpoints(workdir / "checkpoints" / "teacher").steps()
+    assert 4 <= steps[-1] < 20
+    assert f"stopped at step {steps[-1]}" in err
+
+    assert f"teacher: continuing from step {steps[-1]} of 20" in train(workdir)
+    assert_same_result(workdir, reference)
+    assert_same_grid(workdir, reference)
+
+
+def test_a_second_request_to_stop_stops_at_once(tmp_path):
+    with lab.open_workdir(tmp_path, {}) as workdir, contextlib.redirect_stdout(io.StringIO()):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert workdir.stop_requested
+        with pytest.raises(command_line.Interrupted, match="stopped at step 7"):
+            workdir.check_stop(7)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_truncated_checkpoint_resumes_from_the_one_before_it(finished, copied, caplog):
+    (copied / checkpoint.INR_FILE).unlink()
+    newest = checkpoint.Checkpoints(copied / "checkpoints" / "inr").steps()[-1]
+    damaged = copied / "checkpoints" / "inr" / str(newest)
+    for path in damaged.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = train(copied)
+    assert "continuing from step 24 of 26" in out
+    assert any(f"{damaged} is damaged" in record.getMessage() for record in caplog.records)
+    assert_same_result(copied, finished[0])
+    assert_same_grid(copied, finished[0])
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_another_config_in_the_same_work_directory_names_the_field_and_both_values(finished):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes()
+    message = refusal("train", CONFIG, f"--workdir={workdir}", "--config.train.batch_size=32")
+    assert "train.batch_size (saved 64, given 32)" in message
+    assert message.count("saved") == 2  # this field, and the advice
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_work_directory_in_use_is_refused(copied):
+    config = lab.read_config(copied)
+    with lab.open_workdir(copied, config):
+        message = refusal("train", CONFIG, f"--workdir={copied}")
+    assert f"Another process is using {copied}" in message
+
+
+def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal("train", CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
+    assert str(tmp_path / "file" / "run") in message
+
+
+def test_train_asks_for_a_work_directory():
+    assert "--workdir=DIR is required" in refusal("train", CONFIG)
+
+
+@pytest.mark.parametrize(
+    "overrides, given",
+    [
+        ("--config.network.depth=15", "depth=15"),
+        ("--config.generated=outer", "'outer'"),
+        ("--config.inr.kind=siren", "'siren'"),
+        ("--config.train.schedule=linear", "'linear'"),
+        ("--config.eval.width_ratios=1.0,1.6", "1.6"),
+        ("--config.eval.split=train", "'train'"),
+        ("--config.dtype=float16", "'float16'"),
+        ("--config.data.mean=0.5 --config.data.std=0.0", "(0.0,)"),
+        ("--config.data.mean=0.5 --config.data.std=0.5,0.5", "(0.5, 0.5)"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused_before_the_run(tmp_path, overrides, given):
+    workdir = tmp_path / "run"
+    message = refusal("train", CONFIG, f"--workdir={workdir}", *overrides.split())
+    assert given in message
+    assert not workdir.exists()
+
+
+def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
+    workdir = tmp_path / "run"
+    status, out, err = call("train", CONFIG, f"--workdir={workdir}", "--dry_run")
+    assert (status, err) == (0, "")
+    assert not workdir.exists()
+    for text in ('"depth": 14', "ResNet14", "26 in 4 phases", "block 2 of 2", "about"):
+        assert text in out
+
+
+# --- eval.py ---------------------------------------------------------------------------------
+
+
+def test_eval_evaluates_a_split_at_the_ratios_given(copied, monkeypatch):
+    forbid_training(monkeypatch)
+    status, out, err = call(
+        "eval", f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
+    )
+    assert status == 0, err
+    assert "validation split, 144 images" in out
+    document = json.loads((copied / "grid.json").read_text())
+    assert document["split"] == "validation"
+    assert [row["width_ratio"] for row in document["rows"]] == [0.75, 1.0]
+    last = [line for line in read_metrics(copied) if "validation" in line][-1]
+    assert document["rows"][1]["accuracy"] == last["validation"]["1.0"]
+
+
+@pytest.mark.parametrize("ratios, given", [("1,wide", "'wide'"), ("1,1.6", "1.6"), ("0", "0.0")])
+def test_eval_refuses_ratios_that_are_none(finished, ratios, given):
+    workdir, _ = finished
+    before = (workdir / "grid.json").read_bytes()
+    assert given in refusal("eval", f"--workdir={workdir}", f"--width_ratios={ratios}")
+    assert (workdir / "grid.json").read_bytes() == before
+
+
+def test_eval_refuses_another_config_than_the_runs(finished):
+    message = refusal("eval", f"--workdir={finished[0]}", CONFIG, "--config.network.shortcut=pad")
+    assert "network.shortcut (saved 'projection', given 'pad')" in message
+
+
+def test_eval_says_what_it_needs(tmp_path):
+    assert "--workdir=DIR" in refusal("eval")
+    assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
+    message = refusal("eval", f"--workdir={tmp_path}")
+    assert f"{tmp_path} must be a work directory" in message
+
+
+def test_eval_of_a_run_that_is_not_done_names_the_missing_file(copied):
+    (copied / checkpoint.INR_FILE).unlink()
+    assert str(copied / checkpoint.INR_FILE) in refusal("eval", f"--workdir={copied}")
+
+
+def write_teacher(path, *, leave_out=()):
+    """A ResNet8 for digits under PyTorch's names, with weights at random."""
+    rng = np.random.default_rng(0)
+    found = {}
+
+    def conv(name, out_width, in_width, size=3):
+        scale = np.sqrt(2 / (size * size * in_width))
+        found[f"{name}.weight"] = scale * rng.normal(size=(out_width, in_width, size, size))
+
+    def norm(name, width):
+        found[f"{name}.weight"] = rng.uniform(0.5, 1.5, width)
+        found[f"{name}.bias"] = 0.3 * rng.normal(size=width)
+        found[f"{name}.running_mean"] = 0.3 * rng.normal(size=width)
+        found[f"{name}.running_var"] = rng.uniform(0.5, 2.0, width)
+        found[f"{name}.num_batches_tracked"] = np.array(10)
+
+    conv("conv1", 4, 1)
+    norm("bn1", 4)
+    in_width = 4
+    for stage, width in enumerate((4, 6, 8), 1):
+        block = f"layer{stage}.0"
+        conv(f"{block}.conv1", width, in_width)
+        norm(f"{block}.bn1", width)
+        conv(f"{block}.conv2", width, width)
+        norm(f"{block}.bn2", width)
+        if width != in_width:
+            conv(f"{block}.downsample.0", width, in_width, size=1)
+            norm(f"{block}.downsample.1", width)
+        in_width = width
+    found["fc.weight"] = rng.normal(size=(10, 8))
+    found["fc.bias"] = 0.3 * rng.normal(size=10)
+    kept = {name: np.float32(x) for name, x in found.items() if name not in leave_out}
+    np.savez(path, **kept)
+
+
+def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path):
+    write_teacher(tmp_path / "teacher.npz")
+    status, out, err = call("eval", f"--teacher={tmp_path / 'teacher.npz'}", CONFIG)
+    assert status == 0, err
+    assert "ResNet8, 10 classes, projection shortcuts" in out
+    assert "digits, test split, 359 images" in out
+    shown = [line for line in out.splitlines() if line.startswith("teacher accuracy")]
+    assert len(shown) == 3
+    assert len({line.split(":")[1] for line in shown}) == 1
+
+
+def test_a_teacher_without_one_of_its_tensors_names_it(tmp_path):
+    write_teacher(tmp_path / "teacher.npz", leave_out=["layer2.0.bn1.running_var"])
+    message = refusal("eval", f"--teacher={tmp_path / 'teacher.npz'}", CONFIG)
+    assert "layer2.0.bn1.running_var" in message and "teacher.npz" in message
+
+
+def test_a_teacher_of_another_shape_than_the_config_is_refused(tmp_path):
+    write_teacher(tmp_path / "teacher.npz")
+    message = refusal(
+        "train",
+        CONFIG,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.teacher.file={tmp_path / 'teacher.npz'}",
+    )
+    assert "depth 8 in the file, 14 in the config" in message
+
+
+# --- the README and the real teacher ---------------------------------------------------------
+
+
+def test_the_readmes_library_code_runs_as_written(finished):
+    path = ROOT / "README.md"
+    assert path.is_file(), "There is no README.md, whose code is to be run."
+    _, heading, section = path.read_text().partition("\n## Library use\n")
+    assert heading, "README.md has no heading '## Library use'."
+    section = section.split("\n## ")[0]
+    _, fence, block = section.partition("```python\n")
+    assert fence, "README.md has no ```python block under '## Library use'."
+    code = block.partition("```")[0]
+    assert "/tmp/digits" in code, "The code must use the quick start's work directory."
+    code = code.replace("/tmp/digits", str(finished[0]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.skipif(
+    not (SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt").is_file(),
+    reason=f"needs the ResNet56 teacher and CIFAR-100 in {SHARED} (NEUMETA_SHARED)",
+)
+def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_smoothing():
+    spec = importlib.util.spec_from_file_location("imgpack", SHARED / "data" / "imgpack.py")
+    imgpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imgpack)
+    images = imgpack.load_chunk("cifar100", "test", 0)[:300]
+    labels = imgpack.labels("cifar100", "test")["fine"][:300]
+
+    path = SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt"
+    spec, variables = teacher_import.load_teacher(path)
+    assert spec.depth == 56 and spec.num_classes == 100
+    x = jnp.asarray(data.normalize(images, *data.NORMALIZATION["cifar100"]))
+    with_batch_norm = jax.jit(lambda v: resnet.ResNet(spec).apply(v, x))
+    without = jax.jit(lambda p: resnet.apply(spec, p, x))
+
+    folded = resnet.fold_batch_norm(variables)
+    smoothed, _ = smoothing.smooth(folded, spec)
+    before = smoothing.total_variation(folded, spec)
+    assert smoothing.total_variation(smoothed, spec) < 0.95 * before
+    logits = with_batch_norm(variables)
+    assert np.mean(np.argmax(logits, -1) == labels) > 0.6
+    for params in (folded, smoothed):
+        found = without(params)
+        np.testing.assert_array_equal(np.argmax(found, -1), np.argmax(logits, -1))
+        np.testing.assert_allclose(found, logits, rtol=1e-2, atol=1e-2)

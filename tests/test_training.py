@@ -1,0 +1,705 @@
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.hypernetwork import Grid, Hypernetwork, PerTensorMLP
+from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
+
+# Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
+SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+FAMILY = Hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
+RECIPE = InrRecipe(
+    batch_size=4,
+    num_random_sizes=1,
+    ce_weight=1.0,
+    learning_rate=1e-2,
+    alpha_learning_rate=1e-2,
+    learned_learning_rate=1e-2,
+    distillation_weight=0.5,
+)
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, crop_padding=1)
+NUM_IMAGES = 24
+
+
+def family_of(depth, which="inner", inr=None):
+    spec = cifar_resnet(depth, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    return Hypernetwork(spec, generated_blocks(spec, which), inr or Grid())
+
+
+def random_backbone(spec, seed=0):
+    """Biases too are off their initial zeros."""
+    rng = np.random.default_rng(seed)
+    params = resnet.init_params(jax.random.key(seed), spec)
+    return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("float32"), params)
+
+
+def random_images(seed=0):
+    rng = np.random.default_rng(seed)
+    return training.Images(
+        jnp.asarray(rng.integers(0, 256, (NUM_IMAGES, 8, 8, 3)), jnp.uint8),
+        jnp.asarray(rng.integers(0, 5, NUM_IMAGES), jnp.int32),
+    )
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def assert_trees_close(got, wanted, **tolerances):
+    got, wanted = leaves(got), leaves(wanted)
+    assert list(got) == list(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, err_msg=name, **tolerances)
+
+
+def is_one_sentence(error):
+    message = str(error.value)
+    return "\n" not in message and message.endswith(".")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return random_backbone(SPEC)
+
+
+@pytest.fixture(scope="module")
+def params(backbone):
+    return hyper.init(jax.random.key(1), FAMILY, backbone, alpha=0.7)
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Steps as CPUs run them: one per call, the sizes written out."""
+    update = training.inr_update(FAMILY, RECIPE, PREPROCESSING, unroll=True)
+    return training.chunked(update, images_per_step=RECIPE.images_per_step, steps_per_call=1)
+
+
+@pytest.fixture(scope="module")
+def looped_call():
+    """Steps as accelerators run them: a chunk per call, in a loop over steps and sizes."""
+    update = training.inr_update(FAMILY, RECIPE, PREPROCESSING, unroll=False)
+    return training.chunked(update, images_per_step=RECIPE.images_per_step, steps_per_call=5)
+
+
+# --- phases ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", training.MODES)
+@pytest.mark.parametrize("blocks_per_phase", [1, 2, 5])
+@pytest.mark.parametrize("fit_steps, final_epochs", [(0, 0.0), (7, 1.5)])
+def test_phases_cover_all_steps_without_gaps(mode, blocks_per_phase, fit_steps, final_epochs):
+    recipe = InrRecipe(
+        mode=mode,
+        blocks_per_phase=blocks_per_phase,
+        fit_steps=fit_steps,
+        final_epochs=final_epochs,
+        epochs=2.0,
+        batch_size=5,
+    )
+    found = training.phases(family_of(20), recipe, num_images=100)
+    assert found[0].start == 0
+    for before, after in itertools.pairwise(found):
+        assert before.stop == after.start
+    joined = [n for phase in found if phase.kind == "train" for n in phase.new_blocks]
+    assert joined == list(range(5))
+    assert all(phase.start < phase.stop for phase in found)
+    assert found[-1].num_active == 5
+
+
+def test_resnet56_has_the_papers_23_phases_and_warms_up_where_a_stage_opens():
+    spec = cifar_resnet(56, num_classes=100)
+    family = Hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
+    recipe = InrRecipe()
+    found = training.phases(family, recipe, num_images=50_000)
+    assert len(found) == 23
+    per_epoch = 50_000 / 512
+    assert {phase.stop - phase.start for phase in found} == {round(50 * per_epoch)}
+    assert [phase.num_active for phase in found] == list(range(1, 24))
+    warm = {n + 1: phase.warmup_steps for n, phase in enumerate(found) if phase.warmup_steps}
+    assert warm == dict.fromkeys([1, 9, 17], round(20 * per_epoch))
+    assert [phase.stage for phase in found] == [1] * 8 + [2] * 8 + [3] * 7
+
+
+def test_all_phases_warm_up_where_the_recipe_says_so():
+    recipe = InrRecipe(warmup_phases="all", epochs=3.0, warmup_epochs=1.0, final_epochs=0.5)
+    found = training.phases(family_of(20), recipe, num_images=5120)
+    assert [phase.warmup_steps for phase in found] == [10] * 5 + [5]  # no longer than the phase
+
+
+def test_training_at_once_is_one_phase():
+    recipe = InrRecipe(mode="at_once", epochs=2.0)
+    (phase,) = training.phases(FAMILY, recipe, num_images=5120)
+    assert (phase.start, phase.stop, phase.num_active, phase.new_blocks) == (0, 20, 2, (0, 1))
+
+
+def test_fit_comes_first_and_the_final_phase_last():
+    recipe = InrRecipe(fit_steps=3, epochs=1.0, final_epochs=2.0)
+    found = training.phases(FAMILY, recipe, num_images=5120)
+    assert [(p.name, p.kind, p.stop - p.start, p.num_active) for p in found] == [
+        ("fit", "fit", 3, 2),
+        ("block 1 of 2", "train", 10, 1),
+        ("block 2 of 2", "train", 10, 2),
+        ("final", "train", 20, 2),
+    ]
+    assert found[-1].new_blocks == ()
+
+
+def test_phases_without_steps_are_left_out():
+    assert training.phases(FAMILY, InrRecipe(epochs=0.0), num_images=5120) == ()
+
+
+# --- recipe ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field", ["mode", "block_init", "learned", "schedule", "fit_widths", "warmup_phases"]
+)
+def test_a_recipe_refuses_an_unknown_choice_and_lists_the_known_ones(field):
+    with pytest.raises(ValueError, match=f"{field} must be one of .*, got 'upside'") as error:
+        InrRecipe(**{field: "upside"})
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-0.5, 1.0), (0.8, 0.7), (0.5, 1.25)])
+def test_a_recipe_refuses_a_trained_range_that_is_none(low, high):
+    with pytest.raises(ValueError, match=re.escape(f"got [{low}, {high}]")) as error:
+        InrRecipe(min_width_ratio=low, max_width_ratio=high)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "fields, given",
+    [
+        ({"batch_size": 0}, "got 0, 1, 3"),
+        ({"blocks_per_phase": 0}, "got 128, 0, 3"),
+        ({"num_random_sizes": -1}, "got 128, 1, -1"),
+    ],
+)
+def test_a_recipe_refuses_counts_below_one(fields, given):
+    with pytest.raises(ValueError, match=given) as error:
+        InrRecipe(**fields)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize("field", ["epochs", "final_epochs", "warmup_epochs", "fit_steps"])
+def test_a_recipe_refuses_negative_lengths(field):
+    with pytest.raises(ValueError, match=field) as error:
+        InrRecipe(**{field: -1})
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("epochs", 0.0), ("batch_size", 0), ("learning_rate", 0.0)]
+)
+def test_a_teachers_recipe_refuses_what_trains_nothing(field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}") as error:
+        training.TeacherRecipe(**{field: value})
+    assert is_one_sentence(error)
+
+
+# --- schedules and widths --------------------------------------------------------------------
+
+
+def scales(schedule, *, start=100, num_steps=40, warmup_steps=10):
+    phase = PhaseInputs(start, num_steps, warmup_steps, np.ones(2, bool), True)
+    recipe = InrRecipe(schedule=schedule)
+    steps = jnp.arange(start, start + num_steps)
+    return np.asarray(training.learning_rate_scale(recipe, steps, phase))
+
+
+def test_the_constant_schedule_warms_up_linearly_and_stays():
+    wanted = np.minimum(1.0, (np.arange(40) + 1) / 10)
+    np.testing.assert_allclose(scales("constant"), wanted, rtol=1e-6)
+    np.testing.assert_array_equal(scales("constant", warmup_steps=0), np.ones(40))
+
+
+def test_the_cosine_schedule_warms_up_linearly_and_falls_by_half_a_cosine():
+    done = np.arange(40)
+    cosine = 0.5 * (1 + np.cos(np.pi * (done - 10) / 30))
+    wanted = np.where(done < 10, (done + 1) / 10, cosine)
+    np.testing.assert_allclose(scales("cosine"), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        scales("cosine", warmup_steps=0), 0.5 * (1 + np.cos(np.pi * done / 40)), atol=1e-6
+    )
+
+
+def test_a_schedule_of_warm_up_alone_stays_finite():
+    for schedule in training.SCHEDULES:
+        np.testing.assert_allclose(
+            scales(schedule, num_steps=10), (np.arange(10) + 1) / 10, rtol=1e-6
+        )
+
+
+def wide_family():
+    spec = cifar_resnet(20, num_classes=5, stage_widths=(16, 32, 64), image_size=8)
+    return Hypernetwork(spec, generated_blocks(spec), Grid())
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_sampled_widths_fill_the_trained_range_and_no_more(per_block):
+    family = wide_family()
+    recipe = InrRecipe(min_width_ratio=0.3, max_width_ratio=0.8, per_block_widths=per_block)
+    widths = training.sample_widths(jax.random.key(0), family, recipe, 2000)
+    assert widths.shape == (2000, 5) and widths.dtype == jnp.int32
+    low, high = family.widths(0.3), family.widths(0.8)
+    np.testing.assert_array_equal(widths.min(0), low)
+    np.testing.assert_array_equal(widths.max(0), high)
+
+
+def test_blocks_share_a_ratio_unless_drawn_per_block():
+    family = wide_family()
+    full = np.array(family.full_widths)
+    for per_block in (False, True):
+        recipe = InrRecipe(per_block_widths=per_block)
+        widths = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 200))
+        ratios = widths / full
+        spread = np.max(ratios.max(1) - ratios.min(1))
+        assert spread > 0.3 if per_block else spread <= 1 / 16
+
+
+def test_a_width_is_at_least_one_channel():
+    recipe = InrRecipe(min_width_ratio=0.01, max_width_ratio=0.02)
+    assert np.all(training.sample_widths(jax.random.key(0), FAMILY, recipe, 8) == 1)
+
+
+def test_the_sandwich_draws_the_smallest_widths_first_and_the_rest_at_random():
+    family = wide_family()
+    key = jax.random.key(3)
+    plain = training.sample_widths(key, family, InrRecipe(), 4)
+    sandwich = training.sample_widths(key, family, InrRecipe(sandwich=True), 4)
+    np.testing.assert_array_equal(sandwich[0], family.widths(0.5))
+    np.testing.assert_array_equal(sandwich[1:], plain[1:])
+    assert training.sample_widths(key, family, InrRecipe(sandwich=True), 0).shape == (0, 5)
+
+
+# --- starting a phase ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inr", [PerTensorMLP(4, 1, 1), Grid()], ids=["mlp", "grid"])
+def test_a_new_block_starts_from_the_previous_block_of_its_stage_only(inr):
+    family = family_of(20, inr=inr)  # inner blocks in stages 1, 1, 2, 2, 3
+    init = jax.jit(lambda key, tree: hyper.init(key, family, tree, alpha=0.7))
+    start = init(jax.random.key(1), random_backbone(family.spec))
+    recipe = InrRecipe(epochs=1.0, alpha_init=0.25)
+    same_stage = {1: 0, 3: 2}
+    for phase in training.phases(family, recipe, num_images=512):
+        state = training.start_phase(start, family, recipe, phase)
+        (new,) = phase.new_blocks
+        wanted = np.full(5, 0.7, "float32")
+        wanted[new] = 0.25
+        np.testing.assert_array_equal(state.params["alpha"], wanted)
+        for group in family.groups:
+            for row, position in enumerate(group.positions):
+                source = row
+                if position == new and new in same_stage:
+                    source = group.positions.index(same_stage[new])
+                got = jax.tree.map(lambda p, r=row: p[r], state.params["inr"][group.name])
+                old = jax.tree.map(lambda p, s=source: p[s], start["inr"][group.name])
+                assert_trees_close(got, old, rtol=0)
+
+
+@pytest.mark.parametrize("kind, new_blocks", [("fit", (0, 1)), ("train", ())])
+def test_phases_without_new_blocks_keep_all_parameters(params, kind, new_blocks):
+    phase = Phase("x", kind, 0, 5, 2, new_blocks, 0, 2)
+    state = training.start_phase(params, FAMILY, InrRecipe(), phase)
+    assert_trees_close(state.params, params, rtol=0)
+
+
+def test_blocks_that_start_from_the_teacher_are_not_copied(params):
+    recipe = InrRecipe(block_init="teacher", alpha_init=1.0)
+    phase = Phase("x", "train", 0, 5, 2, (0, 1), 0, 2)
+    state = training.start_phase(params, FAMILY, recipe, phase)
+    assert_trees_close(state.params["inr"], params["inr"], rtol=0)
+    np.testing.assert_array_equal(state.params["alpha"], [1, 1])
+
+
+def test_a_phase_starts_with_a_fresh_optimiser_in_buffers_of_its_own(params):
+    phase = Phase("x", "train", 0, 5, 1, (0,), 0, 1)
+    state = training.start_phase(params, FAMILY, RECIPE, phase)
+    assert_trees_close(state.opt_state, training.inr_optimizer(RECIPE).init(params), rtol=0)
+    old = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
+    assert not old & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+
+
+# --- a step ----------------------------------------------------------------------------------
+
+
+def one_phase(num_active, *, stage=1):
+    return Phase("x", "train", 0, 10, num_active, (), 0, stage)
+
+
+def step_once(call, params, backbone, phase, recipe=RECIPE):
+    state = training.start_phase(params, FAMILY, recipe, phase)
+    inputs = training.phase_inputs(FAMILY, recipe, phase)
+    order = jnp.arange(NUM_IMAGES)
+    images = random_images()
+    zero = np.int32(0)
+    return call(state, zero, np.int32(1), jax.random.key(5), images, order, zero, backbone, inputs)
+
+
+def test_a_step_changes_active_blocks_and_nothing_else(call, params, backbone):
+    state, _, _ = step_once(call, params, backbone, one_phase(1))
+    before, after = leaves(params), leaves(state.params)
+    for group in FAMILY.groups:
+        rows = [(row, position == 0) for row, position in enumerate(group.positions)]
+        for name in [n for n in before if n.startswith(f"['inr']['{group.name}']")]:
+            for row, active in rows:
+                same = np.array_equal(before[name][row], after[name][row])
+                assert same != active, (name, row)
+    changed = before["['alpha']"] != after["['alpha']"]
+    np.testing.assert_array_equal(changed, [True, False])
+    for name in [n for n in before if n.startswith("['learned']")]:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+def test_the_last_block_and_the_head_learn_from_the_third_stage_on(call, params, backbone):
+    state, _, _ = step_once(call, params, backbone, one_phase(2, stage=3))
+    before, after = leaves(params["learned"]), leaves(state.params["learned"])
+    changed = {n.split("'")[1] for n in before if not np.array_equal(before[n], after[n])}
+    assert changed == {"stage3_block1", "head"}
+    assert not np.any(np.asarray(params["alpha"]) == np.asarray(state.params["alpha"]))
+
+
+@pytest.mark.parametrize("learned, flag", [("all", 1.0), ("none", 0.0)])
+def test_all_or_none_of_the_learned_parameters_train(params, learned, flag):
+    recipe = dataclasses.replace(RECIPE, learned=learned)
+    inputs = training.phase_inputs(FAMILY, recipe, one_phase(1, stage=3))
+    mask = training.update_mask(FAMILY, recipe, params, inputs)
+    assert set(map(float, jax.tree.leaves(mask["learned"]))) == {flag}
+
+
+def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
+    images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
+    apply = jax.jit(lambda tree: resnet.apply(SPEC, tree, images))
+    generated = hyper.generate_blocks(FAMILY, params["inr"], jnp.array(FAMILY.full_widths))
+
+    def logits(active):
+        return apply(training.mixed_tree(FAMILY, params, generated, backbone, jnp.array(active)))
+
+    teacher = apply(backbone)
+    np.testing.assert_array_equal(logits([False, False]), teacher)
+    assert np.max(np.abs(logits([True, False]) - teacher)) > 1e-3
+    whole = hyper.generate(FAMILY, params, jnp.array(FAMILY.full_widths))
+    np.testing.assert_array_equal(logits([True, True]), apply(whole))
+
+
+def test_unrolled_and_looped_sizes_give_the_same_update(call, looped_call, params, backbone):
+    phase = one_phase(2, stage=3)
+    state, metrics, _ = step_once(call, params, backbone, phase)
+    other, other_metrics, _ = step_once(looped_call, params, backbone, phase)
+    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    # The first moment is the gradient; the update of Adam's first step is its sign.
+    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+
+
+def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
+    """Against the loss written out for one size after the other."""
+    phase = one_phase(2, stage=3)
+    _, metrics, _ = step_once(call, params, backbone, phase)
+    width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0), 3)
+    drawn = training.sample_widths(width_key, FAMILY, RECIPE, 1)[0]
+    images = random_images()
+    x = PREPROCESSING.train(data_key, images.images[:8])
+    y = images.labels[:8]
+    keys = jax.random.split(noise_key, 2)
+
+    def loss(params, widths, key, x, y, full):
+        generated = hyper.generate_blocks(FAMILY, params["inr"], widths, key=key)
+        tree = dict(params["learned"])
+        for position, name in enumerate(["stage1_block1", "stage2_block1"]):
+            tree[name] = hyper.skip_init(generated[name], params["alpha"][position])
+        logits = resnet.apply(SPEC, tree, x)
+        return (
+            losses.cross_entropy(logits, y)
+            + 1e-3 * losses.weight_norm(generated)
+            + full * losses.reconstruction(generated, backbone)
+            + 0.5 * losses.distillation(logits, resnet.apply(SPEC, backbone, x))
+        )
+
+    value = jax.jit(loss)
+    full = jnp.array(FAMILY.full_widths)
+    total = value(params, full, keys[0], x[:4], y[:4], 1.0)
+    total += value(params, drawn, keys[1], x[4:], y[4:], 0.0)
+    np.testing.assert_allclose(metrics["loss"], total / 2, rtol=1e-4)
+
+
+def toy_update(poisoned=-1):
+    """Cheap to compile; its state remembers which images it saw, and in which order."""
+
+    def update(state, step, key, images, indices):
+        noise = jax.random.normal(jax.random.fold_in(key, step))
+        seen = state.params["seen"] * 31 + jnp.sum(indices * jnp.arange(1, 5)).astype("uint32")
+        params = {"seen": seen, "w": 0.9 * state.params["w"] + noise}
+        loss = jnp.where(step == poisoned, jnp.nan, params["w"])
+        metrics = {"loss": loss, "grad_norm": jnp.float32(1), "last": jnp.float32(indices[-1])}
+        return training.TrainState(params, state.opt_state), metrics
+
+    return update
+
+
+def run_toy(start, stop, *, steps_per_call, state=None, poisoned=-1, every=(), after=None):
+    state = state or training.TrainState({"seen": jnp.uint32(7), "w": jnp.float32(0)}, ())
+    return training.run_steps(
+        training.chunked(toy_update(poisoned), images_per_step=4, steps_per_call=steps_per_call),
+        state,
+        start=start,
+        stop=stop,
+        key=jax.random.key(9),
+        images=random_images(),
+        images_per_step=4,
+        steps_per_call=steps_per_call,
+        every=every,
+        after=after or (lambda *_: None),
+    )
+
+
+def test_steps_in_chunks_see_the_same_data_in_the_same_order():
+    wanted = run_toy(0, 17, steps_per_call=1).params  # 6 steps per epoch
+    assert_trees_close(run_toy(0, 17, steps_per_call=5).params, wanted, rtol=1e-6)
+    assert run_toy(0, 16, steps_per_call=5).params["seen"] != wanted["seen"]
+
+
+def test_an_epoch_shows_every_image_once():
+    seen = []
+    order = np.asarray(data.epoch_order(jax.random.split(jax.random.key(9))[0], 0, NUM_IMAGES))
+    run_toy(0, 6, steps_per_call=1, after=lambda step, state, m: seen.append(int(m["last"])))
+    np.testing.assert_array_equal(seen, order[3::4])
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+@pytest.mark.parametrize("interrupted", [1, 6, 7])
+def test_where_a_run_was_interrupted_has_no_influence(steps_per_call, interrupted):
+    wanted = run_toy(0, 13, steps_per_call=steps_per_call).params
+    state = run_toy(0, interrupted, steps_per_call=steps_per_call)
+    got = run_toy(interrupted, 13, steps_per_call=steps_per_call, state=state).params
+    assert_trees_close(got, wanted, rtol=0)
+
+
+def test_calls_end_at_epochs_and_at_every_stride():
+    steps = []
+    run_toy(0, 15, steps_per_call=5, every=(4, 0), after=lambda step, *_: steps.append(step))
+    assert steps == [4, 5, 6, 8, 10, 12, 15]
+
+
+def test_inr_steps_in_chunks_end_at_the_same_parameters(call, looped_call, params, backbone):
+    phase = one_phase(2, stage=3)
+    inputs = training.phase_inputs(FAMILY, RECIPE, phase)
+    ends = []
+    for chunk, steps_per_call in ((call, 1), (looped_call, 5)):
+        state = training.run_steps(
+            chunk,
+            training.start_phase(params, FAMILY, RECIPE, phase),
+            start=0,
+            stop=2,
+            key=jax.random.key(9),
+            images=random_images(),
+            images_per_step=RECIPE.images_per_step,
+            steps_per_call=steps_per_call,
+            every=(),
+            after=lambda *_: None,
+            rest=(backbone, inputs),
+        )
+        ends.append(state)
+    # Adam turns a gradient near zero into a whole step, so the parameters' tolerance is a fraction
+    # of one, and the moments' is tight.
+    assert_trees_close(ends[1].params, ends[0].params, rtol=1e-3, atol=2e-3)
+    assert_trees_close(ends[1].opt_state, ends[0].opt_state, rtol=1e-2, atol=1e-4)
+
+
+# --- fit -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(params, backbone):
+    """Initial and final state of 30 steps of the fit phase, and the loss of each step."""
+    recipe = dataclasses.replace(RECIPE, fit_steps=30, fit_learning_rate=1e-2, noise=False)
+    phase = training.phases(FAMILY, recipe, num_images=NUM_IMAGES)[0]
+    state = training.start_phase(params, FAMILY, recipe, phase)
+    found = []
+    end = training.run_steps(
+        training.chunked(training.fit_update(FAMILY, recipe), images_per_step=8, steps_per_call=1),
+        state,
+        start=phase.start,
+        stop=phase.stop,
+        key=jax.random.key(0),
+        images=random_images(),
+        images_per_step=8,
+        steps_per_call=1,
+        every=(),
+        after=lambda step, state, metrics: found.append(metrics["loss"]),
+        rest=(backbone, training.phase_inputs(FAMILY, recipe, phase)),
+    )
+    return end, found
+
+
+def test_the_fit_phase_lowers_the_reconstruction_error(fitted):
+    _, found = fitted
+    assert len(found) == 30
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_the_fit_phase_leaves_alpha_and_the_learned_parameters_alone(fitted, params):
+    end, _ = fitted
+    for name in ("alpha", "learned"):
+        assert_trees_close(end.params[name], params[name], rtol=0)
+    assert not np.array_equal(
+        *(next(iter(leaves(tree["inr"]).values())) for tree in (end.params, params))
+    )
+
+
+def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, params, backbone):
+    recipe = dataclasses.replace(RECIPE, fit_steps=4, fit_widths="random", sandwich=True)
+    phase = training.phases(FAMILY, recipe, num_images=NUM_IMAGES)[0]
+    drawn = []
+
+    class DrawnError(Exception):
+        pass
+
+    def record(hypernetwork, inr_params, widths, **options):
+        drawn.append(tuple(map(int, widths)))
+        raise DrawnError
+
+    monkeypatch.setattr(hyper, "generate_blocks", record)
+    state = training.start_phase(params, FAMILY, recipe, phase)
+    update = training.fit_update(FAMILY, recipe)
+    inputs = training.phase_inputs(FAMILY, recipe, phase)
+    for step in range(1, 20, 2):
+        with pytest.raises(DrawnError):
+            update(state, step, jax.random.key(0), None, None, backbone, inputs)
+    assert len(set(drawn)) > 1
+
+
+# --- closed-form start -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resampling", hyper.RESAMPLING)
+def test_a_grid_that_starts_from_the_backbone_reproduces_its_logits(resampling):
+    family = family_of(14, "all", Grid(resampling=resampling))
+    backbone = random_backbone(family.spec)
+    start = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+    recipe = InrRecipe(mode="at_once", block_init="teacher", alpha_init=1.0)
+    phase = training.phases(family, recipe, num_images=512)[0]
+    state = training.start_phase(start, family, recipe, phase)
+    generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
+    tree = generate(state.params, np.array(family.full_widths, np.int32))
+    images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
+    apply = jax.jit(lambda tree: resnet.apply(family.spec, tree, images))
+    np.testing.assert_allclose(apply(tree), apply(backbone), rtol=1e-4, atol=1e-5)
+
+
+# --- teacher ---------------------------------------------------------------------------------
+
+
+def test_a_teacher_learns_and_updates_its_statistics():
+    recipe = training.TeacherRecipe(learning_rate=0.05, label_smoothing=0.1)
+    preprocessing = dataclasses.replace(PREPROCESSING, crop_padding=0, flip=False)
+    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    state = training.teacher_init(jax.random.key(0), spec, recipe, 25)
+    update = training.teacher_update(spec, recipe, preprocessing, 25)
+    before = leaves(state.params)
+    found = []
+    end = training.run_steps(
+        training.chunked(update, images_per_step=NUM_IMAGES, steps_per_call=1),
+        state,
+        start=0,
+        stop=25,
+        key=jax.random.key(0),
+        images=random_images(),
+        images_per_step=NUM_IMAGES,
+        steps_per_call=1,
+        every=(),
+        after=lambda step, state, metrics: found.append(metrics["loss"]),
+    )
+    assert found[-1] < 0.8 * found[0]
+    after = leaves(end.params)
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 5])
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(steps_per_call):
+    seen = []
+
+    def after(step, state, metrics):
+        seen.append((step, float(state.params["w"])))
+
+    with pytest.raises(training.NonFiniteLossError, match="at step 7 ") as error:
+        run_toy(0, 12, steps_per_call=steps_per_call, poisoned=7, every=(2,), after=after)
+    assert error.value.step == 7
+    assert "\n" not in str(error.value)
+    assert set(error.value.metrics) == {"loss", "grad_norm"}
+    assert seen[-1][0] == (7 if steps_per_call == 1 else 6)
+    assert np.all(np.isfinite([w for _, w in seen]))
+
+
+def teach(preprocessing, recipe, after):
+    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
+    training.run_steps(
+        training.chunked(
+            training.teacher_update(spec, recipe, preprocessing, 10),
+            images_per_step=4,
+            steps_per_call=1,
+        ),
+        training.teacher_init(jax.random.key(0), spec, recipe, 10),
+        start=0,
+        stop=10,
+        key=jax.random.key(0),
+        images=random_images(),
+        images_per_step=4,
+        steps_per_call=1,
+        every=(),
+        after=after,
+    )
+
+
+def test_images_that_are_not_finite_stop_the_run_before_anything_is_saved():
+    preprocessing = dataclasses.replace(PREPROCESSING, std=(0.25, float("nan"), 0.25))
+    seen = []
+    with pytest.raises(training.NonFiniteLossError, match=r"got .*loss = nan.* at step 0") as error:
+        teach(preprocessing, training.TeacherRecipe(), lambda *a: seen.append(a))
+    assert error.value.step == 0
+    assert seen == []
+
+
+def test_an_update_that_is_not_finite_is_never_handed_on():
+    recipe = training.TeacherRecipe(learning_rate=float("inf"))
+    finite = []
+
+    def after(step, state, metrics):
+        finite.append(bool(jnp.isfinite(optax.global_norm(state.params["params"]))))
+
+    with pytest.raises(training.NonFiniteLossError):
+        teach(PREPROCESSING, recipe, after)
+    assert all(finite)
+
+
+def test_the_message_names_phase_and_checkpoint():
+    error = training.NonFiniteLossError(12, {"loss": float("inf")}, phase="fit", last_saved=8)
+    assert "loss = inf at step 12 (fit); the checkpoint of step 8 is kept" in str(error)
+
+
+def test_a_step_larger_than_the_training_split_is_refused():
+    with pytest.raises(ValueError, match=r"needs 32 images .* has 24; lower batch_size") as error:
+        training.run_steps(
+            lambda *_: None,
+            None,
+            start=0,
+            stop=1,
+            key=jax.random.key(0),
+            images=random_images(),
+            images_per_step=32,
+            steps_per_call=1,
+            every=(),
+            after=lambda *_: None,
+        )
+    assert is_one_sentence(error)
