@@ -6,9 +6,11 @@
 The teacher is the public network of `chenyaofo/pytorch-cifar-models` (68.83 % top-1); without
 `teacher.file` one is trained first, which takes hours on two cores.
 
-Hardware, time and result: see results/cifar100_resnet20/README.md.
+Hardware and time: two CPU cores, 47 minutes with other jobs beside it.
+Result: test top-1 68.27 / 64.88 / 62.93 % at compression 0 / 25 / 50 % and 26.10 % at the never
+trained 75 %, see results/cifar100_resnet20/README.md.
 Presets: `:smoke` touches every phase in about a minute; `:per_tensor_mlp` is the papers' INR kind
-at a size that two cores can train.
+at a size that two cores can hold, not run to the end.
 """
 
 from ml_collections import ConfigDict
