@@ -3,8 +3,8 @@
     python train.py --config=configs/digits.py --workdir=/tmp/digits
 
 Hardware and time: two CPU cores, about two minutes.
-Result: test top-1 97.8 / 98.3 / 98.1 / 98.3 % at width ratio 1 / 0.75 / 0.6 / 0.5 and 97.8 % at the never
-trained 0.4, see results/digits/README.md.
+Result: test top-1 97.8 / 98.3 / 98.1 / 98.3 % at width ratio 1 / 0.75 / 0.6 / 0.5 and 97.8 % at
+the never trained 0.4, see results/digits/README.md.
 
 Presets: `:smoke` is a run of seconds that touches every phase.
 """
