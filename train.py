@@ -7,9 +7,9 @@ The same command continues an interrupted run. `--config.field=value` overrides 
 """
 
 import json
+import pathlib
 import time
 
-import jax
 from absl import flags
 
 from neumeta_jax import command_line, experiment as lab
@@ -43,22 +43,21 @@ def main(argv):
     print(lab.describe(experiment, dataset, splits), flush=True)
 
     with lab.open_workdir(options.workdir, config) as workdir:
-        backbone = lab.prepare_backbone(
-            workdir, experiment, splits
-        )  # import or train, fold, smooth
-        params = lab.train_inr(workdir, experiment, splits, backbone)  # fit, then block by block
+        # Import or train the teacher, fold its batch norm, smooth it by permutation.
+        backbone = lab.prepare_backbone(workdir, experiment, splits)
+        # Fit the INR to the teacher, then add block after block at random widths.
+        params = lab.train_inr(workdir, experiment, splits, backbone)
         path = lab.save_result(workdir, experiment, params)
         print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
-        lab.evaluate_and_write(
-            workdir.path,
-            experiment,
-            params,
-            splits,
-            split=experiment.eval_split,
-            width_ratios=experiment.width_ratios,
-            num_samples=experiment.eval_samples,
-        )
-    jax.block_until_ready(params)
+    lab.evaluate_and_write(
+        pathlib.Path(options.workdir),
+        experiment,
+        params,
+        splits,
+        split=experiment.eval_split,
+        width_ratios=experiment.width_ratios,
+        num_samples=experiment.eval_samples,
+    )
     print(f"done in {format_seconds(time.perf_counter() - started)}")
 
 
