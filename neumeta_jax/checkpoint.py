@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
-from neumeta_jax import hypernetwork as hyper
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.resnet import Params
 
 INR_FILE = "inr.safetensors"
@@ -88,7 +88,7 @@ def save_inr(
     fields = {
         "spec": hypernetwork.spec.to_dict(),
         "blocks": list(hypernetwork.blocks),
-        "inr": hyper.describe_inr(hypernetwork.inr),
+        "inr": describe_inr(hypernetwork.inr),
     }
     save_tree(path, params, {**fields, **metadata})
 
@@ -111,7 +111,7 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
     hypernetwork = Hypernetwork(
         spec=ResNetSpec.from_dict(metadata.pop("spec")),
         blocks=tuple(metadata.pop("blocks")),
-        inr=hyper.make_inr(**metadata.pop("inr")),
+        inr=make_inr(**metadata.pop("inr")),
     )
     return hypernetwork, params, metadata
 

@@ -112,23 +112,55 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
         float32[batch, classes].
     """
 
-    def affine(x, layer, stride=1):
-        return _conv(x, layer["kernel"], stride) + layer["bias"].astype(x.dtype)
-
-    x = jax.nn.relu(affine(images, params["stem"]))
+    x = jax.nn.relu(_affine(images, params["stem"]))
     for block in spec.blocks:
-        if block.hidden_width == 0:
-            continue  # max(0, x) of a stream that is already non-negative
-        layers = params[block.name]
-        y = jax.nn.relu(affine(x, layers["conv1"], block.stride))
-        y = affine(y, layers["conv2"])
-        if block.projection:
-            x = affine(x, layers["shortcut"], block.stride)
-        elif not block.skippable:
-            x = _pad_shortcut(x, block)
-        x = jax.nn.relu(x + y)
+        if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
+            x, _ = _apply_block(block, params[block.name], x)
     x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
     return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def _affine(x, layer, stride=1):
+    return _conv(x, layer["kernel"], stride) + layer["bias"].astype(x.dtype)
+
+
+def _apply_block(block: Block, layers: Mapping, x):
+    """(stream after the block, its hidden activations), both float[batch, size, size, channels]."""
+    hidden = jax.nn.relu(_affine(x, layers["conv1"], block.stride))
+    y = _affine(hidden, layers["conv2"])
+    if block.projection:
+        x = _affine(x, layers["shortcut"], block.stride)
+    elif not block.skippable:
+        x = _pad_shortcut(x, block)
+    return jax.nn.relu(x + y), hidden
+
+
+def hidden_moments(
+    spec: ResNetSpec, params: Mapping, images: jax.Array, blocks: Sequence[int]
+) -> dict[str, jax.Array]:
+    """Second moments of the hidden activations of `blocks`, and of a constant.
+
+        M = E[(h, 1) (h, 1)^T]    over images and pixels
+
+    Args:
+        spec: the network's shapes.
+        params: a folded tree.
+        images: normalised, float[batch, size, size, channels].
+        blocks: positions in `spec.blocks`.
+
+    Returns:
+        float32[hidden_width + 1, hidden_width + 1] by block name; the last row holds the means.
+    """
+    moments = {}
+    x = jax.nn.relu(_affine(images, params["stem"]))
+    for number, block in enumerate(spec.blocks):
+        if block.hidden_width:
+            x, hidden = _apply_block(block, params[block.name], x)
+            if number in blocks:
+                flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
+                flat = jnp.pad(flat, ((0, 0), (0, 1)), constant_values=1.0)
+                moments[block.name] = flat.T @ flat / flat.shape[0]
+    return moments
 
 
 def param_shapes(spec: ResNetSpec) -> Params:

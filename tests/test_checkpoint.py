@@ -10,7 +10,8 @@ import safetensors.numpy
 from neumeta_jax import checkpoint, hypernetwork as hyper, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.checkpoint import Checkpoints
-from neumeta_jax.hypernetwork import Grid, Hypernetwork, PerTensorMLP
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import Grid, PerTensorMLP
 
 TREE = {
     "stem": {"kernel": np.arange(6, dtype="float32").reshape(2, 3), "bias": np.float32(0.5)},

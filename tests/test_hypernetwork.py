@@ -11,7 +11,17 @@ import pytest
 from neumeta_jax import coordinates, hypernetwork, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
 from neumeta_jax.coordinates import KINDS, LAYERS
-from neumeta_jax.hypernetwork import Grid, Hypernetwork, PerTensorMLP, make_inr
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import (
+    INR_KINDS,
+    CoordinateMLP,
+    Grid,
+    PerTensorMLP,
+    Projection,
+    SharedMLP,
+    describe_inr,
+    make_inr,
+)
 
 SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=2)
 # Two blocks of one group, and one that enters a stage and cannot be skipped.
@@ -20,8 +30,11 @@ IMAGES = np.random.default_rng(7).normal(size=(3, 8, 8, 2)).astype(np.float32)
 INRS = {
     "mlp": PerTensorMLP(hidden_width=8, num_layers=2, num_frequencies=5),
     "cell grid": Grid(num_terms=3),
+    "shared mlp": SharedMLP(hidden_width=8, num_layers=3, num_frequencies=3, embedding_size=5),
+    "projection": Projection(num_terms=2, modulated=True),
     "nested grid": Grid(num_terms=2, resampling="nested"),
 }
+TENSORS = [f"{layer}_{kind}" for layer in LAYERS for kind in KINDS]
 WIDTHS = {
     "full": (4, 4, 6),
     "half": (2, 2, 3),
@@ -30,14 +43,19 @@ WIDTHS = {
     "partly skipped": (3, 0, 6),
 }
 all_kinds = pytest.mark.parametrize("inr", INRS.values(), ids=INRS)
-mlp_and_grid = pytest.mark.parametrize("inr", list(INRS.values())[:2], ids=list(INRS)[:2])
+one_of_each_class = pytest.mark.parametrize("inr", list(INRS.values())[:4], ids=list(INRS)[:4])
 
 
 def scrambled(tree, seed, scale=0.3):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: (np.asarray(x) + rng.normal(size=x.shape, scale=scale)).astype(np.float32), tree
-    )
+
+    def leaf(path, x):
+        moved = np.asarray(x) + rng.normal(size=x.shape, scale=scale)
+        if getattr(path[-1], "key", None) == "moments":  # of anything: symmetric and positive
+            moved = moved @ moved.swapaxes(-1, -2) + 0.1 * np.eye(x.shape[-1])
+        return moved.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def fast_key(seed):
@@ -103,6 +121,98 @@ def reference_mlp(params, queries, num_frequencies):
     return h @ params["out"]["kernel"] + params["out"]["bias"]
 
 
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {"elu": elu, "relu": lambda x: np.maximum(x, 0), "gelu": gelu}
+
+
+def integrated(x, cell, num_frequencies):
+    """The means of `features` from edge to edge of a cell, from their antiderivatives."""
+    angles = np.pi * 2.0 ** np.arange(num_frequencies)
+    left, right = angles * (x - cell / 2)[..., None], angles * (x + cell / 2)[..., None]
+    sines = (np.cos(left) - np.cos(right)) / (angles * cell)
+    cosines = (np.sin(right) - np.sin(left)) / (angles * cell)
+    return np.concatenate([x[..., None], sines, cosines], axis=-1)
+
+
+def reference_shared_mlp(inr, params, group, row, width, stretch=1.0):
+    """The equation of `SharedMLP` with cells wider by `stretch`, at every query of one tensor."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    mlp, tensor, act = params["mlp"], group.indices[row], ACTIVATIONS[inr.activation]
+
+    def encoded(channels):
+        x = (np.arange(channels) + 0.5) / channels
+        if inr.integrated:
+            return integrated(x, stretch / channels, inr.num_frequencies)
+        return features(x, inr.num_frequencies)
+
+    full = SPEC.stage_widths[int(group.name.removeprefix("stage")[0]) - 1]
+    c_out = width if group.out_is_hidden else group.rows
+    c_in = width if group.in_is_hidden else group.columns
+    h = params["embeddings"][tensor] @ mlp["embedding"] + (width / full) * mlp["width"][0]
+    h = h + (encoded(c_out) @ mlp["rows"])[:, None]
+    if group.kind == "kernel":
+        h = h + encoded(c_in) @ mlp["columns"]
+    h = act(h)
+    for n in range(1, inr.num_layers):
+        h = h + mlp[f"scale{n}"] * act(h @ mlp[f"hidden{n}_kernel"] + mlp[f"hidden{n}_bias"])
+    values = h @ mlp[f"{group.kind}_head"] + mlp[f"{group.kind}_head_bias"]
+    full_c_in = full if group.in_is_hidden else c_in
+    return params["scales"][tensor] * values * full_c_in / c_in
+
+
+def least_squares(moments, width, ridge):
+    """float64[full + 1, full]: what stands for each channel where the first `width` are left.
+
+    Stated as a regression: rows whose second moments are `moments`, and ridge rows below them.
+    """
+    moments = np.asarray(moments, np.float64)
+    diagonal = np.diag(moments)
+    rows = np.linalg.cholesky(moments).T
+    penalty = np.diag(np.sqrt(ridge * diagonal + 1e-6 * diagonal.mean()))
+    full = len(moments) - 1
+    there, dropped = [*range(width), full], list(range(width, full))
+    design = np.concatenate([rows[:, there], penalty[:, there]])
+    wanted = np.concatenate([rows[:, dropped], np.zeros((full + 1, len(dropped)))])
+    result = np.eye(full + 1, full)
+    result[np.ix_(dropped, dropped)] = 0
+    result[np.ix_(there, dropped)] = np.linalg.lstsq(design, wanted)[0]
+    return result
+
+
+def reference_projection(members, params, group, row, width):
+    """The equation of `Projection`, one tensor at a time."""
+    blocks = group.name.removesuffix(f"{group.layer}_{group.kind}")
+    params = {name: p for name, p in params["inr"].items() if name.removeprefix(blocks) in TENSORS}
+    params = jax.tree.map(lambda x: np.asarray(x[row], np.float64), params)
+    hidden = members.full_widths[group.positions[row]]
+    small = max(1 - width / hidden, 0)
+
+    def conditioned(name):
+        terms = params[name]["values"]
+        values = sum(small**m * term for m, term in enumerate(terms))
+        if members.inr.modulated:
+            change = small * params[name]["modulation"][..., None]
+            values = values * (1 + change) if name.endswith("kernel") else values + change
+        return values
+
+    values = conditioned(group.name)
+    # Beyond the full size there are copies, which share what reads them.
+    origin = np.arange(width) % hidden
+    if group.layer == "conv1":
+        return values[origin]
+    reader = group.name.replace("bias", "kernel")
+    kernel, kept = conditioned(reader), min(width, hidden)
+    matrix = least_squares(params[reader]["moments"], kept, members.inr.ridge)
+    projected = np.einsum("kf,ofs->oks", matrix, kernel)
+    if group.kind == "bias":
+        return values + projected[:, hidden].sum(-1)[:, None, None]
+    copies = np.bincount(origin, minlength=hidden)
+    return (projected[:, origin].swapaxes(1, 2) / copies[origin]).swapaxes(1, 2)
+
+
 def resampled(values, axis, width, resampling):
     """`values` at `width` channels along `axis`: means over cells, or the first ones."""
     full = values.shape[axis]
@@ -117,6 +227,10 @@ def resampled(values, axis, width, resampling):
 
 def reference_tensor(members, params, group, row, width):
     """[C_out, C_in, outputs] of one tensor of a block with `width` hidden channels."""
+    if isinstance(members.inr, SharedMLP):
+        return reference_shared_mlp(members.inr, params["inr"], group, row, width)
+    if isinstance(members.inr, Projection):
+        return reference_projection(members, params, group, row, width)
     params = jax.tree.map(lambda x: x[row], params["inr"][group.name])
     c_out = width if group.out_is_hidden else group.rows
     c_in = width if group.in_is_hidden else group.columns
@@ -193,7 +307,7 @@ def refusal(function, *args, **kwargs):
 
 
 def test_the_mlp_is_that_of_the_papers():
-    mlp = hypernetwork.CoordinateMLP(
+    mlp = CoordinateMLP(
         hidden_width=16, num_layers=4, num_frequencies=32, num_outputs=9, activation="elu"
     )
     group = coordinates.tensor_groups(SPEC, BLOCKS)[0]
@@ -230,6 +344,95 @@ def test_the_papers_inr_of_a_resnet56_has_187_8_million_parameters():
     total = hypernetwork.num_inr_params({"inr": inr, "alpha": np.zeros(23)})
     assert total == 46 * (2_043_408 + 2_039_304) + 23
     assert round(total / 1e6, 1) == 187.8
+
+
+def test_the_shared_mlp_of_a_resnet56_has_229_225_parameters():
+    spec = cifar_resnet(56, num_classes=100)
+    members = Hypernetwork(spec, generated_blocks(spec), SharedMLP())
+    inr = jax.eval_shape(lambda key: members.inr.init(key, members.groups), jax.random.key(0))
+    total = sum(leaf.size for leaf in jax.tree.leaves(inr))
+    assert total == 256 * (2 * 13 + 1 + 64) + 3 * (256**2 + 257) + 10 * 257 + 92 * 65 == 229_225
+
+
+def test_a_fresh_shared_mlp_generates_weights_of_the_size_that_a_convolution_takes():
+    inr = SharedMLP(hidden_width=64)
+    groups = coordinates.tensor_groups(SPEC, BLOCKS)
+
+    @jax.jit
+    def fresh(key):
+        params = inr.init(key, groups)
+        return params, inr(params, groups, np.array(WIDTHS["full"]))
+
+    params, raw = fresh(jax.random.key(0))
+    assert params["mlp"]["scale1"] == params["mlp"]["scale3"] == np.float32(0.1)
+    for group in groups:
+        if group.kind == "kernel":
+            size = np.sqrt(np.mean(np.asarray(raw[group.name]) ** 2, axis=(1, 2, 3)))
+            assert (size * np.sqrt(9 * group.columns) > 0.2).all()
+            assert (size * np.sqrt(9 * group.columns) < 3).all()
+            for row in range(1, len(size)):  # the tensors of a group differ
+                assert np.abs(raw[group.name][row] - raw[group.name][0]).max() > size[0] / 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"integrated": False}, {"activation": "relu"}, {"activation": "elu", "num_layers": 1}],
+    ids=["points", "relu", "one layer"],
+)
+def test_every_variant_of_the_shared_mlp_follows_its_equation(fields):
+    fields = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, **fields}
+    members, params = family(SharedMLP(**fields, embedding_size=5), blocks=(1,))
+    for widths in ((4,), (3,)):
+        expected = padded(reference_dense(members, params, widths), SPEC)["stage1_block1"]
+        assert_same_tree(generate(members, params, widths)["stage1_block1"], expected)
+
+
+@pytest.mark.parametrize("fields", [{"noise_scale": 1.0}, {"max_cell": 2.0}], ids=str)
+def test_a_shared_mlp_moves_channels_or_widens_cells_only_with_a_key(fields):
+    small = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, "embedding_size": 5}
+    members, params = family(SharedMLP(**small, **fields), blocks=(0, 1))
+    quiet, _ = family(SharedMLP(**small), blocks=(0, 1))
+    exact = generate(quiet, params, (3, 3), key=fast_key(0))
+    assert_same_tree(generate(members, params, (3, 3)), exact, tolerance=0)
+    noisy = [generate(members, params, (3, 3), key=fast_key(seed)) for seed in range(2)]
+    for block in ("stage1_block0", "stage1_block1"):
+        for layer in LAYERS:
+            for kind in KINDS:
+                values = [tree[block][layer][kind] for tree in (exact, *noisy)]
+                assert 1e-5 < np.abs(values[1] - values[0]).max() < 10
+                assert (values[1] != values[2]).any()
+        assert not np.asarray(noisy[0][block]["conv1"]["bias"])[3:].any()
+
+
+def test_all_tensors_of_a_block_have_cells_that_are_wider_by_one_factor():
+    small = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, "embedding_size": 5}
+    inr, groups = SharedMLP(**small, max_cell=2.0), coordinates.tensor_groups(SPEC, BLOCKS)
+    params = family(inr)[1]["inr"]
+    widths = jnp.array([3, 2, 5])
+    stretch, _ = inr._jitter(fast_key(0), groups, 3)
+    assert len(set(stretch.tolist())) == 3
+    assert all(1 <= factor <= 2 for factor in stretch.tolist())
+    raw = jax.jit(lambda key: inr(params, groups, widths, key=key))(fast_key(0))
+    for group in groups:
+        for row, position in enumerate(group.positions):
+            width, factor = int(widths[position]), float(stretch[position])
+            expected = reference_shared_mlp(inr, params, group, row, width, stretch=factor)
+            actual = raw[group.name][row, : expected.shape[0], : expected.shape[1]]
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_shared_mlp_can_start_with_the_scales_of_the_backbone():
+    members, backbone = Hypernetwork(SPEC, BLOCKS, INRS["shared mlp"]), random_backbone()
+    backbone["stage1_block0"]["conv1"]["bias"] = np.zeros(4, np.float32)
+    params = jax.jit(
+        lambda key: hypernetwork.init(key, members, backbone, alpha=1.0, from_backbone=True)
+    )(fast_key(0))
+    for position, n in enumerate(BLOCKS):
+        for number, (layer, kind) in enumerate((la, ki) for la in LAYERS for ki in KINDS):
+            tensor = backbone[SPEC.blocks[n].name][layer][kind]
+            size = max(np.sqrt(np.mean(np.square(tensor))), 1e-6)
+            scale = params["inr"]["scales"][4 * position + number]
+            assert float(scale) == pytest.approx(size, rel=1e-5)
 
 
 @all_kinds
@@ -275,7 +478,7 @@ def test_networks_larger_than_the_full_one_follow_the_same_equations(inr):
         assert_same_tree(tree, padded(reference_dense(members, params, asked), larger))
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_generation_maps_over_widths(inr):
     members, params = family(inr, blocks=(0, 1))
     batch = np.array(list(WIDTHS.values()))[:, :2]
@@ -295,7 +498,7 @@ def test_the_tree_is_that_of_the_spec_and_keeps_what_is_not_generated(inr):
     assert set(learned["stage2_block0"]) == {"shortcut"}
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_gradients_reach_every_parameter_and_are_finite(inr):
     members, params = family(inr, blocks=(0, 1))
 
@@ -310,19 +513,27 @@ def test_gradients_reach_every_parameter_and_are_finite(inr):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
         np.testing.assert_array_equal(gradients["alpha"] != 0, np.array(widths) > 0)
         assert all(leaf.any() for leaf in jax.tree.leaves(gradients["learned"]))
+        if isinstance(inr, SharedMLP):
+            assert all(leaf.any() for leaf in jax.tree.leaves(gradients["inr"]["mlp"]))
         for group in members.groups:
-            for leaf in jax.tree.leaves(gradients["inr"][group.name]):
+            tensors = dict(of_tensors(inr, gradients["inr"], group))
+            if "moments" in tensors:
+                assert not tensors.pop("moments").any()  # measured, not learned
+            for leaf in jax.tree.leaves(tensors):
                 for row, position in enumerate(group.positions):
                     assert leaf[row].any() == (widths[position] > 0)
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_gradients_agree_with_finite_differences(inr):
     members, params = family(inr, blocks=(1,))
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(np.float64), params)
         direction = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+        for tensors in direction["inr"].values():
+            if isinstance(tensors, dict) and "moments" in tensors:
+                tensors["moments"] = np.zeros_like(tensors["moments"])  # not learned
 
         @jax.jit
         def slope_and_value(step):
@@ -363,7 +574,7 @@ def test_noise_is_drawn_only_with_a_key_and_only_at_a_positive_scale():
     assert not np.asarray(moved["conv1"]["bias"])[3:].any()  # noise stays behind the mask
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_an_alpha_of_zero_makes_generated_blocks_the_identity(inr):
     members, params = family(inr)
     params = {**params, "alpha": np.zeros(3, np.float32)}
@@ -397,19 +608,183 @@ def test_a_grid_can_start_at_the_backbone(name):
     assert_same_tree(generate(members, params, members.widths(1.0)), backbone)
 
 
+def of_tensors(inr, inr_params, group):
+    """The leaves that belong to single tensors of a group, with a leading axis of tensors."""
+    if isinstance(inr, SharedMLP):
+        return {
+            name: inr_params[name][np.array(group.indices)] for name in ("embeddings", "scales")
+        }
+    return inr_params[group.name]
+
+
+def projection_of(backbone, moments, inr=None, blocks=BLOCKS):
+    members = Hypernetwork(SPEC, blocks, inr or Projection())
+    params = jax.jit(
+        lambda key: hypernetwork.init(
+            key, members, backbone, alpha=1.0, from_backbone=True, moments=moments
+        )
+    )(fast_key(0))
+    return members, params
+
+
+def backbone_and_moments():
+    backbone = random_backbone()
+    moments = resnet.hidden_moments(SPEC, backbone, jnp.asarray(IMAGES), BLOCKS)
+    return backbone, moments
+
+
+def test_a_projection_at_the_full_width_is_exactly_its_values():
+    members, params = family(INRS["projection"])
+    raw = jax.jit(lambda p, w: members.inr(p, members.groups, w))(
+        params["inr"], np.array(members.full_widths)
+    )
+    for group in members.groups:
+        values = params["inr"][group.name]["values"][:, 0]
+        np.testing.assert_array_equal(raw[group.name], values)
+
+
+def test_a_projection_started_at_the_backbone_is_the_backbone_at_the_full_width():
+    backbone, moments = backbone_and_moments()
+    members, params = projection_of(backbone, moments)
+    assert_same_tree(generate(members, params, members.full_widths), backbone, tolerance=0)
+
+
+def test_without_moments_a_projection_is_a_nested_slice():
+    backbone = random_backbone()
+    members, params = projection_of(backbone, None)
+    sliced = resnet.mask_params(SPEC, backbone, BLOCKS, (2, 3, 5))
+    assert_same_tree(generate(members, params, (2, 3, 5)), sliced)
+
+
+def test_a_projected_layer_is_the_least_squares_solution():
+    backbone, moments = backbone_and_moments()
+    members, params = projection_of(backbone, moments)
+    widths = (2, 1, 4)
+    tree = generate(members, params, widths)
+    for n, width in zip(BLOCKS, widths, strict=True):
+        name = SPEC.blocks[n].name
+        kernel, bias = (np.asarray(backbone[name]["conv2"][k], np.float64) for k in KINDS[:2])
+        full = kernel.shape[2]
+        # W2_K + A W2_D and b2 + (last row of A) W2_D, summed over the taps
+        matrix = np.asarray(moments[name], np.float64)
+        diagonal = np.diag(matrix)
+        loaded = matrix + np.diag(1e-3 * diagonal + 1e-6 * diagonal.mean())
+        there, dropped = [*range(width), full], list(range(width, full))
+        a = np.linalg.solve(loaded[np.ix_(there, there)], matrix[np.ix_(there, dropped)])
+        taken = np.einsum("kd,hwdo->hwko", a, kernel[:, :, dropped])
+        projected = tree[name]["conv2"]
+        expected = kernel[:, :, :width] + taken[:, :, :width]
+        np.testing.assert_allclose(projected["kernel"][:, :, :width], expected, atol=1e-4)
+        expected = bias + taken[:, :, width].sum((0, 1))
+        np.testing.assert_allclose(projected["bias"], expected, atol=1e-4)
+        for kind in KINDS:
+            np.testing.assert_array_equal(
+                tree[name]["conv1"][kind][..., :width], backbone[name]["conv1"][kind][..., :width]
+            )
+
+
+def test_a_projection_beyond_the_full_width_is_the_same_function():
+    members, params = family(INRS["projection"])
+    exact = apply(SPEC, generate(members, params, members.full_widths), IMAGES)
+    for widths in ((5, 8, 9), (4, 11, 13)):
+        larger = morph(SPEC, BLOCKS, widths)
+        logits = apply(larger, generate(members, params, widths, spec=larger), IMAGES)
+        np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_a_projection_loses_less_than_a_nested_slice():
+    rng = np.random.default_rng(4)
+    backbone = random_backbone()
+    # Correlated activations, as those of a layer are, in an image without an edge.
+    mixing = rng.normal(size=(4, 4)) + 1
+    hidden = np.maximum(rng.normal(size=(16, 8, 8, 4)) @ mixing + 0.5, 0)
+    rows = np.concatenate([hidden.reshape(-1, 4), np.ones((16 * 64, 1))], axis=1)
+    moments = {"stage1_block1": np.asarray(rows.T @ rows / len(rows), np.float32)}
+    nested = Hypernetwork(SPEC, (1,), INRS["nested grid"])
+    members, params = projection_of(backbone, moments, blocks=(1,))
+    nested_params = jax.jit(
+        lambda key: hypernetwork.init(key, nested, backbone, alpha=1.0, from_backbone=True)
+    )(fast_key(0))
+
+    def output(tree):
+        kernel, bias = (np.asarray(tree["stage1_block1"]["conv2"][kind]) for kind in KINDS[:2])
+        patches = np.lib.stride_tricks.sliding_window_view(hidden, (3, 3), axis=(1, 2))
+        return np.einsum("bxyihw,hwio->bxyo", patches, kernel) + bias
+
+    exact, losses = output(backbone), []
+    for width in (1, 2, 3):
+        loss, nested_loss = (
+            np.mean((output(generate(m, p, (width,))) - exact) ** 2)
+            for m, p in ((members, params), (nested, nested_params))
+        )
+        assert loss < 0.7 * nested_loss
+        losses.append(loss)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_channel_dropout_acts_with_a_key_below_the_full_width_and_leaves_a_channel():
+    backbone, moments = backbone_and_moments()
+    inr = Projection(channel_dropout=0.99)
+    members, params = projection_of(backbone, moments, inr)
+    plain, _ = projection_of(backbone, moments)
+    assert_same_tree(
+        generate(members, params, (2, 3, 5)), generate(plain, params, (2, 3, 5)), tolerance=0
+    )
+    full = generate(members, params, members.full_widths, key=fast_key(0))
+    assert_same_tree(full, backbone, tolerance=0)
+    numbers = []
+    for seed in range(40):
+        tree = generate(members, params, (2, 3, 5), key=fast_key(seed))
+        for n, width in zip(BLOCKS, (2, 3, 5), strict=True):
+            layers = jax.tree.map(np.asarray, tree[SPEC.blocks[n].name])
+            alive = layers["conv1"]["kernel"].any((0, 1, 2))
+            np.testing.assert_array_equal(layers["conv2"]["kernel"].any((0, 1, 3)), alive)
+            assert not alive[width:].any()
+            numbers.append((n, int(alive.sum())))
+    for n, width in zip(BLOCKS, (2, 3, 5), strict=True):
+        counts = {count for position, count in numbers if position == n}
+        assert {1, width} <= counts <= set(range(1, width + 1))
+
+
+def test_a_network_drawn_through_wider_cells_computes_what_a_narrower_one_does():
+    backbone, moments = backbone_and_moments()
+    members, params = projection_of(backbone, moments, Projection(max_cell=2.0))
+    plain, _ = projection_of(backbone, moments)
+    wide = (2, 2, 4)
+    logits = {
+        widths: apply(SPEC, generate(plain, params, widths), IMAGES)
+        for widths in (wide, (1, 1, 2), (1, 1, 3), (2, 2, 3))
+    }
+    met = set()
+    for seed in range(16):
+        tree = generate(members, params, wide, key=fast_key(seed))
+        found = apply(SPEC, tree, IMAGES)
+        # As many channels as asked for, whatever the cells.
+        for n, width in zip(BLOCKS, wide, strict=True):
+            kernel = np.asarray(tree[SPEC.blocks[n].name]["conv1"]["kernel"])
+            assert kernel.any((0, 1, 2)).sum() == width
+        close = [w for w, x in logits.items() if np.abs(found - x).max() < 1e-4]
+        assert close
+        met.update(close)
+    assert {wide, (1, 1, 2)} <= met
+    full = generate(members, params, members.full_widths, key=fast_key(1))
+    assert_same_tree(full, backbone, tolerance=0)
+
+
 def copy_block(members, params, source, target):
     return jax.jit(lambda tree: members.inr.copy_block(tree, members.groups, source, target))(
         params["inr"]
     )
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_a_copied_block_generates_the_weights_of_its_source(inr):
     members, params = family(inr)
     copied = copy_block(members, params, 0, 1)
     for group in members.groups:
         for new, old in zip(
-            *map(jax.tree.leaves, (copied[group.name], params["inr"][group.name])), strict=True
+            *[jax.tree.leaves(of_tensors(inr, tree, group)) for tree in (copied, params["inr"])],
+            strict=True,
         ):
             if group.positions == (0, 1):
                 np.testing.assert_array_equal(new[1], old[0])
@@ -417,16 +792,19 @@ def test_a_copied_block_generates_the_weights_of_its_source(inr):
                 assert (new[1] != old[1]).any()
             else:
                 np.testing.assert_array_equal(new, old)
+    tree = generate(members, {**params, "inr": copied, "alpha": np.ones(3)}, (3, 3, 5))
+    if not isinstance(inr, PerTensorMLP):  # which knows the tensor by its coordinate too
+        assert_same_tree(tree["stage1_block1"], tree["stage1_block0"], tolerance=0)
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_copying_from_another_stage_changes_nothing(inr):
     members, params = family(inr)
     copied = copy_block(members, params, 1, 2)
     assert_same_tree(copied, params["inr"], tolerance=0)
 
 
-@mlp_and_grid
+@one_of_each_class
 def test_a_masked_update_changes_only_active_blocks(inr):
     members, params = family(inr)
     active = np.array([False, True, True])
@@ -438,6 +816,15 @@ def test_a_masked_update_changes_only_active_blocks(inr):
 
     updated = update(active)
     assert jax.tree.map(np.shape, updated) == jax.tree.map(np.shape, params["inr"])
+    if isinstance(inr, SharedMLP):  # the MLP is everyone's: it learns with any block
+        moved = jax.tree.map(lambda x: x + np.float32(0.1), params["inr"]["mlp"])
+        assert_same_tree(updated["mlp"], moved, tolerance=1e-7)
+        assert_same_tree(update(np.zeros(3, bool)), params["inr"], tolerance=0)
+        updated = {**updated, "mlp": params["inr"]["mlp"]}
+    for group in members.groups:
+        tensors = of_tensors(inr, updated, group)
+        if "moments" in tensors:
+            np.testing.assert_array_equal(tensors["moments"], params["inr"][group.name]["moments"])
     before = generate(members, params, WIDTHS["half"])
     after = generate(members, {**params, "inr": updated}, WIDTHS["half"])
     for position, n in enumerate(BLOCKS):
@@ -449,10 +836,15 @@ def test_a_masked_update_changes_only_active_blocks(inr):
 
 @pytest.mark.parametrize(
     "inr",
-    [*INRS.values(), PerTensorMLP(activation="gelu", noise_per="channel", noise_scale=0.5)],
+    [
+        *INRS.values(),
+        PerTensorMLP(activation="gelu", noise_per="channel", noise_scale=0.5),
+        SharedMLP(activation="relu", noise_scale=0.5, max_cell=2.0),
+        Projection(ridge=0.1, channel_dropout=0.5),
+    ],
 )
 def test_a_described_inr_can_be_made_again(inr):
-    description = json.loads(json.dumps(hypernetwork.describe_inr(inr)))
+    description = json.loads(json.dumps(describe_inr(inr)))
     assert make_inr(**description) == inr
     assert hash(make_inr(**description)) == hash(inr)
 
@@ -461,10 +853,11 @@ def test_unknown_kinds_and_fields_of_inrs_are_refused():
     message = refusal(make_inr, "siren")
     assert "'siren'" in message
     assert "per_tensor_mlp" in message
+    assert all(kind in message for kind in INR_KINDS)
     message = refusal(make_inr, "per_tensor_mlp", hidden_widht=8)
     assert "hidden_widht" in message
     assert "hidden_width" in message
-    assert "ResNetSpec" in refusal(hypernetwork.describe_inr, SPEC)
+    assert "ResNetSpec" in refusal(describe_inr, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +868,18 @@ def test_unknown_kinds_and_fields_of_inrs_are_refused():
         ("per_tensor_mlp", {"num_frequencies": -1}, "num_frequencies=-1"),
         ("per_tensor_mlp", {"activation": "tanh"}, "'tanh'"),
         ("per_tensor_mlp", {"noise_per": "row"}, "'row'"),
+        ("shared_mlp", {"hidden_width": 0}, "hidden_width=0"),
+        ("shared_mlp", {"num_layers": 0}, "num_layers=0"),
+        ("shared_mlp", {"embedding_size": 0}, "embedding_size=0"),
+        ("shared_mlp", {"num_frequencies": -1}, "num_frequencies=-1"),
+        ("shared_mlp", {"activation": "tanh"}, "'tanh'"),
+        ("shared_mlp", {"noise_scale": -0.5}, "-0.5"),
+        ("shared_mlp", {"max_cell": 0.5}, "max_cell=0.5"),
+        ("shared_mlp", {"max_cell": 2.0, "integrated": False}, "integrated=False"),
+        ("projection", {"num_terms": 0}, "num_terms=0"),
+        ("projection", {"ridge": 0.0}, "ridge=0.0"),
+        ("projection", {"channel_dropout": 1.0}, "1.0"),
+        ("projection", {"max_cell": 0.5}, "0.5"),
         ("grid", {"num_terms": 0}, "num_terms=0"),
         ("grid", {"noise_scale": -1.0}, "noise_scale=-1.0"),
         ("grid", {"resampling": "linear"}, "'linear'"),

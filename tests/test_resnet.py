@@ -143,6 +143,29 @@ def test_the_linen_network_has_the_layer_names_of_the_folded_one(shortcut):
     assert kernels(variables["params"]) == kernels(resnet.param_shapes(spec))
 
 
+def test_hidden_moments_are_those_of_the_activations_and_a_constant():
+    spec = morph(small_spec(), (1,), (0,))
+    params, images = random_params(spec), random_images(spec)
+    moments = resnet.hidden_moments(spec, params, jnp.asarray(images), (0, 1, 2))
+    assert list(moments) == ["stage1_block0", "stage2_block0"]  # a skipped block has none
+
+    stem = np.maximum(reference_conv(images, params["stem"], 1), 0)
+    first, entry = params["stage1_block0"], params["stage2_block0"]
+    hidden = np.maximum(reference_conv(stem, first["conv1"], 1), 0)
+    stream = np.maximum(stem + reference_conv(hidden, first["conv2"], 1), 0)
+    later = np.maximum(reference_conv(stream, entry["conv1"], 2), 0)
+    for name, activations in (("stage1_block0", hidden), ("stage2_block0", later)):
+        rows = activations.reshape(-1, activations.shape[-1])
+        width = rows.shape[1]
+        expected = np.ones((width + 1, width + 1))
+        for a in range(width):
+            expected[a, width] = expected[width, a] = rows[:, a].mean()
+            for b in range(width):
+                expected[a, b] = (rows[:, a] * rows[:, b]).mean()
+        assert moments[name].dtype == jnp.float32
+        assert_close(moments[name], expected)
+
+
 def test_initial_parameters_have_the_shapes_of_the_spec():
     spec = morph(small_spec(), (1, 3), (0, 2))
     params = jax.eval_shape(lambda key: resnet.init_params(key, spec), jax.random.key(0))

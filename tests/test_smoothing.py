@@ -354,6 +354,87 @@ def test_a_scrambled_smooth_network_returns_to_its_own_order():
         assert came_from.tolist() in (forward, forward[::-1])
 
 
+# Importance
+
+
+def random_moments(size, seed):
+    """Of correlated activations behind a ReLU, and a constant."""
+    rng = np.random.default_rng(seed)
+    hidden = np.maximum(rng.normal(size=(200, size)) @ rng.normal(size=(size, size)), 0)
+    rows = np.concatenate([hidden, np.ones((200, 1))], axis=1)
+    return rows.T @ rows / 200
+
+
+def greedy_elimination(moments, kernel, ridge):
+    """The order of removal, each trial with a regression of its own on all that is left."""
+    size = len(moments) - 1
+    diagonal = np.diag(moments)
+    loaded = moments + np.diag(ridge * diagonal + 1e-6 * diagonal.mean())
+    rows = np.linalg.cholesky(loaded).T
+    weights = np.moveaxis(kernel, 2, 0).reshape(size, -1)
+    target = rows[:, :size] @ weights
+    left, removed = list(range(size)), []
+    while left:
+        errors = []
+        for candidate in left:
+            design = rows[:, [c for c in left if c != candidate] + [size]]
+            solution = np.linalg.lstsq(design, target)[0]
+            errors.append(np.sum((design @ solution - target) ** 2))
+        removed.append(left.pop(int(np.argmin(errors))))
+    return removed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_importance_order_is_that_of_a_greedy_elimination_by_least_squares(seed):
+    moments = random_moments(7, seed)
+    kernel = np.random.default_rng(seed + 10).normal(size=(3, 3, 7, 4))
+    for ridge in (1e-3, 0.1):
+        order = smoothing.importance_order(moments, kernel, ridge=ridge)
+        assert order.tolist() == greedy_elimination(moments, kernel, ridge)[::-1]
+
+
+def test_a_channel_that_others_make_up_for_is_the_least_important():
+    moments = random_moments(4, seed=0)
+    # Channel 4 is the sum of channels 1 and 2 and a constant.
+    basis = np.zeros((6, 5))
+    basis[[0, 1, 2, 3, 5], range(5)] = 1
+    basis[4, [1, 2, 4]] = 1, 1, 3
+    moments = basis @ moments @ basis.T
+    kernel = np.ones((3, 3, 5, 2))
+    kernel[:, :, 4] = 10.0
+    assert smoothing.importance_order(moments, kernel, ridge=1e-9)[-1] in (1, 2, 4)
+    kernel[:, :, 3] = 0.0  # nobody reads it
+    assert smoothing.importance_order(moments, kernel)[-1] == 3
+
+
+def test_ordering_by_importance_keeps_the_function_and_moves_only_blocks_with_moments():
+    spec = small_spec()
+    params = random_params(spec)
+    shape = (NUM_IMAGES, spec.image_size, spec.image_size, spec.channels)
+    images = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    moments = resnet.hidden_moments(spec, params, images, (1, 3, 5))
+    moments = {name: np.asarray(values) for name, values in moments.items()}
+    ordered, orders = smoothing.by_importance(params, spec, moments)
+    assert list(orders) == [f"stage{stage}_block1_hidden" for stage in (1, 2, 3)]
+    assert_same_function(spec, params, ordered)
+    moved = False
+    for block in spec.blocks:
+        kernel = params[block.name]["conv2"]["kernel"]
+        order = np.arange(block.hidden_width)
+        if block.name in moments:
+            order = smoothing.importance_order(moments[block.name], kernel)
+            np.testing.assert_array_equal(orders[f"{block.name}_hidden"], order)
+            moved |= order.tolist() != sorted(order)
+        np.testing.assert_array_equal(
+            ordered[block.name]["conv2"]["kernel"], np.asarray(kernel)[:, :, order]
+        )
+        np.testing.assert_array_equal(
+            ordered[block.name]["conv1"]["kernel"],
+            np.asarray(params[block.name]["conv1"]["kernel"])[..., order],
+        )
+    assert moved
+
+
 # Refusals
 
 

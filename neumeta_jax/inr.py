@@ -1,0 +1,849 @@
+"""The INR kinds: pure functions from coordinates of model space to raw weights.
+
+An `INR` maps (parameters, widths) to the raw tensors of every generated block, in groups of tensors
+of equal role and shape (`coordinates.TensorGroup`). What surrounds it is the same for all kinds
+(`hypernetwork`): masking to the width, SkipInit, what is not generated.
+
+    per_tensor_mlp   the papers': one residual MLP of Fourier features per tensor
+    shared_mlp       one MLP for all tensors, told apart by learned embeddings
+    grid             learned values, averaged over each channel's cell
+    projection       learned values; a smaller network is the least-squares projection of the full
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax import coordinates
+from neumeta_jax.coordinates import Coordinates, TensorGroup
+from neumeta_jax.resnet import Params
+
+
+class INR(Protocol):
+    """What an implicit neural representation must offer. Implementations are hashable values."""
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether `start_from` makes use of the second moments of the hidden channels."""
+        ...
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        """Fresh parameters."""
+        ...
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Raw weights float32[tensors, rows, columns, num_outputs] by group name.
+
+        `widths` is int[num_blocks]; entries beyond a block's width may hold anything finite. With a
+        `key`, coordinates are noisy.
+        """
+        ...
+
+    def start_from(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        raw: Mapping[str, jax.Array],
+        moments: Mapping[str, jax.Array] | None = None,
+    ) -> Params:
+        """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
+
+        Kinds without one return `inr_params` as they are. `moments` holds the second moments of the
+        hidden channels of each tensor, float32[tensors, hidden + 1, hidden + 1] by the name of
+        conv2's kernel (see `resnet.hidden_moments`), for kinds with `needs_moments`.
+        """
+        ...
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        """`inr_params` in which block `target` starts as a copy of block `source`."""
+        ...
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        """A tree that broadcasts against `inr_params`: 1 where only `active` blocks learn, else 0.
+
+        `active` is bool[num_blocks] and may be traced.
+        """
+        ...
+
+
+class CoordinateMLP(nn.Module):
+    """The papers' residual MLP for one tensor (arXiv 2505.05510, section 3).
+
+        h = act(W0 e + b0);  h = h + s * act(W h + b), num_layers - 1 times;  W_out h + b_out
+
+    with e the Fourier features of the six normalised coordinates and s learned scalars that start
+    at 0.1.
+    """
+
+    hidden_width: int
+    num_layers: int
+    num_frequencies: int
+    num_outputs: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, coords: Coordinates) -> jax.Array:
+        """float32[rows, columns, num_outputs] for entries that broadcast to [rows, columns]."""
+        act = {"elu": nn.elu, "relu": nn.relu, "gelu": nn.gelu}[self.activation]
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        features = 1 + 2 * self.num_frequencies
+        kernel = self.param("in_kernel", uniform, (len(coords) * features, self.hidden_width))
+        kernel = kernel.reshape(len(coords), features, self.hidden_width)
+        # Linear in the encodings: entries are projected at their own shape and broadcast, those of
+        # one shape together, in one product.
+        h = self.param("in_bias", nn.initializers.zeros, (self.hidden_width,))
+        for shape in dict.fromkeys(entry.shape for entry in coords):
+            chosen = [n for n, entry in enumerate(coords) if entry.shape == shape]
+            encoded = [
+                coordinates.fourier_features(coords[n], self.num_frequencies) for n in chosen
+            ]
+            weights = jnp.concatenate([kernel[n] for n in chosen])
+            h = h + jnp.concatenate(encoded, axis=-1) @ weights
+        h = act(h)
+        for layer in range(1, self.num_layers):
+            scale = self.param(f"scale{layer}", nn.initializers.constant(0.1), ())
+            dense = nn.Dense(self.hidden_width, kernel_init=uniform, name=f"hidden{layer}")
+            h = h + scale * act(dense(h))
+        return nn.Dense(self.num_outputs, kernel_init=uniform, name="out")(h)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensorMLP:
+    """One `CoordinateMLP` for every generated tensor; its output is divided by C_in.
+
+    The MLPs of a group are stacked along a leading axis and run as one batched call.
+
+    Attributes:
+        hidden_width, num_layers, num_frequencies, activation: of each MLP. HTTY: 512, 8, 32, "elu"
+            (2.04 M parameters each, 187.8 M for ResNet56); NeuMeta: 256, 4, 16, "relu".
+        noise_scale: size of the coordinate noise in channels; 1 is the papers' +-0.5.
+        noise_per: "query" (papers) or "channel", see `coordinates.add_noise`.
+    """
+
+    hidden_width: int = 512
+    num_layers: int = 8
+    num_frequencies: int = 32
+    activation: str = "elu"
+    noise_scale: float = 1.0
+    noise_per: str = "query"
+    needs_moments = False
+
+    def __post_init__(self):
+        if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
+            raise ValueError(
+                "An INR needs hidden_width >= 1, num_layers >= 1 and num_frequencies >= 0, got "
+                f"{self.hidden_width=}, {self.num_layers=}, {self.num_frequencies=}."
+            )
+        if self.noise_scale < 0:
+            raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}.")
+        if self.activation not in ("elu", "relu", "gelu"):
+            raise ValueError(f"activation must be one of elu, relu, gelu, got {self.activation!r}.")
+        if self.noise_per not in coordinates.NOISE:
+            raise ValueError(
+                f"noise_per must be one of {coordinates.NOISE}, got {self.noise_per!r}."
+            )
+
+    def _mlp(self, group: TensorGroup) -> CoordinateMLP:
+        return CoordinateMLP(
+            hidden_width=self.hidden_width,
+            num_layers=self.num_layers,
+            num_frequencies=self.num_frequencies,
+            num_outputs=group.num_outputs,
+            activation=self.activation,
+        )
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
+        shapes = {}
+        for group in groups:
+            one = jax.eval_shape(self._mlp(group).init, jax.random.key(0), dummy)["params"]
+            count = len(group.positions)
+            shapes[group.name] = jax.tree.map(lambda x, n=count: (n, *x.shape), one)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            shapes, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        # As `CoordinateMLP.init` would draw them one by one, but from a single draw: a generator
+        # for each leaf takes longer to compile than everything else.
+        sizes = [math.prod(shape) for _, shape in leaves]
+        draws = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+        draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
+        values = []
+        for (path, shape), draw in zip(
+            leaves, jnp.split(draws, np.cumsum(sizes)[:-1]), strict=True
+        ):
+            name = path[-1].key
+            if name.startswith("scale"):
+                values.append(jnp.full(shape, 0.1, jnp.float32))
+            elif name.endswith("bias"):
+                values.append(jnp.zeros(shape, jnp.float32))
+            else:  # uniform(+-1 / sqrt(fan_in)), PyTorch's default
+                values.append(draw.reshape(shape) / shape[1] ** 0.5)
+        params = jax.tree_util.tree_unflatten(treedef, values)
+        return params
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        raw = {}
+        for number, group in enumerate(groups):
+            coords = coordinates.raw_coordinates(group, widths)
+            in_width = coords.in_width
+            if key is not None and self.noise_scale:
+                coords = coordinates.add_noise(
+                    jax.random.fold_in(key, number),
+                    coords,
+                    scale=self.noise_scale,
+                    per=self.noise_per,
+                )
+            coords = coordinates.normalize(coords, group.norm)
+            # vmap needs the axis of tensors in every entry.
+            tensors = len(group.positions)
+            coords = Coordinates(*[jnp.broadcast_to(x, (tensors, *x.shape[1:])) for x in coords])
+            mlp = self._mlp(group)
+            values = jnp.asarray(
+                jax.vmap(lambda p, x, mlp=mlp: mlp.apply({"params": p}, x))(
+                    inr_params[group.name], coords
+                )
+            )
+            raw[group.name] = values / in_width[..., None]
+        return raw
+
+    def start_from(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        raw: Mapping[str, jax.Array],
+        moments: Mapping[str, jax.Array] | None = None,
+    ) -> Params:
+        del groups, raw, moments
+        return inr_params  # no closed form; that is what the fit phase is for
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        return _copy_stacked(inr_params, groups, source, target)
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        return _mask_stacked(inr_params, groups, active)
+
+
+def _copy_stacked(inr_params, groups, source, target):
+    """`INR.copy_block` where every leaf of a group has a leading axis of tensors."""
+    copied = dict(inr_params)
+    for group in groups:
+        if source in group.positions and target in group.positions:
+            s, t = group.positions.index(source), group.positions.index(target)
+            copied[group.name] = jax.tree.map(
+                lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
+            )
+    return copied
+
+
+def _mask_stacked(inr_params, groups, active):
+    """`INR.update_mask` where every leaf of a group has a leading axis of tensors."""
+    mask = {}
+    for group in groups:
+        flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
+        mask[group.name] = jax.tree.map(
+            lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+        )
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedMLP:
+    """One coordinate MLP for all generated tensors, told apart by learned embeddings.
+
+    For output channel o and input channel c of tensor i, in a block of stage width S (the channels
+    it writes to) with C hidden ones,
+
+        h = act(W_o g((o + 1/2) / C_out) + W_c g((c + 1/2) / C_in) + W_s C / S + W_e e_i)
+        h = h + s * act(W h + b), num_layers - 1 times
+        kernel slice = scale_i * (W_9 h + b_9) * S / C where C_in = C, else without S / C
+        bias = scale_i * (W_1 h + b_1)
+
+    with g the Fourier features, e_i the embedding of the tensor and s learned scalars that start at
+    0.1. Biases have no W_c g(c). S / C is the quadrature that keeps sums over the hidden channels;
+    S is their number in every full-size `cifar_resnet`, so that there nothing changes. Embeddings
+    instead of coordinates of a tensor: NeRN (Ashkenazi et al., ICLR 2023, arXiv 2212.13554).
+
+    The first layer is linear in what depends on o and on c: it takes C_out + C_in evaluations.
+    With H, L, F, E the first four fields and N tensors,
+
+        parameters      H (2 (1 + 2F) + 1 + E) + (L - 1) (H^2 + H + 1) + 10 (H + 1) + N (E + 1)
+        multiply-adds   sum over tensors of (C_out + C_in) (1 + 2F) H + E H
+                        + C_out C_in ((L - 1) H^2 + 9 H)     (biases: C_in = 1, and H for 9 H)
+
+    which is 229,225 parameters for the 23 blocks of a ResNet56.
+
+    Attributes:
+        hidden_width, num_layers, num_frequencies, embedding_size: H, L, F, E.
+        activation: "elu", "relu" or "gelu".
+        noise_scale: in training, centres move by up to +-0.5 channels times this, each channel as
+            a whole.
+        integrated: g is the mean over the channel's cell, 1 / C_out or 1 / C_in wide, and not the
+            value at its centre, see `coordinates.integrated_features`.
+        max_cell: in training, the cells of a block are wider by a factor drawn from [1, max_cell].
+    """
+
+    hidden_width: int = 256
+    num_layers: int = 4
+    num_frequencies: int = 6
+    embedding_size: int = 64
+    activation: str = "gelu"
+    noise_scale: float = 0.0
+    integrated: bool = True
+    max_cell: float = 1.0
+    needs_moments = False
+
+    def __post_init__(self):
+        sizes = self.hidden_width, self.num_layers, self.embedding_size
+        if min(sizes) < 1 or self.num_frequencies < 0:
+            raise ValueError(
+                "A shared MLP needs hidden_width, num_layers and embedding_size >= 1 and "
+                f"num_frequencies >= 0, got {self.hidden_width=}, {self.num_layers=}, "
+                f"{self.embedding_size=}, {self.num_frequencies=}."
+            )
+        if self.noise_scale < 0:
+            raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}.")
+        if self.max_cell < 1 or (self.max_cell > 1 and not self.integrated):
+            raise ValueError(
+                "max_cell must be at least 1, and more only together with integrated, got "
+                f"{self.max_cell=}, {self.integrated=}."
+            )
+        if self.activation not in ("elu", "relu", "gelu"):
+            raise ValueError(f"activation must be one of elu, relu, gelu, got {self.activation!r}.")
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        width, features = self.hidden_width, 1 + 2 * self.num_frequencies
+        num_tensors = groups[0].num_tensors
+        matrices = {
+            "rows": (features, width),
+            "columns": (features, width),
+            "width": (1, width),
+            "embedding": (self.embedding_size, width),
+            **{f"hidden{n}_kernel": (width, width) for n in range(1, self.num_layers)},
+            "kernel_head": (width, 9),
+            "bias_head": (width, 1),
+        }
+        # One draw of unit variance for all: a generator each takes long to compile.
+        shapes = [*matrices.values(), (num_tensors, self.embedding_size)]
+        sizes = [math.prod(shape) for shape in shapes]
+        draws = jax.random.uniform(key, (sum(sizes),), minval=-(3**0.5), maxval=3**0.5)
+        draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
+        *values, embeddings = [
+            draw.reshape(shape)
+            for draw, shape in zip(jnp.split(draws, np.cumsum(sizes)[:-1]), shapes, strict=True)
+        ]
+        mlp = {
+            name: value / value.shape[0] ** 0.5
+            for name, value in zip(matrices, values, strict=True)
+        }
+        for n in range(1, self.num_layers):
+            mlp[f"hidden{n}_bias"] = jnp.zeros(width)
+            mlp[f"scale{n}"] = jnp.full((), 0.1)
+        mlp |= {"kernel_head_bias": jnp.zeros(9), "bias_head_bias": jnp.zeros(1)}
+        # The MLP's outputs are of order 1, a convolution's weights of order fan_in^(-1/2).
+        scales = np.ones(num_tensors, np.float32)
+        for group in groups:
+            fan_in = 9 * _sibling(groups, group, f"{group.layer}_kernel").columns
+            scales[list(group.indices)] = fan_in**-0.5
+        return {"mlp": mlp, "embeddings": embeddings, "scales": jnp.asarray(scales)}
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        mlp = inr_params["mlp"]
+        widths = jnp.maximum(jnp.asarray(widths), 1).astype(jnp.float32)
+        stretch, shifts = self._jitter(key, groups, widths.shape[0])
+        raw = {}
+        for group, (row_shift, column_shift) in zip(groups, shifts, strict=True):
+            positions, indices = np.array(group.positions), np.array(group.indices)
+            hidden = widths[positions][:, None]
+            cells = stretch[positions][:, None]
+            # Not the size of the hidden axis: a larger network than the full one has more of it.
+            ratio = hidden / _sibling(groups, group, "conv2_kernel").rows
+
+            embedded = inr_params["embeddings"][indices] @ mlp["embedding"] + ratio * mlp["width"]
+            out_width = hidden if group.out_is_hidden else jnp.full_like(hidden, group.rows)
+            rows = self._features(group.rows, out_width, row_shift, cells) @ mlp["rows"]
+            h = (embedded[:, None] + rows)[:, :, None]
+            if group.kind == "kernel":
+                in_width = hidden if group.in_is_hidden else jnp.full_like(hidden, group.columns)
+                columns = self._features(group.columns, in_width, column_shift, cells)
+                h = h + (columns @ mlp["columns"])[:, None]
+
+            act = {"elu": nn.elu, "relu": nn.relu, "gelu": nn.gelu}[self.activation]
+            h = act(h)
+            for n in range(1, self.num_layers):
+                dense = h @ mlp[f"hidden{n}_kernel"] + mlp[f"hidden{n}_bias"]
+                h = h + mlp[f"scale{n}"] * act(dense)
+            scale = inr_params["scales"][indices][:, None]
+            if group.in_is_hidden:
+                scale = scale / ratio
+            head = f"{group.kind}_head"
+            raw[group.name] = scale[:, :, None, None] * (h @ mlp[head] + mlp[f"{head}_bias"])
+        return raw
+
+    def _features(self, channels, width, shift, cells):
+        """float32[tensors, channels, 1 + 2F] of an axis with `width` float32[tensors, 1]."""
+        centre = (jnp.arange(channels, dtype=jnp.float32) + 0.5 + shift) / width
+        if not self.integrated:
+            return coordinates.fourier_features(centre, self.num_frequencies)
+        return coordinates.integrated_features(centre, cells / width, self.num_frequencies)
+
+    def _jitter(self, key, groups, num_blocks):
+        """Cell factors float32[num_blocks], and how far each group's (rows, columns) move."""
+        stretch, shifts = jnp.ones(num_blocks), [(0.0, 0.0)] * len(groups)
+        if key is None:
+            return stretch, shifts
+        cell_key, noise_key = jax.random.split(key)
+        if self.max_cell > 1:
+            stretch = jax.random.uniform(cell_key, (num_blocks,), minval=1.0, maxval=self.max_cell)
+        if self.noise_scale:
+            # One draw for all groups: the generator is most of the compiled code.
+            shapes = [
+                (len(group.positions), channels)
+                for group in groups
+                for channels in (group.rows, group.columns)
+            ]
+            sizes = [math.prod(shape) for shape in shapes]
+            noise = jax.random.uniform(noise_key, (sum(sizes),), minval=-0.5, maxval=0.5)
+            noise = jax.lax.optimization_barrier(self.noise_scale * noise)
+            parts = [
+                part.reshape(shape)
+                for part, shape in zip(jnp.split(noise, np.cumsum(sizes)[:-1]), shapes, strict=True)
+            ]
+            shifts = list(zip(parts[::2], parts[1::2], strict=True))
+        return stretch, shifts
+
+    def start_from(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        raw: Mapping[str, jax.Array],
+        moments: Mapping[str, jax.Array] | None = None,
+    ) -> Params:
+        """`inr_params` with the scale of every tensor; the MLP itself has no closed form."""
+        del moments
+        scales = inr_params["scales"]
+        for group in groups:
+            size = jnp.sqrt(jnp.mean(raw[group.name] ** 2, axis=(1, 2, 3)))
+            scales = scales.at[jnp.array(group.indices)].set(jnp.maximum(size, 1e-6))
+        return {**inr_params, "scales": scales}
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        copied = dict(inr_params)
+        for group in groups:
+            if source in group.positions and target in group.positions:
+                s, t = (group.indices[group.positions.index(p)] for p in (source, target))
+                for name in ("embeddings", "scales"):
+                    copied[name] = copied[name].at[t].set(copied[name][s])
+        return copied
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        """See `INR.update_mask`; the MLP is everyone's, and learns with any block."""
+        active = jnp.asarray(active).astype(jnp.float32)
+        flags = jnp.zeros_like(inr_params["scales"])
+        for group in groups:
+            flags = flags.at[jnp.array(group.indices)].set(active[jnp.array(group.positions)])
+        shared = jax.tree.map(lambda p: jnp.full((1,) * p.ndim, active.max()), inr_params["mlp"])
+        return {"mlp": shared, "embeddings": flags[:, None], "scales": flags}
+
+
+def _sibling(groups, group, layer_and_kind):
+    """The group of the same blocks with another layer or kind, such as "conv2_kernel"."""
+    name = group.name.removesuffix(f"{group.layer}_{group.kind}") + layer_and_kind
+    return next(other for other in groups if other.name == name)
+
+
+RESAMPLING = ("cell", "nested")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Learned values on a grid of channels, interpolated, and conditioned on the width.
+
+    For a block of `hidden` channels at full size and w = width / hidden, before resampling,
+
+        V(w) = sum over m < num_terms of (1 - w)^m G_m
+
+    with one value of each G_m for every weight of the full-size tensor. "cell" resampling gives
+    channel j of a network with C channels the mean of V over [j / C, (j + 1) / C) of the relative
+    channel axis, V being constant over each of its own cells; what reads the hidden channels is
+    multiplied by hidden / C, the quadrature that keeps sums over inputs (Integral Neural Networks,
+    Solodskikh et al., CVPR 2023). "nested" resampling takes the first C channels, as slimmable
+    networks do; beyond full size it adds channels of zeros.
+
+    It has `num_terms` times the parameters of what it generates, generation is one small matrix
+    product per tensor, and it starts at the teacher exactly (G_0; the rest at zero).
+
+    Attributes:
+        num_terms: 1 leaves the width out of the function.
+        resampling: "cell" or "nested".
+        noise_scale: in training, cells move by up to +-0.5 of their own size times this.
+    """
+
+    num_terms: int = 2
+    resampling: str = "cell"
+    noise_scale: float = 0.0
+    needs_moments = False
+
+    def __post_init__(self):
+        if self.num_terms < 1 or self.noise_scale < 0:
+            raise ValueError(
+                "A grid INR needs num_terms >= 1 and noise_scale >= 0, got "
+                f"{self.num_terms=}, {self.noise_scale=}."
+            )
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"resampling must be one of {RESAMPLING}, got {self.resampling!r}.")
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        params = {}
+        for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
+            shape = (len(group.positions), group.rows, group.columns, group.num_outputs)
+            # He initialisation of kernels; biases start at zero.
+            scale = (2 / (9 * group.columns)) ** 0.5 if group.kind == "kernel" else 0.0
+            values = jnp.zeros((self.num_terms, *shape))
+            values = values.at[0].set(scale * jax.random.normal(group_key, shape))
+            params[group.name] = {"values": jnp.moveaxis(values, 0, 1)}
+        return params
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        raw = {}
+        for number, group in enumerate(groups):
+            values = inr_params[group.name]["values"]
+            hidden_axis = 1 if group.out_is_hidden else 2 if group.in_is_hidden else None
+            # The bias after the hidden channels has no such axis, but its kernel's sibling has.
+            full = (
+                values.shape[1 + hidden_axis] if hidden_axis else _hidden_width(inr_params, group)
+            )
+            width = jnp.maximum(jnp.asarray(widths)[jnp.array(group.positions)], 1)
+            width = width.astype(jnp.float32)
+            ratio = width / full
+            powers = (1 - ratio)[:, None] ** jnp.arange(self.num_terms)
+            values = jnp.einsum("tm,tmrco->trco", powers, values)
+            if hidden_axis:
+                size = group.rows if group.out_is_hidden else group.columns
+                group_key = None if key is None else jax.random.fold_in(key, number)
+                weights = self._weights(width, size, full, group_key)
+                if group.out_is_hidden:
+                    values = jnp.einsum("tsr,trco->tsco", weights, values)
+                else:
+                    values = jnp.einsum("tsc,trco->trso", weights, values)
+                    if self.resampling == "cell":
+                        values = values * (full / width)[:, None, None, None]
+            raw[group.name] = values
+        return raw
+
+    def _weights(self, width, size, full, key):
+        """float32[tensors, size, full]: how much each value counts for each channel."""
+        channels = jnp.arange(size, dtype=jnp.float32)
+        if self.resampling == "nested":
+            weights = (channels[:, None] == jnp.arange(full)).astype(jnp.float32)
+            return jnp.broadcast_to(weights, (width.shape[0], size, full))
+        cell = 1 / width[:, None]
+        left = channels * cell
+        if key is not None and self.noise_scale:
+            noise = jax.random.uniform(key, left.shape, minval=-0.5, maxval=0.5)
+            left = jnp.clip(left + self.noise_scale * noise * cell, 0.0, 1.0 - cell)
+        left, right = left[:, :, None], (left + cell)[:, :, None]
+        edges = jnp.arange(full, dtype=jnp.float32) / full
+        overlap = jnp.minimum(right, edges + 1 / full) - jnp.maximum(left, edges)
+        return jnp.maximum(overlap, 0.0) * width[:, None, None]
+
+    def start_from(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        raw: Mapping[str, jax.Array],
+        moments: Mapping[str, jax.Array] | None = None,
+    ) -> Params:
+        del moments
+        started = {}
+        for group in groups:
+            values = jnp.zeros_like(inr_params[group.name]["values"])
+            started[group.name] = {"values": values.at[:, 0].set(raw[group.name])}
+        return started
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        return _copy_stacked(inr_params, groups, source, target)
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        return _mask_stacked(inr_params, groups, active)
+
+
+def _hidden_width(inr_params, group):
+    sibling = group.name.removesuffix("bias") + "kernel"
+    return inr_params[sibling]["values"].shape[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Learned values on a grid of channels; smaller networks are projections of the full one.
+
+    Hidden channels are nested: a block of width C keeps the first C of its channels (more
+    generally, any subset K). What the dropped channels D contributed is not lost but carried by the
+    kept ones, as well as least squares can: with M the second moments of the hidden activations and
+    a constant, M = E[(h, 1) (h, 1)^T],
+
+        A = (M_KK + ridge diag(M_KK))^-1 M_KD         h_D is approximately A^T (h_K, 1)
+        W1(C) = W1_K,   W2(C) = W2_K + A W2_D,   b2(C) = b2 + (last row of A) W2_D
+
+    W1 and W2 are those of the full width, learned, conditioned on the width ratio w = C / hidden:
+
+        W(w) = sum over m < num_terms of (1 - w)^m G_m, times 1 + (1 - w) S with `modulated`
+
+    where S has one value for each kernel slice (for biases (1 - w) S is added). M is measured once
+    on the teacher, (hidden + 1)^2 numbers a block. The projection is a closed form in the width, so
+    that it holds at sizes never seen in training, and it needs no calibration data afterwards.
+    At full size it is the identity. Beyond the full size, channels are doubled and what reads them
+    is halved, which leaves the function as it is (Net2Wider; Chen et al., arXiv 1511.05641).
+
+    Least-squares repair of pruned channels: He, Zhang and Sun, arXiv 1707.06168, there for one
+    network and on data; here it is part of the function that is trained.
+
+    Parameters: `num_terms` times what it generates (plus a ninth, `modulated`) plus the moments.
+    Generation: one solve with (hidden + 1)^2 matrix per block and one matrix product per tensor.
+
+    Attributes:
+        num_terms: 1 leaves the width out of the learned values.
+        modulated: learn S.
+        ridge: of the least squares, relative to the diagonal of M.
+        channel_dropout: in training (with a key), half of the networks drop each channel of their
+            blocks with a probability drawn from [0, channel_dropout], and are projected onto what
+            is left. Blocks of full width lose nothing.
+        max_cell: in training (with a key), half of the networks narrower than full are drawn
+            through cells up to this many times wider than those of their own channels: a block of
+            width C then has C / factor different channels, each of them several times, and what
+            reads them is divided among the copies. This trains coarser functions than any network
+            that is built has channels for. With a factor of 2, the network of half the width
+            computes what that of a quarter would.
+    """
+
+    num_terms: int = 1
+    modulated: bool = False
+    ridge: float = 1e-3
+    channel_dropout: float = 0.0
+    max_cell: float = 1.0
+    needs_moments = True
+
+    def __post_init__(self):
+        if self.num_terms < 1 or not self.ridge > 0:
+            raise ValueError(
+                f"A projection needs num_terms >= 1 and ridge > 0, got {self.num_terms=}, "
+                f"{self.ridge=}."
+            )
+        if not 0 <= self.channel_dropout < 1:
+            raise ValueError(f"channel_dropout must lie in [0, 1), got {self.channel_dropout}.")
+        if self.max_cell < 1:
+            raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
+
+    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+        params = Grid(num_terms=self.num_terms).init(key, groups)
+        for group in groups:
+            if self.modulated:
+                shape = (len(group.positions), group.rows, group.columns)
+                params[group.name]["modulation"] = jnp.zeros(shape)
+            if group.in_is_hidden:
+                # Channels that have nothing in common: the projection keeps what it keeps.
+                eye = jnp.eye(group.columns + 1)
+                moments = jnp.broadcast_to(eye, (len(group.positions), *eye.shape))
+                params[group.name]["moments"] = moments
+        return params
+
+    def __call__(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        widths: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        raw = {}
+        by_name = {group.name: group for group in groups}
+        rate, factor = jnp.zeros(()), jnp.ones(())
+        if key is not None and self.channel_dropout:
+            rate = jax.random.uniform(
+                key, minval=-self.channel_dropout, maxval=self.channel_dropout
+            )
+        if key is not None and self.max_cell > 1:
+            # Half of the draws are 1 and three tenths the largest.
+            draw = jax.random.uniform(jax.random.fold_in(key, len(groups)), minval=-1, maxval=1)
+            factor = 1 + (self.max_cell - 1) * jnp.clip(2.5 * draw, 0, 1)
+        for number, (name, reader) in enumerate(by_name.items()):
+            if not reader.in_is_hidden:
+                continue
+            prefix = name.removesuffix("conv2_kernel")
+            moments = jax.lax.stop_gradient(inr_params[name]["moments"])
+            full, size = moments.shape[-1] - 1, reader.columns
+            width = jnp.maximum(jnp.asarray(widths)[jnp.array(reader.positions)], 1)
+            coarse = jnp.maximum(1, jnp.floor(width / factor + 0.5).astype(width.dtype))
+            distinct = jnp.where(width < full, coarse, jnp.minimum(width, full))
+            kept = jnp.arange(full) < distinct[:, None]
+            if key is not None and self.channel_dropout:
+                kept &= self._survivors(jax.random.fold_in(key, number), rate, distinct, full)
+            ratio = jnp.sum(kept, axis=1) / full
+            compensation = self._compensation(moments, kept)
+            # Channel j of the network is channel j of the grid; beyond those that differ it starts
+            # over, and the copies share what reads them.
+            source = jnp.arange(size) % distinct[:, None]
+            selected = (source[:, :, None] == jnp.arange(full)) & kept[:, None]
+            selected &= (jnp.arange(size) < width[:, None])[:, :, None]
+            selected = selected.astype(jnp.float32)
+            copies = jnp.maximum(jnp.sum(selected, axis=1, keepdims=True), 1.0)
+            project = (selected / copies) @ compensation[:, :full]
+
+            values = {
+                part: self._values(inr_params[prefix + part], by_name[prefix + part], ratio)
+                for part in ("conv1_kernel", "conv1_bias", "conv2_kernel", "conv2_bias")
+            }
+            for part in ("conv1_kernel", "conv1_bias"):
+                raw[prefix + part] = jnp.einsum("tsf,tfco->tsco", selected, values[part])
+            kernel = values["conv2_kernel"]
+            raw[name] = jnp.einsum("tsf,trfo->trso", project, kernel)
+            constant = jnp.einsum("tf,trfo->tr", compensation[:, full], kernel)
+            raw[prefix + "conv2_bias"] = values["conv2_bias"] + constant[:, :, None, None]
+        return {group.name: raw[group.name] for group in groups}
+
+    def _values(self, params, group, ratio):
+        """W(w), float32[tensors, rows, columns, outputs] of the full size."""
+        small = jnp.maximum(1 - ratio, 0.0)
+        powers = small[:, None] ** jnp.arange(self.num_terms)
+        values = jnp.einsum("tm,tmrco->trco", powers, params["values"])
+        if self.modulated:
+            modulation = small[:, None, None, None] * params["modulation"][..., None]
+            values = values * (1 + modulation) if group.kind == "kernel" else values + modulation
+        return values
+
+    def _compensation(self, moments, kept):
+        """float32[tensors, full + 1, full]: how each channel is made of the kept and a constant.
+
+        Columns of kept channels are unit vectors, those of dropped ones the rows of A.
+        """
+        there = jnp.pad(kept, ((0, 0), (0, 1)), constant_values=True)
+        diagonal = jnp.diagonal(moments, axis1=1, axis2=2)
+        floor = 1e-6 * jnp.mean(diagonal, axis=1, keepdims=True)  # channels that never fire
+        loaded = moments + jax.vmap(jnp.diag)(self.ridge * diagonal + floor)
+        eye = jnp.eye(moments.shape[-1])
+        system = jnp.where(there[:, :, None] & there[:, None, :], loaded, eye)
+        wanted = jnp.where(there[:, :, None] & ~kept[:, None, :], moments[:, :, :-1], 0.0)
+        factor = jnp.linalg.cholesky(system)
+        solution = jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))(factor, wanted)
+        return jnp.where(kept[:, None, :], eye[:, :-1], solution)
+
+    def _survivors(self, key, rate, width, full):
+        """bool[tensors, full]: which channels dropout leaves; all of them at full width."""
+        score = jax.random.uniform(key, (width.shape[0], full))
+        inside = jnp.arange(full) < width[:, None]
+        best = jnp.max(jnp.where(inside, score, -1.0), axis=1, keepdims=True)
+        return (score >= rate) | (score == best) | (width >= full)[:, None]
+
+    def start_from(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        raw: Mapping[str, jax.Array],
+        moments: Mapping[str, jax.Array] | None = None,
+    ) -> Params:
+        started = Grid(num_terms=self.num_terms).start_from(inr_params, groups, raw)
+        for group in groups:
+            for leaf in ("modulation", "moments"):
+                if leaf in inr_params[group.name]:
+                    started[group.name][leaf] = inr_params[group.name][leaf]
+            if group.in_is_hidden and moments is not None:
+                started[group.name]["moments"] = jnp.asarray(moments[group.name])
+        return started
+
+    def copy_block(
+        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
+    ) -> Params:
+        return _copy_stacked(inr_params, groups, source, target)
+
+    def update_mask(
+        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
+    ) -> Params:
+        mask = _mask_stacked(inr_params, groups, active)
+        for group in groups:
+            if "moments" in mask[group.name]:  # measured, not learned
+                mask[group.name]["moments"] = jnp.zeros_like(mask[group.name]["moments"])
+        return mask
+
+
+INR_KINDS: dict[str, type] = {
+    "per_tensor_mlp": PerTensorMLP,
+    "shared_mlp": SharedMLP,
+    "grid": Grid,
+    "projection": Projection,
+}
+
+
+def make_inr(kind: str, **fields: Any) -> INR:
+    """The INR of `kind` (a key of `INR_KINDS`) with the given fields.
+
+    Raises:
+        ValueError: for an unknown kind or field.
+    """
+    if kind not in INR_KINDS:
+        raise ValueError(f"The INR kind must be one of {sorted(INR_KINDS)}, got {kind!r}.")
+    cls = INR_KINDS[kind]
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = set(fields) - known
+    if unknown:
+        raise ValueError(
+            f"An INR of kind {kind!r} takes {sorted(known)}, got also {sorted(unknown)}."
+        )
+    return cls(**fields)
+
+
+def describe_inr(inr: INR) -> dict[str, Any]:
+    """`{"kind": ..., **fields}` in JSON types, so that `make_inr(**describe_inr(inr)) == inr`."""
+    for kind, cls in INR_KINDS.items():
+        if type(inr) is cls:
+            fields = {f.name: getattr(inr, f.name) for f in dataclasses.fields(cls)}
+            return {"kind": kind, **fields}
+    raise ValueError(f"{type(inr).__name__} is not in INR_KINDS; add it there to save it.")
