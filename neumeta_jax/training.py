@@ -10,7 +10,6 @@ that was interrupted ends with the same bits as one that was not.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet
+from neumeta_jax.architecture import widths_at
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.resnet import Params
 
@@ -27,10 +27,19 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """What a phase carries from step to step."""
+    """What a phase carries from step to step.
+
+    `average` is the exponential moving average of `params`, None where none is kept.
+    """
 
     params: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def result(self) -> Any:
+        """The parameters to use: the average where there is one."""
+        return self.params if self.average is None else self.average
 
 
 class Images(NamedTuple):
@@ -135,6 +144,7 @@ def teacher_update(
 MODES = ("blockwise", "at_once")
 BLOCK_INITS = ("copy", "teacher")
 LEARNED = ("last", "all", "none")
+DISTILL_FROM = ("teacher", "full")
 FIT_WIDTHS = ("full", "random")
 WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
@@ -147,7 +157,8 @@ class InrRecipe:
     Attributes:
         mode: "blockwise" adds blocks from the input on, `blocks_per_phase` at a time; "at_once"
             trains all of them in one phase (NeuMeta, arXiv 2410.11878).
-        epochs: of each phase; one epoch shows every training image once, to one of the sizes.
+        epochs: of each phase; one epoch shows every training image once, to one of the sizes or,
+            with `share_images`, to all sizes of a step.
         final_epochs: of a last phase after all blocks have joined.
         warmup_epochs: length of the linear warm-up of the learning rates.
         warmup_phases: which phases warm up: only those that open a "stage", whose INR has nothing
@@ -160,13 +171,21 @@ class InrRecipe:
             (`resnet.resample_block`).
         alpha_init: SkipInit scalar of a new block; 0 makes it start as the identity.
         batch_size: images per size.
+        share_images: all sizes of a step see the same images (Yu and Huang, arXiv 1903.05134),
+            which then count once; the targets of distillation are computed once.
+        micro_batch: images per forward and backward pass; 0 takes the batch at once. Gradients are
+            summed, so that this changes speed and memory only; small ones stay in a CPU's cache.
         num_random_sizes: sizes per step beside the full width.
         min_width_ratio, max_width_ratio: trained range; ratios are drawn uniformly from it.
         sandwich: the first of the random sizes is always the smallest of the trained range (Yu and
             Huang, arXiv 1903.05134).
-        per_block_widths: draw one ratio per block instead of one per network.
+        per_block_widths: share of the random sizes that draw one ratio for each block instead of
+            one for the network.
         noise: whether training adds coordinate noise (its size belongs to the INR).
         ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
+        distill_from: whose logits are the soft labels: the folded "teacher"'s, or those of the
+            "full" size of the same step (in-place distillation, arXiv 1903.05134).
+        ema_decay: of an average of the parameters that replaces them in the end; 0 keeps none.
         learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: AdamW, and
             the largest value of a gradient's entry.
         learned: which parameters that are not generated are trained: the "last" block and the head
@@ -186,17 +205,21 @@ class InrRecipe:
     fit_widths: str = "full"
     alpha_init: float = 0.0
     batch_size: int = 128
+    share_images: bool = False
+    micro_batch: int = 0
     num_random_sizes: int = 3
     min_width_ratio: float = 0.5
     max_width_ratio: float = 1.0
     sandwich: bool = False
-    per_block_widths: bool = False
+    per_block_widths: float = 0.0
     noise: bool = True
     ce_weight: float = 100.0
     norm_weight: float = 1e-3
     reconstruction_weight: float = 1.0
     distillation_weight: float = 0.0
+    distill_from: str = "teacher"
     temperature: float = 1.0
+    ema_decay: float = 0.0
     learning_rate: float = 8e-4
     alpha_learning_rate: float = 1e-4
     learned_learning_rate: float = 7e-5
@@ -212,6 +235,7 @@ class InrRecipe:
             ("learned", LEARNED),
             ("schedule", SCHEDULES),
             ("fit_widths", FIT_WIDTHS),
+            ("distill_from", DISTILL_FROM),
             ("warmup_phases", WARMUP_PHASES),
         ):
             if getattr(self, field) not in allowed:
@@ -226,6 +250,16 @@ class InrRecipe:
                 "batch_size and blocks_per_phase must be at least 1 and num_random_sizes at least "
                 f"0, got {self.batch_size}, {self.blocks_per_phase}, {self.num_random_sizes}."
             )
+        if self.micro_batch < 0 or (self.micro_batch and self.batch_size % self.micro_batch):
+            raise ValueError(
+                f"micro_batch must divide batch_size or be 0, got {self.micro_batch} and "
+                f"{self.batch_size}."
+            )
+        if not (0 <= self.per_block_widths <= 1 and 0 <= self.ema_decay < 1):
+            raise ValueError(
+                "per_block_widths must lie in [0, 1] and ema_decay in [0, 1), got "
+                f"{self.per_block_widths} and {self.ema_decay}."
+            )
         if min(self.epochs, self.final_epochs, self.warmup_epochs, self.fit_steps) < 0:
             raise ValueError("epochs, final_epochs, warmup_epochs and fit_steps must not be < 0.")
 
@@ -235,7 +269,8 @@ class InrRecipe:
 
     @property
     def images_per_step(self) -> int:
-        return self.num_sizes * self.batch_size
+        """How many images a step takes from the epoch."""
+        return self.batch_size * (1 if self.share_images else self.num_sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +374,8 @@ def start_phase(
         params = {**params, "inr": inr_params, "alpha": alpha}
     # Copies, because the step donates its buffers and the trees may share leaves.
     params = jax.tree.map(jnp.array, params)
-    return TrainState(params, inr_optimizer(recipe).init(params))
+    average = jax.tree.map(jnp.array, params) if recipe.ema_decay else None
+    return TrainState(params, inr_optimizer(recipe).init(params), average)
 
 
 class PhaseInputs(NamedTuple):
@@ -403,13 +439,21 @@ def sample_widths(
     With `recipe.sandwich` the first row holds the smallest widths of the range.
     """
     full = jnp.array(hypernetwork.full_widths, jnp.float32)
-    shape = (num, len(full)) if recipe.per_block_widths else (num, 1)
-    ratios = jax.random.uniform(
-        key, shape, minval=recipe.min_width_ratio, maxval=recipe.max_width_ratio
-    )
+    # One draw for all: a ratio for each block, and whether a network has one for each.
+    draws = jax.random.uniform(key, (num, 1 + len(full)))
+    choice, draws = draws[:, :1], draws[:, 1:]
+    draws = jnp.where(choice < recipe.per_block_widths, draws, draws[:, :1])
+    low, high = recipe.min_width_ratio, recipe.max_width_ratio
+    ratios = low + (high - low) * draws
+    widths = jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
     if recipe.sandwich and num:
-        ratios = ratios.at[0].set(recipe.min_width_ratio)
-    return jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
+        widths = widths.at[0].set(jnp.array(smallest_widths(hypernetwork, recipe)))
+    return widths
+
+
+def smallest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
+    """Hidden widths of the generated blocks at the lower end of the trained range."""
+    return widths_at(hypernetwork.spec, hypernetwork.blocks, recipe.min_width_ratio)
 
 
 def mixed_tree(
@@ -441,47 +485,65 @@ def inr_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`update(state, step, key, images, indices, teacher, phase)`: one step over several sizes.
 
-    The gradients of one mini-batch at full width and of `num_random_sizes` at random widths are
-    averaged. `indices` is int[num_sizes * batch_size], `teacher` the folded tree, `phase` a
-    `PhaseInputs`.
+    The gradients at full width and at `num_random_sizes` random widths are averaged. `indices` is
+    int[recipe.images_per_step], `teacher` the folded tree, `phase` a `PhaseInputs`.
+
+    All networks of a step are generated in one batched call. The gradients of the losses with
+    respect to their weights are summed over micro-batches, and are pulled back through the
+    generation once.
 
     Args:
-        unroll: generate all sizes in one batched call and write their networks out instead of
-            looping over sizes. XLA's CPU backend runs convolutions inside loops on one core;
-            elsewhere the loop saves memory and compilation.
+        unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
+            convolutions inside loops to code that is up to 100 times slower; elsewhere loops save
+            memory and compilation.
     """
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
+    micro = recipe.micro_batch or recipe.batch_size
 
     def generate(params, widths, key):
         noise_key = key if recipe.noise else None
         return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
 
-    def size_loss(params, generated, is_full, batch, teacher, phase):
-        x, y, teacher_logits = batch
-        tree = mixed_tree(hypernetwork, params, generated, teacher, phase.active)
-        logits = resnet.apply(spec, tree, x)
+    def penalties(generated, is_full, teacher, phase):
+        """The terms that look at weights only."""
         active = {
             spec.blocks[n].name: phase.active[p].astype(jnp.float32)
             for p, n in enumerate(hypernetwork.blocks)
         }
-        terms = {
-            "ce": losses.cross_entropy(logits, y),
+        return {
             "norm": losses.weight_norm(generated, active),
             "reconstruction": is_full * losses.reconstruction(generated, teacher, active),
         }
-        loss = (
-            recipe.ce_weight * terms["ce"]
-            + recipe.norm_weight * terms["norm"]
-            + recipe.reconstruction_weight * terms["reconstruction"]
-        )
+
+    # The widths of each size that are the same in every step, None where they are drawn.
+    networks: list[tuple[int, ...] | None] = [None] * recipe.num_sizes
+    if recipe.sandwich and recipe.num_random_sizes and recipe.mode == "at_once":
+        networks[1] = smallest_widths(hypernetwork, recipe)
+
+    def loop(function, values):
+        """`function` of each entry of the leading axis of `values`, stacked."""
+        if not unroll:
+            return jax.lax.map(function, values)
+        count = jax.tree.leaves(values)[0].shape[0]
+        results = [function(jax.tree.map(lambda a, n=n: a[n], values)) for n in range(count)]
+        return jax.tree.map(lambda *entries: jnp.stack(entries), *results)
+
+    def network_loss(tree, x, y, targets, network):
+        if network is None:
+            logits = resnet.apply(spec, tree, x)
+        else:
+            small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, network)
+            logits = resnet.apply(small, tree, x)
+        terms = {"ce": losses.cross_entropy(logits, y)}
+        loss = recipe.ce_weight * terms["ce"]
         if recipe.distillation_weight:
             terms["distillation"] = losses.distillation(
-                logits, teacher_logits, temperature=recipe.temperature
+                logits, targets, temperature=recipe.temperature
             )
             loss += recipe.distillation_weight * terms["distillation"]
         terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
-        return loss, {"loss": loss, **terms}
+        return loss, {"network_loss": loss, **terms}
 
     def update(state, step, key, images, indices, teacher, phase):
         width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
@@ -489,46 +551,66 @@ def inr_update(
         drawn = sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
         widths = jnp.concatenate([full, drawn])
         keys = jax.random.split(noise_key, recipe.num_sizes)
-        x = preprocessing.train(data_key, images.images[indices])
-        teacher_logits = None
-        if recipe.distillation_weight:
-            teacher_logits = resnet.apply(spec, teacher, x)
-        # One leading axis of sizes; None has no leaves and stays None.
-        batches = jax.tree.map(
-            lambda a: a.reshape(recipe.num_sizes, recipe.batch_size, *a.shape[1:]),
-            (x, images.labels[indices], teacher_logits),
-        )
-        is_full = jnp.arange(recipe.num_sizes) == 0
+        is_full = (jnp.arange(recipe.num_sizes) == 0).astype(jnp.float32)
 
-        def all_sizes(params):
+        def all_networks(params):
             generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)
-            total, collected = jnp.zeros(()), []
-            for n in range(recipe.num_sizes):
-                pick = functools.partial(jax.tree.map, lambda a, n=n: a[n])
-                loss, terms = size_loss(
-                    params, pick(generated), is_full[n], pick(batches), teacher, phase
-                )
-                total += loss
-                collected.append(terms)
-            return total, jax.tree.map(lambda *values: jnp.stack(values), *collected)
+            trees = jax.vmap(
+                lambda blocks: mixed_tree(hypernetwork, params, blocks, teacher, phase.active)
+            )(generated)
+            terms = jax.vmap(penalties, in_axes=(0, 0, None, None))(
+                generated, is_full, teacher, phase
+            )
+            loss = (
+                recipe.norm_weight * terms["norm"]
+                + recipe.reconstruction_weight * terms["reconstruction"]
+            )
+            return (trees, jnp.sum(loss)), (terms, loss)
 
-        def one_size(total, size):
-            widths, key, is_full, batch = size
+        (trees, _), pull_back, (terms, losses_of_weights) = jax.vjp(
+            all_networks, state.params, has_aux=True
+        )
 
-            def loss_fn(params):
-                generated = generate(params, widths, key)
-                return size_loss(params, generated, is_full, batch, teacher, phase)
+        x = preprocessing.train(data_key, images.images[indices])
+        y = images.labels[indices]
+        # [sizes, micro-batches, images, ...], or one batch that all sizes share.
+        batches = 1 if recipe.share_images else recipe.num_sizes
+        x, y = jax.tree.map(
+            lambda a: a.reshape(batches, recipe.batch_size // micro, micro, *a.shape[1:]), (x, y)
+        )
+        targets = jnp.zeros((*y.shape, 0))
+        if recipe.distillation_weight:
+            tree = teacher
+            if recipe.distill_from == "full":
+                tree = jax.tree.map(lambda a: a[0], trees)
+            logits = loop(lambda a: resnet.apply(spec, tree, a), x.reshape(-1, *x.shape[2:]))
+            targets = logits.reshape(*y.shape, -1)
 
-            grads, terms = jax.grad(loss_fn, has_aux=True)(state.params)
-            return jax.tree.map(jnp.add, total, grads), terms
+        def one_size(size, network):
+            tree, batch = size
+            if recipe.share_images:
+                batch = jax.tree.map(lambda a: a[0], (x, y, targets))
 
+            def one_batch(batch):
+                return jax.grad(network_loss, has_aux=True)(tree, *batch, network)
+
+            return jax.tree.map(lambda a: jnp.mean(a, axis=0), loop(one_batch, batch))
+
+        separate = None if recipe.share_images else (x, y, targets)
         if unroll:
-            grads, terms = jax.grad(all_sizes, has_aux=True)(state.params)
+            # Of what is written out, the smallest size can run at its own shapes.
+            results = []
+            for n, network in enumerate(networks):
+                size = jax.tree.map(lambda a, n=n: a[n], (trees, separate))
+                results.append(one_size(size, network))
+            tree_grads, found = jax.tree.map(lambda *values: jnp.stack(values), *results)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, terms = jax.lax.scan(one_size, zeros, (widths, keys, is_full, batches))
+            tree_grads, found = jax.lax.map(lambda size: one_size(size, None), (trees, separate))
+        (grads,) = pull_back((tree_grads, jnp.ones(())))
         grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
 
+        terms = {**terms, **found}
+        terms["loss"] = terms.pop("network_loss") + losses_of_weights
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
         metrics["full_accuracy"] = terms["accuracy"][0]
         metrics["reconstruction"] = terms["reconstruction"][0]
@@ -537,7 +619,14 @@ def inr_update(
         scale = learning_rate_scale(recipe, step, phase)
         mask = update_mask(hypernetwork, recipe, state.params, phase)
         updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            # Of the steps so far until there are enough of them for the decay.
+            done = (step - phase.start).astype(jnp.float32)
+            decay = jnp.minimum(recipe.ema_decay, (1 + done) / (10 + done))
+            average = optax.incremental_update(params, average, 1 - decay)
+        return TrainState(params, opt_state, average), metrics
 
     return update
 
@@ -586,7 +675,8 @@ def fit_update(
         }
         updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.average), metrics
 
     return update
 
@@ -616,10 +706,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def default_steps_per_call() -> int:
-    """Steps per jitted call: a chunk on accelerators, one on CPUs.
-
-    XLA's CPU backend runs convolutions inside loops on one core (measured 2.5 times slower).
-    """
+    """Steps per jitted call: a chunk on accelerators, one on CPUs, where steps are long."""
     return 1 if jax.default_backend() == "cpu" else 50
 
 

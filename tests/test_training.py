@@ -10,7 +10,8 @@ import pytest
 
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.hypernetwork import Grid, Hypernetwork, PerTensorMLP
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP
 from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
@@ -243,7 +244,7 @@ def wide_family():
     return Hypernetwork(spec, generated_blocks(spec), Grid())
 
 
-@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("per_block", [0.0, 0.5, 1.0])
 def test_sampled_widths_fill_the_trained_range_and_no_more(per_block):
     family = wide_family()
     recipe = InrRecipe(min_width_ratio=0.3, max_width_ratio=0.8, per_block_widths=per_block)
@@ -254,15 +255,14 @@ def test_sampled_widths_fill_the_trained_range_and_no_more(per_block):
     np.testing.assert_array_equal(widths.max(0), high)
 
 
-def test_blocks_share_a_ratio_unless_drawn_per_block():
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_share_of_the_random_sizes_draws_one_ratio_per_block(share):
     family = wide_family()
-    full = np.array(family.full_widths)
-    for per_block in (False, True):
-        recipe = InrRecipe(per_block_widths=per_block)
-        widths = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 200))
-        ratios = widths / full
-        spread = np.max(ratios.max(1) - ratios.min(1))
-        assert spread > 0.3 if per_block else spread <= 1 / 16
+    recipe = InrRecipe(per_block_widths=share)
+    widths = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 2000))
+    ratios = widths / np.array(family.full_widths)
+    uneven = ratios.max(1) - ratios.min(1) > 1 / 16
+    assert np.mean(uneven) == pytest.approx(share, abs=0.04)
 
 
 def test_a_width_is_at_least_one_channel():
@@ -397,6 +397,25 @@ def test_unrolled_and_looped_sizes_give_the_same_update(call, looped_call, param
     other, other_metrics, _ = step_once(looped_call, params, backbone, phase)
     assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     # The first moment is the gradient; the update of Adam's first step is its sign.
+    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"micro_batch": 2}, {"share_images": True}, {"share_images": True, "micro_batch": 1}],
+    ids=str,
+)
+def test_micro_batches_change_nothing_but_rounding(fields, params, backbone):
+    recipe = dataclasses.replace(RECIPE, **fields)
+    whole = dataclasses.replace(recipe, micro_batch=0)
+    phase = one_phase(2, stage=3)
+    results = []
+    for chosen in (recipe, whole):
+        update = training.inr_update(FAMILY, chosen, PREPROCESSING, unroll=False)
+        call = training.chunked(update, images_per_step=chosen.images_per_step, steps_per_call=1)
+        results.append(step_once(call, params, backbone, phase))
+    (state, metrics, _), (other, other_metrics, _) = results
+    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
@@ -580,7 +599,7 @@ def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, pa
 # --- closed-form start -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resampling", hyper.RESAMPLING)
+@pytest.mark.parametrize("resampling", RESAMPLING)
 def test_a_grid_that_starts_from_the_backbone_reproduces_its_logits(resampling):
     family = family_of(14, "all", Grid(resampling=resampling))
     backbone = random_backbone(family.spec)
