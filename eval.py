@@ -2,6 +2,7 @@
 
 python eval.py --workdir=/tmp/digits
 python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.75,0.5,0.25
+python eval.py --workdir=/tmp/digits --figures --random_ratios=20
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
 
@@ -21,6 +22,25 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "width_ratios", None, "Comma-separated; default: the config's.", flag_values=values
     )
+    flags.DEFINE_bool(
+        "figures",
+        False,
+        "Write against_macs, sweep and weights (.png, .csv) into the work directory too.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "sweep_ratios",
+        None,
+        "Widths of the sweep that --figures draws; default: 24 from 0.1 to 1.25.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "random_ratios",
+        None,
+        "After the grid, evaluate this many widths at random from the trained range.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 0, "Of --random_ratios.", flag_values=values)
     flags.DEFINE_integer(
         "num_samples", None, "Noisy weight samples to average (papers: 100).", flag_values=values
     )
@@ -40,6 +60,10 @@ def main(argv):
         if not config:
             raise command_line.UsageError(
                 "--teacher=FILE needs --config=FILE, for data and images."
+            )
+        if options.figures or options.random_ratios is not None:
+            raise command_line.UsageError(
+                "--figures and --random_ratios need a trained INR, got --teacher; use --workdir."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir
@@ -63,11 +87,11 @@ def check_teacher(config, path, split):
     images = splits.test_images if split == "test" else splits.validation_images
     labels = splits.test_labels if split == "test" else splits.validation_labels
     print(f"{dataset.name}, {split} split, {len(labels)} images")
-    lab.fold_and_smooth(experiment, variables, images, labels)
+    lab.fold_and_smooth(experiment, variables, images, labels, splits.train_images)
 
 
 def check_workdir(config, options):
-    """Evaluates the grid of a work directory and writes table and figure into it."""
+    """Evaluates the grid of a work directory and writes tables and figures into it."""
     workdir = pathlib.Path(options.workdir)
     saved = lab.read_config(workdir)
     if config:
@@ -76,18 +100,35 @@ def check_workdir(config, options):
     if options.data_dir:
         saved["data"]["dir"] = options.data_dir
     ratios = lab.parse_width_ratios(options.width_ratios)
+    sweep_ratios = lab.parse_sweep_ratios(options.figures, options.sweep_ratios)
     dataset, splits = lab.load_data(saved)
     experiment = lab.from_config(saved, dataset)
     lab.check_same_family(experiment, hypernetwork)
+    drawn = ()
+    if options.random_ratios is not None:
+        drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
+    split = options.split or experiment.eval_split
+    num_samples = options.num_samples or experiment.eval_samples
     lab.evaluate_and_write(
         workdir,
         experiment,
         params,
         splits,
-        split=options.split or experiment.eval_split,
+        split=split,
         width_ratios=ratios or experiment.width_ratios,
-        num_samples=options.num_samples or experiment.eval_samples,
+        num_samples=num_samples,
+        sweep_ratios=sweep_ratios,
     )
+    if drawn:
+        lab.evaluate_random_ratios(
+            workdir,
+            experiment,
+            params,
+            splits,
+            split=split,
+            ratios=drawn,
+            num_samples=num_samples,
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,8 @@ def evaluate_grid(
 ) -> list[GridRow]:
     """One row for each width ratio, in the order given.
 
-    All ratios up to 1 share one compilation at the full shape, all beyond it another one.
+    All ratios up to 1 share one compilation at the full shape, all beyond it another one. Ratios
+    that round to the same widths are one network, which is evaluated once.
 
     Args:
         hypernetwork, params: the family and its learned parameters.
@@ -134,28 +136,150 @@ def evaluate_grid(
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     widest = max([1.0, *ratios])
     rows = []
+    known: dict[tuple[int, ...], float] = {}
     for ratio in ratios:
-        widths = hypernetwork.widths(ratio)
-        container = spec if ratio <= 1 else morph(spec, blocks, widths_at(spec, blocks, widest))
-        tree = _generate(
-            hypernetwork, container, dict(params), jnp.asarray(widths), key, num_samples=num_samples
-        )
-        small = morph(spec, blocks, [int(w) for w in widths])
+        widths = widths_at(spec, blocks, ratio)
+        if widths not in known:
+            container = spec if ratio <= 1 else morph(spec, blocks, widths_at(spec, blocks, widest))
+            tree = _generate(
+                hypernetwork,
+                container,
+                dict(params),
+                jnp.asarray(widths, jnp.int32),
+                key,
+                num_samples=num_samples,
+            )
+            known[widths] = accuracy(
+                container, tree, images, labels, preprocessing, batch_size=batch_size
+            )
+        small = morph(spec, blocks, widths)
         low, high = trained_range
         row = GridRow(
             width_ratio=ratio,
-            widths=tuple(int(w) for w in widths),
+            widths=widths,
             num_params=small.num_params,
             num_macs=small.num_macs,
-            accuracy=accuracy(
-                container, tree, images, labels, preprocessing, batch_size=batch_size
-            ),
+            accuracy=known[widths],
             trained=low - 1e-9 <= ratio <= high + 1e-9,
         )
         rows.append(row)
         if on_row:
             on_row(row)
     return rows
+
+
+class Dip(NamedTuple):
+    """How far an accuracy falls below the line through its neighbours, in [0, 1], and its ratio."""
+
+    fall: float
+    where: float | None
+
+
+def largest_dip(ratios: Sequence[float], accuracies: Sequence[float]) -> Dip:
+    """The largest fall of an interior point below the straight line through its two neighbours.
+
+    Zero at no width where no point lies below; the first of several equal falls.
+
+    >>> largest_dip([0.5, 0.75, 1.0], [0.5, 0.5, 0.75])
+    Dip(fall=0.125, where=0.75)
+
+    Args:
+        ratios: width ratios, increasing.
+        accuracies: of the same length, in [0, 1].
+
+    Raises:
+        ValueError: if the lengths differ or a ratio is not above the one before it.
+    """
+    if len(ratios) != len(accuracies):
+        raise ValueError(
+            "largest_dip needs one accuracy for each width ratio, got "
+            f"{len(accuracies)} for {len(ratios)}."
+        )
+    x, y = np.asarray(ratios, np.float64), np.asarray(accuracies, np.float64)
+    if not np.all(x[1:] > x[:-1]):
+        raise ValueError(
+            f"largest_dip needs width ratios that increase, got {x.tolist()}; sort them and leave "
+            "out repeated ones."
+        )
+    if len(x) < 3:
+        return Dip(0.0, None)
+    weight = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+    # The left neighbour plus a share of the difference: of equal accuracies it is exactly theirs.
+    falls = y[:-2] + weight * (y[2:] - y[:-2]) - y[1:-1]
+    deepest = int(np.argmax(falls))
+    if not falls[deepest] > 0:
+        return Dip(0.0, None)
+    return Dip(float(falls[deepest]), float(x[1 + deepest]))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSlices:
+    """The conv2 kernels of one generated block at several widths.
+
+    Attributes:
+        block: its name, for example "stage3_block7".
+        full_width: its hidden width in the full-size network.
+        widths: int[n], hidden widths, increasing.
+        kernels: float32[n, 3, 3, hidden, C_out], NaN in the hidden channels beyond the width.
+    """
+
+    block: str
+    full_width: int
+    widths: np.ndarray
+    kernels: np.ndarray
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _conv2_kernels(hypernetwork, container, name, params, widths):
+    def kernel(row):
+        return hyper.generate(hypernetwork, params, row, spec=container)[name]["conv2"]["kernel"]
+
+    return jax.lax.map(kernel, widths)
+
+
+def weight_slices(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    *,
+    position: int = -1,
+    smallest: float = 0.1,
+    largest: float = 1.25,
+) -> WeightSlices:
+    """conv2 of one generated block at every hidden width that it takes, in one compilation.
+
+    The kernels are those of the network, SkipInit's scalar included; coordinates are exact.
+
+    Args:
+        hypernetwork, params: the family and its learned parameters.
+        position: which of the generated blocks, in training order; the last by default.
+        smallest, largest: width ratios between which all integer widths are taken, in (0, 1.5].
+
+    Raises:
+        ValueError: for a ratio or a position out of range.
+    """
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    if not -len(blocks) <= position < len(blocks):
+        raise ValueError(
+            f"position must name one of the {len(blocks)} generated blocks, from 0 on or from -1 "
+            f"backwards, got {position}."
+        )
+    if check_width_ratio(smallest) > check_width_ratio(largest):
+        raise ValueError(
+            f"smallest must not exceed largest, got {smallest} and {largest}; exchange them."
+        )
+    block = spec.blocks[blocks[position]]
+    first, last = (widths_at(spec, blocks, ratio)[position] for ratio in (smallest, largest))
+    widths = np.arange(first, last + 1)
+    # Each integer width of this block as a ratio; the others follow it, as in any network. A width
+    # that was rounded up may lie beyond the largest ratio.
+    ratios = np.minimum(widths / block.hidden_width, largest)
+    rows = np.array([widths_at(spec, blocks, float(ratio)) for ratio in ratios], np.int32)
+    widest = np.maximum(rows.max(axis=0), hypernetwork.full_widths)
+    container = morph(spec, blocks, widest.tolist())
+    kernels = _conv2_kernels(hypernetwork, container, block.name, dict(params), jnp.asarray(rows))
+    beyond = np.arange(kernels.shape[3]) >= widths[:, None]
+    kernels = np.where(beyond[:, None, None, :, None], np.nan, np.asarray(kernels))
+    return WeightSlices(block.name, block.hidden_width, widths, kernels)
 
 
 def format_row(row: GridRow) -> str:

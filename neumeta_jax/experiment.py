@@ -32,6 +32,7 @@ from neumeta_jax import (
     evaluation,
     hypernetwork as hyper,
     plotting,
+    published,
     resnet,
     smoothing,
     teacher_import,
@@ -41,11 +42,15 @@ from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import Interrupted, UsageError
 from neumeta_jax.evaluation import GridRow
 from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.progress import MetricsFile, Progress
 from neumeta_jax.resnet import Params
 from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 
 BACKBONE_FILE = "backbone.safetensors"
+CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
+NUM_MOMENT_IMAGES = 2000
+SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Experiment:
     teacher_file: str
     teacher_recipe: TeacherRecipe
     recipe: InrRecipe
-    smooth: bool
+    channel_order: str
     width_ratios: tuple[float, ...]
     eval_split: str
     eval_samples: int
@@ -127,7 +132,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     hypernetwork = Hypernetwork(
         spec=spec,
         blocks=architecture.generated_blocks(spec, config["generated"]),
-        inr=hyper.make_inr(**config["inr"]),
+        inr=make_inr(**config["inr"]),
     )
     teacher = dict(config["teacher"])
     teacher_file = teacher.pop("file")
@@ -138,6 +143,10 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         raise UsageError(
             "eval.batch_size and eval.num_samples must be at least 1, got "
             f"{evaluate['batch_size']} and {evaluate['num_samples']}."
+        )
+    if config["channel_order"] not in CHANNEL_ORDERS:
+        raise UsageError(
+            f"channel_order must be one of {CHANNEL_ORDERS}, got {config['channel_order']!r}."
         )
     if config["dtype"] not in ("float32", "bfloat16"):
         raise UsageError(f"dtype must be float32 or bfloat16, got {config['dtype']!r}.")
@@ -155,7 +164,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**_fields(TeacherRecipe, teacher, "teacher")),
         recipe=InrRecipe(**_fields(InrRecipe, config["train"], "train")),
-        smooth=config["smooth"],
+        channel_order=config["channel_order"],
         width_ratios=tuple(map(architecture.check_width_ratio, evaluate["width_ratios"])),
         eval_split=evaluate["split"],
         eval_samples=evaluate["num_samples"],
@@ -190,17 +199,43 @@ def check_same_family(experiment: Experiment, hypernetwork: Hypernetwork) -> Non
         )
 
 
-def parse_width_ratios(values: Sequence[str] | None) -> tuple[float, ...]:
-    """Width ratios from the command line, checked; empty where none were given."""
+def parse_width_ratios(
+    values: Sequence[str] | None, *, flag: str = "--width_ratios"
+) -> tuple[float, ...]:
+    """Width ratios of a command line's `flag`, checked; empty where none were given."""
     ratios = []
     for value in values or ():
         try:
             ratios.append(float(value))
         except ValueError:
-            raise UsageError(
-                f"--width_ratios takes numbers with commas between, got {value!r}."
-            ) from None
+            raise UsageError(f"{flag} takes numbers with commas between, got {value!r}.") from None
     return tuple(map(architecture.check_width_ratio, ratios))
+
+
+def parse_sweep_ratios(figures: bool, values: Sequence[str] | None) -> tuple[float, ...]:
+    """Width ratios of the sweep that `--figures` asks for, increasing; empty without it."""
+    if values and not figures:
+        raise UsageError(
+            f"--sweep_ratios needs --figures, got {','.join(values)} without it; add --figures."
+        )
+    given = parse_width_ratios(values, flag="--sweep_ratios")
+    return tuple(sorted(set(given or SWEEP_RATIOS))) if figures else ()
+
+
+def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[float, ...]:
+    """`number` width ratios, uniformly from the trained range, increasing."""
+    low, high = experiment.trained_range
+    if number < 1 or seed < 0:
+        raise UsageError(
+            "--random_ratios must be at least 1 and --seed at least 0, got "
+            f"{number} and {seed}; choose larger ones."
+        )
+    if not low < high:
+        raise UsageError(
+            "--random_ratios needs a run that trained more than one width, but its range is "
+            f"{low}..{high}; use --width_ratios."
+        )
+    return tuple(np.sort(np.random.default_rng(seed).uniform(low, high, number)).tolist())
 
 
 def enable_compilation_cache() -> None:
@@ -493,8 +528,13 @@ def fold_and_smooth(
     variables: Mapping,
     images: np.ndarray,
     labels: np.ndarray,
+    train_images: np.ndarray,
 ) -> Backbone:
-    """Folds batch norm, reorders channels, and measures that neither changed the function."""
+    """Folds batch norm, reorders channels, and measures that neither changed the function.
+
+    `images` and `labels` are what accuracy is measured on; channels are ordered by importance on
+    `train_images`.
+    """
     spec, preprocessing = experiment.spec, experiment.preprocessing
     measured = len(labels) > 0
     report = {}
@@ -513,14 +553,42 @@ def fold_and_smooth(
     measure("as trained", evaluation.batch_norm_accuracy, variables)
     params = resnet.fold_batch_norm(variables)
     measure("folded", evaluation.accuracy, params)
-    if experiment.smooth:
-        before = smoothing.total_variation(params, spec)
+    if experiment.channel_order == "as_trained":
+        return Backbone(params, report)
+    before = smoothing.total_variation(params, spec)
+    if experiment.channel_order == "smoothness":
         params, _ = smoothing.smooth(params, spec)
-        after = smoothing.total_variation(params, spec)
-        report |= {"total variation before": before, "total variation after": after}
-        print(f"smoothing: total variation {before:.1f} -> {after:.1f}", flush=True)
-        measure("smoothed", evaluation.accuracy, params)
+    else:
+        moments = measure_moments(experiment, params, train_images)
+        params, _ = smoothing.by_importance(params, spec, moments)
+    after = smoothing.total_variation(params, spec)
+    report |= {"total variation before": before, "total variation after": after}
+    print(
+        f"channels ordered by {experiment.channel_order}: "
+        f"total variation {before:.1f} -> {after:.1f}",
+        flush=True,
+    )
+    measure("reordered", evaluation.accuracy, params)
     return Backbone(params, report)
+
+
+def measure_moments(
+    experiment: Experiment, params: Params, images: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`resnet.hidden_moments` of all blocks over the first 2,000 `images`, uint8 NHWC."""
+    spec = experiment.spec
+    chosen = images[:NUM_MOMENT_IMAGES]
+    blocks = range(len(spec.blocks))
+
+    @jax.jit
+    def measure(params, images):
+        x = experiment.preprocessing.evaluate(images).astype(jnp.float32)
+        return resnet.hidden_moments(spec, params, x, blocks)
+
+    batch_size = min(experiment.eval_batch_size, len(chosen))
+    batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out
+    found = [measure(params, chosen[start : start + batch_size]) for start in batches]
+    return jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
 
 
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
@@ -538,7 +606,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
     images, labels = splits.validation_images, splits.validation_labels
     if experiment.teacher_file and len(labels):
         print("teacher: it may have been trained on images of the validation split", flush=True)
-    backbone = fold_and_smooth(experiment, variables, images, labels)
+    backbone = fold_and_smooth(experiment, variables, images, labels, splits.train_images)
     checkpoint.save_tree(
         path,
         backbone.params,
@@ -557,20 +625,25 @@ def train_inr(
     if not phases:
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     total = phases[-1].stop
+    moments = None
+    if recipe.block_init == "teacher" and hypernetwork.inr.needs_moments:
+        moments = measure_moments(experiment, backbone, splits.train_images)
     params = jax.jit(
         functools.partial(
             hyper.init, alpha=recipe.alpha_init, from_backbone=recipe.block_init == "teacher"
         ),
         static_argnums=1,
-    )(phase_key(experiment, 1), hypernetwork, backbone)
+    )(phase_key(experiment, 1), hypernetwork, backbone, moments=moments)
     saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
     optimizer = training.inr_optimizer(recipe)
-    template = jax.eval_shape(lambda p: training.TrainState(p, optimizer.init(p)), params)
+    template = jax.eval_shape(
+        lambda p: training.TrainState(p, optimizer.init(p), p if recipe.ema_decay else None), params
+    )
     start, state = 0, None
     restored = saved.restore(template)
     if restored:
         start, state = restored
-        params = state.params
+        params = state.result
         print(f"INR: continuing from step {start} of {total}", flush=True)
     workdir.metrics.rewind("inr", start)
 
@@ -596,7 +669,7 @@ def train_inr(
         inputs = training.phase_inputs(hypernetwork, recipe, phase)
 
         def evaluate(state, phase=phase, inputs=inputs):
-            return _progress_accuracy(experiment, splits, backbone, state.params, inputs, phase)
+            return _progress_accuracy(experiment, splits, backbone, state.result, inputs, phase)
 
         with Progress(total, images_per_step, done=first) as progress:
             state = _train(
@@ -617,7 +690,7 @@ def train_inr(
                 evaluate=evaluate,
                 **size,
             )
-        params = state.params
+        params = state.result
     return params
 
 
@@ -667,29 +740,29 @@ def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pat
     return path
 
 
-def evaluate_and_write(
-    workdir: pathlib.Path,
-    experiment: Experiment,
-    params: Params,
-    splits: data.Splits,
-    *,
-    split: str,
-    width_ratios: Sequence[float],
-    num_samples: int = 1,
-) -> list[GridRow]:
-    """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png."""
+def _evaluation_split(splits: data.Splits, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of "test" or "validation", which must have some."""
     images = splits.test_images if split == "test" else splits.validation_images
     labels = splits.test_labels if split == "test" else splits.validation_labels
     if not len(labels):
         raise UsageError(
             f"The {split} split must have images; set --config.data.num_validation above 0."
         )
-    low, high = experiment.trained_range
-    outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
-    print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
+    return images, labels
+
+
+def _evaluate(
+    experiment: Experiment,
+    params: Params,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    width_ratios: Sequence[float],
+    num_samples: int,
+) -> list[GridRow]:
+    """`evaluation.evaluate_grid` of an experiment; prints the table as it grows."""
     print(evaluation.TABLE_HEADER, flush=True)
-    started = time.perf_counter()
-    rows = evaluation.evaluate_grid(
+    return evaluation.evaluate_grid(
         experiment.hypernetwork,
         params,
         width_ratios,
@@ -702,6 +775,32 @@ def evaluate_and_write(
         batch_size=experiment.eval_batch_size,
         on_row=lambda row: print(evaluation.format_row(row), flush=True),
     )
+
+
+def evaluate_and_write(
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    params: Params,
+    splits: data.Splits,
+    *,
+    split: str,
+    width_ratios: Sequence[float],
+    num_samples: int = 1,
+    sweep_ratios: Sequence[float] = (),
+) -> list[GridRow]:
+    """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
+
+    With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
+    sweep and weights, each as .png and .csv, and sweep.json.
+    """
+    images, labels = _evaluation_split(splits, split)
+    low, high = experiment.trained_range
+    outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
+    print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
+    started = time.perf_counter()
+    rows = _evaluate(
+        experiment, params, images, labels, width_ratios=width_ratios, num_samples=num_samples
+    )
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
     extra = {
@@ -711,16 +810,107 @@ def evaluate_and_write(
         "versions": versions(),
     }
     evaluation.write_grid(workdir, rows, dataset=experiment.name, split=split, **extra)
+    teacher_accuracy = _teacher_accuracy(workdir, experiment, images, labels)
+    name = f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split"
     plotting.plot_grid(
         workdir / "grid.png",
         rows,
-        title=f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split: "
-        "every size from one INR",
+        title=f"{name}: every size from one INR",
         trained_range=experiment.trained_range,
-        teacher_accuracy=_teacher_accuracy(workdir, experiment, images, labels),
+        teacher_accuracy=teacher_accuracy,
     )
     print(f"wrote {workdir / 'grid.json'}, grid.csv and grid.png")
+    if not sweep_ratios:
+        return rows
+
+    print(f"\nsweep of {len(sweep_ratios)} widths")
+    sweep = _evaluate(
+        experiment, params, images, labels, width_ratios=sweep_ratios, num_samples=num_samples
+    )
+    dip = evaluation.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
+    print(_describe_dip(dip))
+    document = evaluation.grid_dict(
+        sweep,
+        dataset=experiment.name,
+        split=split,
+        trained_range=[low, high],
+        teacher_accuracy=teacher_accuracy,
+        largest_dip=dip.fall,
+        where=dip.where,
+        versions=versions(),
+    )
+    _write_json(workdir / "sweep.json", document)
+    plotting.plot_sweep(
+        workdir / "sweep.png",
+        sweep,
+        title=f"{name}: accuracy over the width axis",
+        trained_range=experiment.trained_range,
+        teacher_accuracy=teacher_accuracy,
+    )
+    curves, singles = published.references(experiment.name, experiment.spec)
+    plotting.plot_against_macs(
+        workdir / "against_macs.png",
+        rows,
+        title=f"{name}: accuracy against multiply-adds",
+        curves=curves,
+        singles=singles,
+    )
+    slices = evaluation.weight_slices(experiment.hypernetwork, params)
+    plotting.plot_weight_slices(
+        workdir / "weights.png",
+        slices,
+        title=f"ResNet{experiment.spec.depth}, {experiment.name}: conv2 of {slices.block} at every "
+        "width",
+        trained_range=experiment.trained_range,
+    )
+    print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
     return rows
+
+
+def evaluate_random_ratios(
+    workdir: pathlib.Path,
+    experiment: Experiment,
+    params: Params,
+    splits: data.Splits,
+    *,
+    split: str,
+    ratios: Sequence[float],
+    num_samples: int = 1,
+) -> list[GridRow]:
+    """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
+
+    The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
+    (its ratio or null), "split", "versions"}.
+    """
+    images, labels = _evaluation_split(splits, split)
+    print(f"\n{len(ratios)} widths at random from the trained range, {split} split")
+    rows = _evaluate(
+        experiment, params, images, labels, width_ratios=ratios, num_samples=num_samples
+    )
+    accuracies = [row.accuracy for row in rows]
+    dip = evaluation.largest_dip(ratios, accuracies)
+    print(f"smallest accuracy {100 * min(accuracies):.2f} %; {_describe_dip(dip)}")
+    document = {
+        "ratios": list(ratios),
+        "accuracies": accuracies,
+        "widths": [list(row.widths) for row in rows],
+        "largest_dip": dip.fall,
+        "where": dip.where,
+        "split": split,
+        "versions": versions(),
+    }
+    _write_json(workdir / "random_ratios.json", document)
+    print(f"wrote {workdir / 'random_ratios.json'}")
+    return rows
+
+
+def _describe_dip(dip: evaluation.Dip) -> str:
+    if dip.where is None:
+        return "no width falls below the line through its neighbours"
+    return (
+        f"largest fall below the line through the neighbours: {100 * dip.fall:.2f} points at "
+        f"width ratio {dip.where:.3f}"
+    )
 
 
 def _teacher_accuracy(workdir, experiment, images, labels) -> float | None:
@@ -774,7 +964,7 @@ def describe(
             f"{small.num_macs / 1e6:.2f} M multiply-adds"
         )
     lines.append(
-        f"INR        {hyper.describe_inr(hypernetwork.inr)}: {num_inr:,} parameters "
+        f"INR        {describe_inr(hypernetwork.inr)}: {num_inr:,} parameters "
         f"({num_inr / spec.num_params:.2f} networks), {queries:,} queries per network"
     )
     for group in hypernetwork.groups:

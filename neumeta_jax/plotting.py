@@ -1,12 +1,20 @@
 """Figures. Each has its numbers in a CSV or JSON file beside it."""
 
+import csv
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from neumeta_jax.evaluation import GridRow
+import numpy as np
+
+from neumeta_jax.evaluation import GridRow, WeightSlices
+from neumeta_jax.published import Curve, Single
 
 TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
+# One for each published curve; none is a color of the run.
+REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
+ENTRIES = ("#1f5fa8", "#c8501e", "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35")
+CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
 
 
 def plot_grid(
@@ -26,42 +34,304 @@ def plot_grid(
         trained_range: smallest and largest width ratio seen in training, shaded on the left.
         teacher_accuracy: in [0, 1], drawn as a dashed line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = sorted(rows, key=lambda row: row.width_ratio)
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9.5, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
     axes = ((left, [r.width_ratio for r in rows]), (right, [r.num_macs / 1e6 for r in rows]))
     accuracies = [100 * row.accuracy for row in rows]
     for axis, sizes in axes:
         axis.plot(sizes, accuracies, color="0.75", linewidth=1, zorder=1)
-        for trained, color, marker in ((True, TRAINED, "o"), (False, UNSEEN, "D")):
-            points = [
-                (x, y)
-                for x, y, row in zip(sizes, accuracies, rows, strict=True)
-                if row.trained == trained
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
-                label = "trained range" if trained else "never trained"
-                axis.scatter(x, y, color=color, marker=marker, s=30, label=label, zorder=2)
-        if teacher_accuracy is not None:
-            label = f"teacher, {100 * teacher_accuracy:.1f} %"
-            axis.axhline(
-                100 * teacher_accuracy, color="0.3", linestyle="--", linewidth=1, label=label
-            )
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        _scatter_rows(axis, sizes, rows)
+        _draw_teacher(axis, teacher_accuracy)
+        _restrain(axis)
     left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
     left.set_xlabel("kept hidden width (ratio)")
     left.set_ylabel("top-1 accuracy (%)")
     right.set_xlabel("multiply-adds (millions)")
     right.legend(loc="lower right", frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_against_macs(
+    path: str | os.PathLike,
+    rows: Sequence[GridRow],
+    *,
+    title: str,
+    curves: Sequence[Curve] = (),
+    singles: Sequence[Single] = (),
+) -> None:
+    """Writes a PNG of accuracy against multiply-adds, with published results, and its numbers.
+
+    The CSV beside it has the columns name, width_ratio, num_macs, accuracy, trained, source; name
+    is "this run" for the rows of the grid, whose source is empty, as is what does not apply.
+
+    Args:
+        path: file to write, ending in .png; an existing one is replaced once the new one is
+            complete, and so is the CSV.
+        rows: the grid.
+        title: figure title.
+        curves, singles: what to compare with, see `published.references`.
+    """
+    rows = sorted(rows, key=lambda row: row.num_macs)
+    figure = _figure(6.4, 4.4)
+    axis = figure.subplots()
+    sizes = [row.num_macs / 1e6 for row in rows]
+    axis.plot(sizes, [100 * r.accuracy for r in rows], color=TRAINED, linewidth=1.2, zorder=3)
+    _scatter_rows(axis, sizes, rows, prefix="this run, ", zorder=4)
+    table: list[tuple] = [
+        ("this run", r.width_ratio, r.num_macs, r.accuracy, r.trained, "") for r in rows
+    ]
+    for number, curve in enumerate(curves):
+        color, marker = REFERENCES[number % len(REFERENCES)]
+        axis.plot(
+            [n / 1e6 for n in curve.num_macs],
+            [100 * a for a in curve.accuracies],
+            color=color,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1,
+            linestyle="--",
+            label=f"{curve.name} (published)",
+        )
+        columns = (curve.width_ratios, curve.num_macs, curve.accuracies)
+        table += [(curve.name, *row, "", curve.source) for row in zip(*columns, strict=True)]
+    if singles:
+        x, y = [s.num_macs / 1e6 for s in singles], [100 * s.accuracy for s in singles]
+        label = "trained individually (published)"
+        axis.scatter(x, y, color="0.25", marker="s", s=24, label=label, zorder=2)
+        for single, a, b in zip(singles, x, y, strict=True):
+            axis.annotate(
+                single.name,
+                (a, b),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color="0.25",
+            )
+        table += [(s.name, "", s.num_macs, s.accuracy, "", s.source) for s in singles]
+    _restrain(axis)
+    axis.margins(x=0.08, y=0.1)  # room for the names of single networks
+    axis.set_xlabel("multiply-adds (millions)")
+    axis.set_ylabel("top-1 accuracy (%)")
+    _legend_below(figure, axis)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+    header = ("name", "width_ratio", "num_macs", "accuracy", "trained", "source")
+    _save_csv(path, header, table)
+
+
+def plot_sweep(
+    path: str | os.PathLike,
+    rows: Sequence[GridRow],
+    *,
+    title: str,
+    trained_range: tuple[float, float],
+    teacher_accuracy: float | None = None,
+    interpolation: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Writes a PNG of accuracy over the width axis and its numbers.
+
+    The CSV beside it has the columns series, width_ratio, num_macs, accuracy, trained; series is
+    "generated", "teacher" or "linear interpolation".
+
+    Args:
+        path: as in `plot_against_macs`.
+        rows: the networks of the sweep, close enough to each other for a curve.
+        title: figure title.
+        trained_range: smallest and largest width ratio seen in training, shaded.
+        teacher_accuracy: in [0, 1], drawn as a dashed line.
+        interpolation: (width ratio, accuracy in [0, 1]) of networks that interpolate between
+            others, drawn as a second dashed curve.
+    """
+    rows = sorted(rows, key=lambda row: row.width_ratio)
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    ratios = [row.width_ratio for row in rows]
+    axis.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
+    axis.plot(ratios, [100 * r.accuracy for r in rows], color="0.6", linewidth=1, zorder=1)
+    _scatter_rows(axis, ratios, rows, size=18)
+    table: list[tuple] = [
+        ("generated", r.width_ratio, r.num_macs, r.accuracy, r.trained) for r in rows
+    ]
+    if interpolation:
+        x, y = zip(*sorted(interpolation), strict=True)
+        label = "linear interpolation"
+        axis.plot(x, [100 * a for a in y], "--", color="#4c8c4a", linewidth=1, label=label)
+        table += [(label, a, "", b, "") for a, b in zip(x, y, strict=True)]
+    _draw_teacher(axis, teacher_accuracy)
+    if teacher_accuracy is not None:
+        table.append(("teacher", 1.0, "", teacher_accuracy, ""))
+    _restrain(axis)
+    axis.set_xlabel("kept hidden width (ratio)")
+    axis.set_ylabel("top-1 accuracy (%)")
+    _legend_below(figure, axis)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+    _save_csv(path, ("series", "width_ratio", "num_macs", "accuracy", "trained"), table)
+
+
+def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
+    """`number` entries (out channel, hidden channel, tap), spread over a full-size kernel."""
+    taps = (4, 1, 3, 5, 7, 0, 2, 6, 8)
+    out_width = slices.kernels.shape[-1]
+    # Not evenly over the hidden channels: only the lower ones are there at small widths.
+    return tuple(
+        (
+            n * out_width // number,
+            int(slices.full_width * (n / number) ** 1.5),
+            taps[n % len(taps)],
+        )
+        for n in range(number)
+    )
+
+
+def plot_weight_slices(
+    path: str | os.PathLike,
+    slices: WeightSlices,
+    *,
+    title: str,
+    trained_range: tuple[float, float],
+    entries: Sequence[tuple[int, int, int]] | None = None,
+) -> None:
+    """Writes a PNG of how conv2 of one block changes with its hidden width, and its numbers.
+
+    Left: a few entries as curves. Right: the centre tap to output channel 0 as an image, hidden
+    channel against width. What is masked is left blank. The CSV beside it has the columns block,
+    panel ("curves" or "image"), width, out_channel, hidden_channel, tap (0 to 8, row by row),
+    value; the value of what is masked is empty.
+
+    Args:
+        path: as in `plot_against_macs`.
+        slices: the kernels, see `evaluation.weight_slices`.
+        title: figure title.
+        trained_range: smallest and largest width ratio seen in training, shaded on the left and
+            between dashed lines on the right.
+        entries: (out channel, hidden channel, tap) of the curves; default `default_entries`.
+
+    Raises:
+        ValueError: for an entry that the kernel does not have.
+    """
+    widths, kernels = slices.widths, slices.kernels
+    entries = default_entries(slices) if entries is None else tuple(entries)
+    sizes = (kernels.shape[4], kernels.shape[3], 9)
+    for entry in entries:
+        if len(entry) != 3 or not all(0 <= n < size for n, size in zip(entry, sizes, strict=True)):
+            raise ValueError(
+                "Entries are (out channel, hidden channel, tap) from 0 on and below "
+                f"{sizes}, got {entry}."
+            )
+    figure = _figure(10.5, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    low, high = (ratio * slices.full_width for ratio in trained_range)
+    left.axvspan(low, high, color=TRAINED, alpha=0.07, zorder=0)
+    table: list[tuple] = []
+
+    def add(panel, values, out, hidden, tap):
+        for width, value in zip(widths, values, strict=True):
+            shown = "" if np.isnan(value) else float(value)
+            table.append((slices.block, panel, int(width), out, hidden, tap, shown))
+
+    for number, (out, hidden, tap) in enumerate(entries):
+        values = kernels[:, tap // 3, tap % 3, hidden, out]
+        color = ENTRIES[number % len(ENTRIES)]
+        label = f"out {out}, hidden {hidden}, tap {tap}"
+        left.plot(widths, values, color=color, linewidth=1, marker=".", markersize=4, label=label)
+        add("curves", values, out, hidden, tap)
+    _restrain(left)
+    left.set_xlabel("hidden width (channels)")
+    left.set_ylabel("weight of conv2")
+    _legend_below(figure, left, columns=3)
+
+    image = kernels[:, CENTER // 3, CENTER % 3, :, 0].T  # [hidden, widths]
+    for hidden, values in enumerate(image):
+        add("image", values, 0, hidden, CENTER)
+    # A few large weights, at widths far from the trained ones, must not bleach all the others.
+    limit = np.nanpercentile(np.abs(image), 98) or 1.0
+    extent = (widths[0] - 0.5, widths[-1] + 0.5, -0.5, len(image) - 0.5)
+    shown = right.imshow(
+        image,
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        extent=extent,
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+    )
+    for bound in (low, high):
+        right.axvline(bound, color="0.3", linestyle="--", linewidth=1)
+    right.set_xlim(extent[:2])
+    right.spines[["top", "right"]].set_visible(False)
+    right.set_xlabel("hidden width (channels)")
+    right.set_ylabel("hidden channel")
+    figure.colorbar(shown, ax=right, extend="both", label="centre tap to output channel 0")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+    header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
+    _save_csv(path, header, table)
+
+
+# --- what the figures share ------------------------------------------------------------------
+
+
+def _figure(width: float, height: float):
+    """An empty figure of that size in inches, drawn without pyplot and its global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _scatter_rows(axis, sizes, rows, *, prefix="", size=30, zorder=2) -> None:
+    """A point for each row at `sizes`; those of the trained range differ in color and shape."""
+    for trained, color, marker in ((True, TRAINED, "o"), (False, UNSEEN, "D")):
+        points = [
+            (x, 100 * row.accuracy)
+            for x, row in zip(sizes, rows, strict=True)
+            if row.trained == trained
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            label = prefix + ("trained range" if trained else "never trained")
+            axis.scatter(x, y, color=color, marker=marker, s=size, label=label, zorder=zorder)
+
+
+def _draw_teacher(axis, accuracy: float | None) -> None:
+    if accuracy is not None:
+        label = f"teacher, {100 * accuracy:.1f} %"
+        axis.axhline(100 * accuracy, color="0.3", linestyle="--", linewidth=1, label=label)
+
+
+def _restrain(axis) -> None:
+    axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend_below(figure, axis, *, columns: int = 0) -> None:
+    """The legend of `axis` below all axes, where it covers no point whatever the curves do."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = columns or (3 if len(labels) <= 3 else 2)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+
+
+def _save(figure, path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
+
+
+def _save_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Writes the table beside the figure `path`, whole or not at all."""
+    path = pathlib.Path(path).with_suffix(".csv")
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
     partial.replace(path)

@@ -9,7 +9,8 @@ import pytest
 from neumeta_jax import evaluation, hypernetwork as hyper, plotting, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.evaluation import GridRow
-from neumeta_jax.hypernetwork import Grid, Hypernetwork
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import Grid
 from neumeta_jax.training import Preprocessing
 
 SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -142,6 +143,26 @@ def test_each_row_is_reported_as_soon_as_it_is_known(params, images, labels):
     assert seen == found
 
 
+def test_ratios_that_round_to_the_same_widths_are_evaluated_once(
+    params, images, labels, monkeypatch
+):
+    ratios = [0.5, 0.51, 1.0, 1.01, 0.49]
+    assert len({tuple(FAMILY.widths(ratio)) for ratio in ratios}) == 2
+    accuracy, calls = evaluation.accuracy, []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return accuracy(*args, **options)
+
+    monkeypatch.setattr(evaluation, "accuracy", counted)
+    found = grid(params, ratios, images, labels)
+    assert len(calls) == 2
+    assert [row.width_ratio for row in found] == ratios
+    assert [row.trained for row in found] == [True, True, True, False, False]
+    assert found[0].accuracy == found[1].accuracy == found[4].accuracy
+    assert found[2].accuracy == found[3].accuracy
+
+
 @pytest.mark.parametrize("ratio", [0, 1.6, -0.5, float("nan")])
 def test_a_width_ratio_out_of_range_is_refused_before_anything_is_evaluated(
     params, images, labels, ratio
@@ -159,6 +180,89 @@ def test_averaged_samples_need_a_key(params, images, labels):
     assert is_one_sentence(error)
     (row,) = grid(params, [1.0], images, labels, num_samples=3, key=jax.random.key(0))
     assert 0 <= row.accuracy <= 1
+
+
+# --- the width axis --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ratios, accuracies, fall, where",
+    [
+        ([0.5, 0.75, 1.0], [0.4, 0.3, 0.6], 0.2, 0.75),
+        ([0.0, 0.1, 1.0], [0.0, 0.0, 1.0], 0.1, 0.1),  # the line is taken where the point lies
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.5, 0.1, 0.5], 0.4, 0.4),
+        ([0.1, 0.2, 0.3, 0.4], [0.0, 0.5, 0.5, 0.0], 0.0, None),
+        ([0.1, 0.2, 0.7], [0.5, 0.5, 0.5], 0.0, None),
+        ([0.5, 1.0], [0.9, 0.1], 0.0, None),  # no interior point
+        ([0.5], [0.9], 0.0, None),
+        ([], [], 0.0, None),
+    ],
+)
+def test_the_largest_dip_is_below_the_line_through_the_two_neighbours(
+    ratios, accuracies, fall, where
+):
+    found = evaluation.largest_dip(ratios, accuracies)
+    assert found.fall == pytest.approx(fall, abs=1e-12)
+    assert found.where == where
+
+
+@pytest.mark.parametrize(
+    "ratios, accuracies, match",
+    [
+        ([0.5, 1.0], [0.5], "got 1 for 2"),
+        ([0.5, 1.0, 0.75], [0.5, 0.5, 0.5], r"increase, got \[0.5, 1.0, 0.75\]"),
+        ([0.5, 0.5, 0.75], [0.5, 0.5, 0.5], r"increase, got \[0.5, 0.5, 0.75\]"),
+    ],
+)
+def test_a_dip_needs_increasing_ratios_with_one_accuracy_each(ratios, accuracies, match):
+    with pytest.raises(ValueError, match=match) as error:
+        evaluation.largest_dip(ratios, accuracies)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_weight_slices_are_the_kernels_of_the_dense_networks(params, position):
+    slices = evaluation.weight_slices(
+        FAMILY, params, position=position, smallest=0.25, largest=1.25
+    )
+    full = FAMILY.full_widths[position]
+    assert slices.block == SPEC.blocks[FAMILY.blocks[position]].name
+    assert slices.full_width == full
+    assert list(slices.widths) == list(range(1 if full == 4 else 2, (5 if full == 4 else 8) + 1))
+    for number in (0, len(slices.widths) - 1):  # below and beyond the full size
+        width = slices.widths[number]
+        _, tree = hyper.generate_dense(FAMILY, params, FAMILY.widths(width / full))
+        wanted = tree[slices.block]["conv2"]["kernel"]
+        kernel = slices.kernels[number]
+        np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)
+        assert np.isnan(kernel[:, :, width:]).all()
+    assert np.isfinite(slices.kernels[-1]).all()
+
+
+def test_weight_slices_reach_the_largest_ratio_allowed(params):
+    """There the width is rounded up and lies beyond 1.5 times the full one."""
+    odd = dataclasses.replace(SPEC, hidden_widths=(5,) * len(SPEC.hidden_widths))
+    family = dataclasses.replace(FAMILY, spec=odd)
+    backbone = resnet.init_params(jax.random.key(0), odd)
+    slices = evaluation.weight_slices(
+        family, hyper.init(jax.random.key(1), family, backbone), smallest=1.3, largest=1.5
+    )
+    assert list(slices.widths) == [7, 8]
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"position": 2}, "2 generated blocks, .* got 2"),
+        ({"position": -3}, "2 generated blocks, .* got -3"),
+        ({"largest": 1.6}, r"\(0, 1.5\], got 1.6"),
+        ({"smallest": 1.0, "largest": 0.5}, "got 1.0 and 0.5"),
+    ],
+)
+def test_weight_slices_that_do_not_exist_are_refused(params, options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        evaluation.weight_slices(FAMILY, params, **options)
+    assert "\n" not in str(error.value)
 
 
 # --- what is written -------------------------------------------------------------------------

@@ -430,6 +430,86 @@ def test_eval_refuses_ratios_that_are_none(finished, ratios, given):
     assert (workdir / "grid.json").read_bytes() == before
 
 
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
+    forbid_training(monkeypatch)
+    status, out, err = call(
+        "eval",
+        f"--workdir={copied}",
+        "--width_ratios=1,0.5",
+        "--figures",
+        "--sweep_ratios=1.25,0.5,0.52,1",
+        "--random_ratios=4",
+        "--seed=3",
+    )
+    assert status == 0, err
+    for name in ("against_macs", "sweep", "weights"):
+        assert (copied / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{name}" in out
+    assert [line["name"] for line in read_csv(copied / "against_macs.csv")] == 2 * ["this run"]
+    sweep = json.loads((copied / "sweep.json").read_text())
+    assert [row["width_ratio"] for row in sweep["rows"]] == [0.5, 0.52, 1.0, 1.25]
+    grid = json.loads((copied / "grid.json").read_text())["rows"]
+    assert [sweep["rows"][n]["accuracy"] for n in (2, 0)] == [row["accuracy"] for row in grid]
+    series = [line["series"] for line in read_csv(copied / "sweep.csv")]
+    assert series == 4 * ["generated"] + ["teacher"]
+
+    drawn = json.loads((copied / "random_ratios.json").read_text())
+    assert set(drawn) == {
+        "ratios",
+        "accuracies",
+        "widths",
+        "largest_dip",
+        "where",
+        "split",
+        "versions",
+    }
+    wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
+    assert drawn["ratios"] == wanted and drawn["split"] == "test"
+    assert len(drawn["accuracies"]) == len(drawn["widths"]) == 4
+    dip = evaluation.largest_dip(drawn["ratios"], drawn["accuracies"])
+    assert (drawn["largest_dip"], drawn["where"]) == dip
+    assert f"smallest accuracy {100 * min(drawn['accuracies']):.2f} %" in out
+
+
+@pytest.mark.parametrize(
+    "args, given",
+    [
+        ("--figures --sweep_ratios=1,wide", "--sweep_ratios takes numbers"),
+        ("--figures --sweep_ratios=1,1.6", "1.6"),
+        ("--sweep_ratios=1,0.5", "needs --figures, got 1,0.5"),
+        ("--random_ratios=0", "got 0 and 0"),
+        ("--random_ratios=5 --seed=-1", "got 5 and -1"),
+        ("--random_ratios=many", "many"),
+    ],
+)
+def test_eval_refuses_figures_and_random_widths_that_cannot_be(finished, args, given):
+    workdir, _ = finished
+    before = (workdir / "grid.json").read_bytes()
+    assert given in refusal("eval", f"--workdir={workdir}", *args.split())
+    assert (workdir / "grid.json").read_bytes() == before
+
+
+def test_random_widths_need_a_range_to_be_drawn_from(finished):
+    config = lab.read_config(finished[0])
+    config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
+    experiment = lab.from_config(config, data.load_dataset("digits"))
+    with pytest.raises(command_line.UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
+        lab.draw_width_ratios(experiment, 3, 0)
+
+
+def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():
+    ratios = lab.parse_sweep_ratios(True, None)
+    assert len(ratios) == 24 and (ratios[0], ratios[-1]) == (0.1, 1.25)
+    np.testing.assert_allclose(np.diff(ratios), 0.05, atol=1e-9)
+    assert lab.parse_sweep_ratios(True, ["1", "0.5", "1.0"]) == (0.5, 1.0)
+    assert lab.parse_sweep_ratios(False, None) == ()
+
+
 def test_eval_refuses_another_config_than_the_runs(finished):
     message = refusal("eval", f"--workdir={finished[0]}", CONFIG, "--config.network.shortcut=pad")
     assert "network.shortcut (saved 'projection', given 'pad')" in message
@@ -438,6 +518,7 @@ def test_eval_refuses_another_config_than_the_runs(finished):
 def test_eval_says_what_it_needs(tmp_path):
     assert "--workdir=DIR" in refusal("eval")
     assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
+    assert "use --workdir" in refusal("eval", "--teacher=x.npz", CONFIG, "--figures")
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
 
