@@ -11,14 +11,16 @@ Presets: `:smoke` is a run of seconds that touches every phase.
 
 from ml_collections import ConfigDict
 
+PRESETS = ("", "smoke")
+
 
 def get_config(preset: str = "") -> ConfigDict:
-    if preset not in ("", "smoke"):
-        raise ValueError(f"configs/digits.py has the preset 'smoke', got {preset!r}.")
+    if preset not in PRESETS:
+        raise ValueError(f"configs/digits.py has the presets {PRESETS[1:]}, got {preset!r}.")
     config = ConfigDict()
     config.seed = 0
     config.dtype = "float32"
-    config.smooth = True
+    config.channel_order = "smoothness"
     config.generated = "inner"
     config.log_every = 50
     config.eval_every = 0
@@ -70,17 +72,21 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.warmup_epochs = 1.0
     config.train.warmup_phases = "all"
     config.train.batch_size = 64
+    config.train.share_images = False
+    config.train.micro_batch = 0
     config.train.num_random_sizes = 2
     config.train.min_width_ratio = 0.5
     config.train.max_width_ratio = 1.0
     config.train.sandwich = True
-    config.train.per_block_widths = False
+    config.train.per_block_widths = 0.0
     config.train.noise = True
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-5
     config.train.reconstruction_weight = 1e-2
     config.train.distillation_weight = 1.0
+    config.train.distill_from = "teacher"
     config.train.temperature = 2.0
+    config.train.ema_decay = 0.0
     config.train.learning_rate = 1e-3
     config.train.alpha_learning_rate = 1e-3
     config.train.learned_learning_rate = 1e-3

@@ -1,0 +1,199 @@
+"""What each part of the recipe is worth: ResNet20 on CIFAR-100, a short budget, one row a preset.
+
+    python benchmarks/ablation.py --workdir=DIR --jobs=2 -- \\
+        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+
+or one row alone
+
+    python train.py --config=configs/ablation.py:nested --workdir=DIR \\
+        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+
+Every row differs from the base (no preset, or `:base`) in as little as possible and has the same
+budget: 400 steps, each of which passes 32 images through each of three sizes, at 45,000 training
+images. Accuracies are of the validation split and for comparing rows with each other only: the
+budget is a fraction of a full run's, and the public teacher was trained on these images.
+
+Fit phases come on top of the budget: `per_tensor_mlp` and `shared_mlp` have no closed form to start
+at the teacher with, and fit it for 600 steps first, which look at no images. benchmarks/ablation.py
+reports their time apart. `per_tensor_mlp` then learns at 1e-4, since 1e-3 undoes the fit.
+
+Hardware: one CPU core a row, or any accelerator.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+NUM_IMAGES = 45_000
+NUM_STEPS = 400
+BATCH_SIZE = 32
+NUM_BLOCKS = 5  # that a ResNet20 generates
+EPOCHS = NUM_STEPS * BATCH_SIZE / NUM_IMAGES
+WARMUP_EPOCHS = 0.05
+
+FIT = {
+    "channel_order": "smoothness",
+    "train.fit_steps": 600,
+    "train.fit_widths": "random",
+}
+GRID = {"kind": "grid", "num_terms": 1, "resampling": "nested", "noise_scale": 0.0}
+CELL = {**GRID, "num_terms": 2, "resampling": "cell"}
+# Each block has its share of the steps, and of the warm-up.
+BLOCKWISE = {
+    "train.mode": "blockwise",
+    "train.epochs": EPOCHS / NUM_BLOCKS,
+    "train.warmup_epochs": WARMUP_EPOCHS / NUM_BLOCKS,
+}
+
+# Name of the preset -> (what it is, the fields that differ from the base). "inr" is the section as
+# a whole, because each kind has its own fields.
+ROWS = {
+    "base": ("projection of learned values, channels by importance", {}),
+    # The INR.
+    "nested": ("no projection: the first channels of learned values", {"inr": GRID}),
+    "nested_two_terms": (
+        "no projection, values linear in the width",
+        {"inr": {**GRID, "num_terms": 2}},
+    ),
+    "cell": (
+        "averages over channels' cells, values linear in the width, channels by smoothness",
+        {"channel_order": "smoothness", "inr": CELL},
+    ),
+    "cell_noise": (
+        "as cell, with coordinate noise of one channel",
+        {"channel_order": "smoothness", "inr": {**CELL, "noise_scale": 1.0}},
+    ),
+    "shared_mlp": (
+        "one MLP for all tensors after a fit, channels by smoothness",
+        {
+            **FIT,
+            "inr": {
+                "kind": "shared_mlp",
+                "hidden_width": 256,
+                "num_layers": 4,
+                "num_frequencies": 6,
+                "embedding_size": 64,
+                "activation": "gelu",
+                "noise_scale": 0.0,
+                "integrated": True,
+                "max_cell": 1.0,
+            },
+        },
+    ),
+    "per_tensor_mlp": (
+        "one MLP per tensor after a fit, learning rate 1e-4, channels by smoothness",
+        {
+            **FIT,
+            "inr": {
+                "kind": "per_tensor_mlp",
+                "hidden_width": 128,
+                "num_layers": 4,
+                "num_frequencies": 7,
+                "activation": "elu",
+                "noise_scale": 0.0,
+                "noise_per": "channel",
+            },
+            "train.learning_rate": 1e-4,
+        },
+    ),
+    "two_terms": ("values linear in the width", {"inr.num_terms": 2}),
+    "unmodulated": ("no learned factors linear in the width", {"inr.modulated": False}),
+    "wider_cells": (
+        "half of the smaller networks drawn through cells up to 1.75 times as wide",
+        {"inr.max_cell": 1.75},
+    ),
+    "channel_dropout": ("networks also lose channels at random", {"inr.channel_dropout": 0.5}),
+    "order_as_trained": ("channels as the teacher has them", {"channel_order": "as_trained"}),
+    "order_smoothness": ("channels by smoothness", {"channel_order": "smoothness"}),
+    # Blocks.
+    "blockwise": ("blocks join one at a time, each starts at the teacher", BLOCKWISE),
+    "copy_init": (
+        "blockwise; an INR starts as a copy of the previous block's, the first at random",
+        {**BLOCKWISE, "train.block_init": "copy"},
+    ),
+    "skip_init": (
+        "blockwise; a block starts as the identity, SkipInit's scalar at 0",
+        {**BLOCKWISE, "train.alpha_init": 0.0},
+    ),
+    # The loss.
+    "no_distillation": ("cross-entropy alone", {"train.distillation_weight": 0.0}),
+    "distillation_only": ("distillation alone", {"train.ce_weight": 0.0}),
+    "in_place": ("soft labels of the full size of the same step", {"train.distill_from": "full"}),
+    # The sizes and images of a step.
+    "no_sandwich": ("both smaller sizes at random", {"train.sandwich": False}),
+    "per_block": (
+        "half of the random sizes draw a width for each block",
+        {"train.per_block_widths": 0.5},
+    ),
+    "separate_images": (
+        "each size sees its own 32 images, three times as many in all",
+        {
+            "train.share_images": False,
+            "train.epochs": 3 * EPOCHS,
+            "train.warmup_epochs": 3 * WARMUP_EPOCHS,
+        },
+    ),
+    # The optimiser.
+    "ema": ("parameters averaged with a decay of 0.99", {"train.ema_decay": 0.99}),
+    "frozen_rest": ("what is not generated stays the teacher's", {"train.learned": "none"}),
+    "constant_schedule": (
+        "learning rates constant after the warm-up",
+        {"train.schedule": "constant"},
+    ),
+    "higher_lr": (
+        "learning rates of 1e-3 and 5e-4 instead of 4e-4 and 2e-4",
+        {"train.learning_rate": 1e-3, "train.learned_learning_rate": 5e-4},
+    ),
+    "lower_lr": (
+        "learning rates of 1.5e-4 and 7e-5",
+        {"train.learning_rate": 1.5e-4, "train.learned_learning_rate": 7e-5},
+    ),
+}
+PRESETS = ("", *ROWS)
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in PRESETS:
+        raise ValueError(f"configs/ablation.py has the presets {PRESETS[1:]}, got {preset!r}.")
+    config = _resnet20().get_config()
+    config.log_every = 100
+    config.checkpoint_every = NUM_STEPS
+
+    config.train.mode = "at_once"
+    config.train.epochs = EPOCHS
+    config.train.final_epochs = 0.0
+    config.train.warmup_epochs = WARMUP_EPOCHS
+    config.train.batch_size = BATCH_SIZE
+    config.train.share_images = True
+    config.train.micro_batch = 16
+    config.train.num_random_sizes = 2
+    config.inr.max_cell = 1.0
+    config.train.min_width_ratio = 0.5
+    config.train.max_width_ratio = 1.0
+    config.train.sandwich = True
+    config.train.per_block_widths = 0.0
+
+    config.eval.split = "validation"
+    config.eval.width_ratios = (1.0, 0.9, 0.75, 0.6, 0.5, 0.33, 0.25)
+    config.eval.progress_ratios = (1.0, 0.5, 0.25)
+    config.eval.progress_images = 500
+
+    _, changes = ROWS[preset or "base"]
+    for field, value in changes.items():
+        if field == "inr":
+            config.inr = ConfigDict(value)
+            continue
+        section, _, name = field.rpartition(".")
+        (config[section] if section else config)[name] = value
+    return config
+
+
+def _resnet20():
+    # Config files are loaded by path, from anywhere; `from configs import` would not always work.
+    path = pathlib.Path(__file__).resolve().with_name("resnet20.py")
+    spec = importlib.util.spec_from_file_location("neumeta_jax_config_resnet20", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
