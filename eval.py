@@ -87,7 +87,7 @@ def check_teacher(config, path, split):
     images = splits.test_images if split == "test" else splits.validation_images
     labels = splits.test_labels if split == "test" else splits.validation_labels
     print(f"{dataset.name}, {split} split, {len(labels)} images")
-    lab.fold_and_smooth(experiment, variables, images, labels, splits.train_images)
+    lab.fold_and_order(experiment, variables, images, labels, splits.train_images)
 
 
 def check_workdir(config, options):

@@ -43,7 +43,7 @@ def main(argv):
     print(lab.describe(experiment, dataset, splits), flush=True)
 
     with lab.open_workdir(options.workdir, config) as workdir:
-        # Import or train the teacher, fold its batch norm, smooth it by permutation.
+        # Import or train the teacher, fold its batch norm, put its channels in order.
         backbone = lab.prepare_backbone(workdir, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.
         params = lab.train_inr(workdir, experiment, splits, backbone)

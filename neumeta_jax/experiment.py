@@ -523,7 +523,7 @@ class Backbone:
     report: dict[str, float]
 
 
-def fold_and_smooth(
+def fold_and_order(
     experiment: Experiment,
     variables: Mapping,
     images: np.ndarray,
@@ -606,7 +606,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
     images, labels = splits.validation_images, splits.validation_labels
     if experiment.teacher_file and len(labels):
         print("teacher: it may have been trained on images of the validation split", flush=True)
-    backbone = fold_and_smooth(experiment, variables, images, labels, splits.train_images)
+    backbone = fold_and_order(experiment, variables, images, labels, splits.train_images)
     checkpoint.save_tree(
         path,
         backbone.params,
