@@ -511,10 +511,10 @@ def import_teacher(experiment: Experiment, path: str) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A teacher, folded and smoothed.
+    """A teacher, folded and with its channels in order.
 
     Attributes:
-        params: folded tree, channels in smooth order.
+        params: folded tree, channels in the order that the config asks for.
         report: what each step did, for logs: accuracies in [0, 1] by stage of processing and total
             variation before and after.
     """
@@ -592,7 +592,7 @@ def measure_moments(
 
 
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
-    """The folded, smoothed teacher: from the work directory, else imported or trained."""
+    """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
     if path.exists():
         params, _ = checkpoint.load_tree(path)

@@ -212,11 +212,58 @@ def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
         assert found == row["accuracy"]
 
 
-def test_folding_and_smoothing_change_no_accuracy(finished):
+def test_folding_and_reordering_change_no_accuracy(finished):
     lines = [line for line in finished[1].splitlines() if line.startswith("teacher accuracy")]
     stages = {line.split(":")[0].removeprefix("teacher accuracy "): line for line in lines}
-    assert list(stages) == ["as trained", "folded", "smoothed"]
+    assert list(stages) == ["as trained", "folded", "reordered"]
     assert len({line.split(":")[1] for line in lines}) == 1
+
+
+PROJECTION_CONFIG = """
+import importlib.util
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("digits_config", {digits!r})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.channel_order = "importance"
+    config.inr = ConfigDict(dict(kind="projection", modulated=True, max_cell=1.5))
+    config.train.fit_steps = 0
+    config.train.mode = "at_once"
+    config.train.share_images = True
+    config.train.micro_batch = 32
+    config.train.per_block_widths = 0.5
+    config.train.learning_rate = 0.0
+    config.train.alpha_learning_rate = 0.0
+    config.train.learned_learning_rate = 0.0
+    config.eval.width_ratios = (1.25, 1.0, 0.5)
+    return config
+"""
+
+
+def test_a_projection_starts_at_the_teacher_and_stays_there_without_a_learning_rate(tmp_path):
+    config = tmp_path / "projection.py"
+    config.write_text(PROJECTION_CONFIG.format(digits=str(ROOT / "configs" / "digits.py")))
+    workdir = tmp_path / "run"
+    status, out, err = call("train", f"--config={config}", f"--workdir={workdir}")
+    assert status == 0, err
+    assert "channels ordered by importance" in out
+    (line,) = [x for x in out.splitlines() if x.startswith("teacher (full size, not generated)")]
+    teacher = float(line.split(":")[1].removesuffix("%"))
+    rows = json.loads((workdir / "grid.json").read_text())["rows"]
+    found = {row["width_ratio"]: 100 * row["accuracy"] for row in rows}
+    assert found[1.0] == pytest.approx(teacher, abs=0.01)
+    assert found[1.25] == pytest.approx(teacher, abs=0.01)
+    _, params, _ = checkpoint.load_inr(workdir)
+    for name, leaves in params["inr"].items():
+        if "moments" in leaves:  # measured on the data, with a constant as last channel
+            assert np.all(np.linalg.eigvalsh(np.asarray(leaves["moments"], np.float64)) > -1e-4)
+            np.testing.assert_allclose(leaves["moments"][:, -1, -1], 1.0, rtol=1e-5, err_msg=name)
+            assert np.all(np.asarray(leaves["moments"])[:, -1, :-1] >= 0)
 
 
 def test_the_same_command_again_trains_nothing_and_ends_the_same(finished, copied, monkeypatch):
@@ -613,7 +660,7 @@ def test_the_readmes_library_code_runs_as_written(finished):
     not (SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt").is_file(),
     reason=f"needs the ResNet56 teacher and CIFAR-100 in {SHARED} (NEUMETA_SHARED)",
 )
-def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_smoothing():
+def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reordering():
     spec = importlib.util.spec_from_file_location("imgpack", SHARED / "data" / "imgpack.py")
     imgpack = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imgpack)
@@ -633,7 +680,10 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_smoo
     assert smoothing.total_variation(smoothed, spec) < 0.95 * before
     logits = with_batch_norm(variables)
     assert np.mean(np.argmax(logits, -1) == labels) > 0.6
-    for params in (folded, smoothed):
+    moments = jax.jit(lambda p: resnet.hidden_moments(spec, p, x[:100], range(27)))(folded)
+    ordered, orders = smoothing.by_importance(folded, spec, moments)
+    assert len(orders) == 27 and any(np.any(np.diff(order) < 0) for order in orders.values())
+    for params in (folded, smoothed, ordered):
         found = without(params)
         np.testing.assert_array_equal(np.argmax(found, -1), np.argmax(logits, -1))
         np.testing.assert_allclose(found, logits, rtol=1e-2, atol=1e-2)
