@@ -770,10 +770,22 @@ class Projection:
         floor = 1e-6 * jnp.mean(diagonal, axis=1, keepdims=True)  # channels that never fire
         loaded = moments + jax.vmap(jnp.diag)(self.ridge * diagonal + floor)
         eye = jnp.eye(moments.shape[-1])
-        system = jnp.where(there[:, :, None] & there[:, None, :], loaded, eye)
-        wanted = jnp.where(there[:, :, None] & ~kept[:, None, :], moments[:, :, :-1], 0.0)
-        factor = jnp.linalg.cholesky(system)
-        solution = jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))(factor, wanted)
+
+        def sweep(k, state):
+            """Gauss-Jordan elimination of the kept channel k, in place; dropped ones are passed."""
+            pivot = jnp.take(state, k, axis=2)  # a column, equal to the row up to signs
+            row = jnp.take(state, k, axis=1)
+            at_k = jnp.arange(state.shape[-1]) == k
+            scale = jnp.where(jnp.take(there, k, axis=1), row[:, k], 1.0)[:, None]
+            row = jnp.where(at_k, 1.0, row) / scale
+            others = jnp.where(at_k, 0.0, state) - pivot[:, :, None] * row[:, None, :]
+            swept = jnp.where(at_k[:, None], row[:, None, :], others)
+            return jnp.where(jnp.take(there, k, axis=1)[:, None, None], swept, state)
+
+        # The sweep operator leaves M_KK^-1 M_KD at the kept rows and dropped columns. Written out,
+        # because batched LAPACK calls can block XLA's CPU backend for good on two cores.
+        solution = jax.lax.fori_loop(0, loaded.shape[-1], sweep, loaded)[:, :, :-1]
+        solution = jnp.where(there[:, :, None], solution, 0.0)
         return jnp.where(kept[:, None, :], eye[:, :-1], solution)
 
     def _survivors(self, key, rate, width, full):

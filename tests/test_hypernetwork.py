@@ -771,6 +771,20 @@ def test_a_network_drawn_through_wider_cells_computes_what_a_narrower_one_does()
     assert_same_tree(full, backbone, tolerance=0)
 
 
+@all_kinds
+def test_generation_calls_no_linear_algebra_library(inr):
+    """Two batched LAPACK calls at once block XLA's CPU backend for good on two cores."""
+    members, params = family(inr)
+
+    def several(params, widths):
+        return jax.vmap(lambda w: hypernetwork.generate(members, params, w))(widths)
+
+    program = jax.jit(several).lower(params, np.array([(4, 4, 6), (2, 2, 3)])).as_text()
+    assert "stablehlo" in program
+    for name in ("lapack", "cholesky", "triangular_solve"):
+        assert name not in program
+
+
 def copy_block(members, params, source, target):
     return jax.jit(lambda tree: members.inr.copy_block(tree, members.groups, source, target))(
         params["inr"]
