@@ -10,8 +10,8 @@ Hardware, time and result: results/cifar100_resnet20/README.md.
 
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
 [0.5, 1] only, as the papers do; `:smoke` touches everything in about a minute; `:grid` is an INR of
-cell averages; `:per_tensor_mlp` the papers' kind at a size that two cores can hold, not run to the
-end.
+cell averages and `:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two
+have not been run with this recipe.
 """
 
 from ml_collections import ConfigDict

@@ -648,7 +648,7 @@ class Projection:
     network and on data; here it is part of the function that is trained.
 
     Parameters: `num_terms` times what it generates (plus a ninth, `modulated`) plus the moments.
-    Generation: one solve with (hidden + 1)^2 matrix per block and one matrix product per tensor.
+    Generation: one elimination in a (hidden + 1)^2 matrix per block, one matrix product per tensor.
 
     Attributes:
         num_terms: 1 leaves the width out of the learned values.
