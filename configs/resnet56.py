@@ -93,6 +93,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.distill_from = "teacher"
     config.train.temperature = 2.0
     config.train.ema_decay = 0.0
+    config.train.optimizer = "muon"
     config.train.learning_rate = 4e-4
     config.train.alpha_learning_rate = 4e-4
     config.train.learned_learning_rate = 2e-4

@@ -92,6 +92,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.distill_from = "teacher"
     config.train.temperature = 1.0
     config.train.ema_decay = 0.0
+    config.train.optimizer = "adamw"
     config.train.learning_rate = 8e-4
     config.train.alpha_learning_rate = 1e-4
     config.train.learned_learning_rate = 7e-5

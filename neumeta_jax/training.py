@@ -10,6 +10,7 @@ that was interrupted ends with the same bits as one that was not.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet
 from neumeta_jax.architecture import widths_at
@@ -148,6 +150,7 @@ DISTILL_FROM = ("teacher", "full")
 FIT_WIDTHS = ("full", "random")
 WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +189,9 @@ class InrRecipe:
         distill_from: whose logits are the soft labels: the folded "teacher"'s, or those of the
             "full" size of the same step (in-place distillation, arXiv 1903.05134).
         ema_decay: of an average of the parameters that replaces them in the end; 0 keeps none.
-        learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: AdamW, and
-            the largest value of a gradient's entry.
+        optimizer: "adamw", or "muon" for what is a matrix to it, see `inr_optimizer`.
+        learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: of the
+            optimizer, and the largest value of a gradient's entry.
         learned: which parameters that are not generated are trained: the "last" block and the head
             once the third stage is reached, "all" of them always, or "none".
         schedule: of the learning rates within a phase.
@@ -220,6 +224,7 @@ class InrRecipe:
     distill_from: str = "teacher"
     temperature: float = 1.0
     ema_decay: float = 0.0
+    optimizer: str = "adamw"
     learning_rate: float = 8e-4
     alpha_learning_rate: float = 1e-4
     learned_learning_rate: float = 7e-5
@@ -234,6 +239,7 @@ class InrRecipe:
             ("block_init", BLOCK_INITS),
             ("learned", LEARNED),
             ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
             ("fit_widths", FIT_WIDTHS),
             ("distill_from", DISTILL_FROM),
             ("warmup_phases", WARMUP_PHASES),
@@ -333,24 +339,58 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
 
 
 def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
-    """AdamW with learning rates for "inr", "alpha" and "learned", behind a clip by value."""
+    """AdamW or Muon with rates for "inr", "alpha" and "learned", behind a clip by value.
 
-    def adamw(learning_rate):
+    Muon takes steps whose singular values are all about equal (Jordan, "Muon", 2024), here for the
+    kernels of convolutions, those that an INR holds as values included, and for hidden layers of
+    MLPs; all else keeps AdamW, with Nesterov's momentum. Steps are as long as AdamW's, a root mean square of 0.2 times the
+    learning rate (Liu et al., arXiv 2502.16982), so that rates carry over.
+    """
+
+    def one_rate(learning_rate):
+        if recipe.optimizer == "muon":
+            return optax.contrib.muon(
+                learning_rate,
+                weight_decay=recipe.weight_decay,
+                adam_weight_decay=recipe.weight_decay,
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=_matrices,
+            )
         return optax.adamw(learning_rate, weight_decay=recipe.weight_decay)
 
     return optax.chain(
         optax.clip(recipe.clip),
         optax.multi_transform(
             {
-                "inr": adamw(recipe.learning_rate),
-                "alpha": adamw(recipe.alpha_learning_rate),
-                "learned": adamw(recipe.learned_learning_rate),
+                "inr": one_rate(recipe.learning_rate),
+                "alpha": one_rate(recipe.alpha_learning_rate),
+                "learned": one_rate(recipe.learned_learning_rate),
             },
             lambda params: {
                 name: jax.tree.map(lambda _, n=name: n, params[name]) for name in params
             },
         ),
     )
+
+
+def _matrices(params: Any) -> Any:
+    """A tree of Muon's dimension numbers, None for leaves that AdamW takes.
+
+    One output channel is one row of a matrix; axes that are not named are batches of matrices.
+    """
+    numbers = optax.contrib.MuonDimensionNumbers
+
+    def one(path, leaf):
+        names = [str(getattr(entry, "key", "")) for entry in path]
+        if names[-1] == "values" and leaf.shape[3] > 1:  # tensors, terms, out, in, 3 x 3
+            return numbers(reduction_axis=(3, 4), output_axis=2)
+        if names[-1] == "kernel" and leaf.ndim == 4:  # HWIO
+            return numbers(reduction_axis=(0, 1, 2), output_axis=3)
+        if re.fullmatch(r"hidden\d+(/|_)kernel", "/".join(names[-2:]).removeprefix("mlp/")):
+            return numbers(reduction_axis=(leaf.ndim - 2,), output_axis=leaf.ndim - 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def start_phase(

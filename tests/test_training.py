@@ -11,7 +11,7 @@ import pytest
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP
+from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP, SharedMLP
 from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
@@ -327,6 +327,64 @@ def test_a_phase_starts_with_a_fresh_optimiser_in_buffers_of_its_own(params):
     assert_trees_close(state.opt_state, training.inr_optimizer(RECIPE).init(params), rtol=0)
     old = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
     assert not old & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+
+
+# --- the optimiser ---------------------------------------------------------------------------
+
+
+def first_update(recipe, params):
+    """The first update for gradients of ones and noise, without the learning rate."""
+    keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(params))))
+    grads = jax.tree.map(lambda x: 1 + jax.random.normal(next(keys), x.shape), params)
+    optimizer = training.inr_optimizer(recipe)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def rms(x):
+    return float(jnp.sqrt(jnp.mean(jnp.square(x))))
+
+
+@pytest.mark.parametrize(
+    "inr, leaf, matrix",
+    [
+        # [tensors, terms, rows, columns, 9] as [rows, columns * 9]
+        (Grid(), ("stage1_conv1_kernel", "values"), lambda x: x[0, 0].reshape(x.shape[2], -1)),
+        (
+            PerTensorMLP(hidden_width=8, num_layers=3),
+            ("stage1_conv1_kernel", "hidden2", "kernel"),
+            lambda x: x[0],
+        ),
+        (SharedMLP(hidden_width=8, num_layers=3), ("mlp", "hidden2_kernel"), lambda x: x),
+    ],
+)
+def test_muon_makes_the_singular_values_of_an_inrs_matrices_about_equal(inr, leaf, matrix):
+    family = family_of(14, inr=inr)
+    params = hyper.init(jax.random.key(1), family, random_backbone(family.spec))
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
+    update = first_update(recipe, params)["inr"]
+    for name in leaf:
+        update = update[name]
+    values = jnp.linalg.svd(matrix(update), compute_uv=False)
+    assert values[0] < 2 * values[-1]
+    # A square root, because a tall and a wide matrix have the same number of singular values.
+    assert rms(matrix(update)) == pytest.approx(0.2 * recipe.learning_rate, rel=0.2)
+
+
+def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params):
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
+    update = first_update(recipe, params)
+    stem = update["learned"]["stem"]["kernel"].reshape(-1, 4)
+    values = jnp.linalg.svd(stem, compute_uv=False)
+    assert values[0] < 2 * values[-1]
+    # Adam's first step has the length of the learning rate; Nesterov's momentum adds to it.
+    for values in (update["alpha"], update["learned"]["stem"]["bias"]):
+        np.testing.assert_allclose(np.abs(values), 1.4737 * 1e-2, rtol=1e-3)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer must be one of .*muon.*'sgd'") as error:
+        InrRecipe(optimizer="sgd")
+    assert is_one_sentence(error)
 
 
 # --- a step ----------------------------------------------------------------------------------
