@@ -626,7 +626,7 @@ def train_inr(
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     total = phases[-1].stop
     moments = None
-    if recipe.block_init == "teacher" and hypernetwork.inr.needs_moments:
+    if hypernetwork.inr.needs_moments:
         moments = measure_moments(experiment, backbone, splits.train_images)
     params = jax.jit(
         functools.partial(

@@ -79,18 +79,18 @@ def init(
         moments: second moments of the backbone's hidden channels by block name, see
             `resnet.hidden_moments`; for INR kinds that need them.
     """
-    inr_params = hypernetwork.inr.init(key, hypernetwork.groups)
+    inr, groups = hypernetwork.inr, hypernetwork.groups
+    inr_params = inr.init(key, groups)
+    if moments is not None:
+        names = [hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks]
+        stacked = {
+            group.name: jnp.stack([moments[names[p]] for p in group.positions])
+            for group in groups
+            if group.in_is_hidden
+        }
+        inr_params = inr.with_moments(inr_params, groups, stacked)
     if from_backbone:
-        raw = pack_blocks(hypernetwork, backbone)
-        stacked = None
-        if moments is not None:
-            names = [hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks]
-            stacked = {
-                group.name: jnp.stack([moments[names[p]] for p in group.positions])
-                for group in hypernetwork.groups
-                if group.in_is_hidden
-            }
-        inr_params = hypernetwork.inr.start_from(inr_params, hypernetwork.groups, raw, stacked)
+        inr_params = inr.start_from(inr_params, groups, pack_blocks(hypernetwork, backbone))
     return {
         "inr": inr_params,
         "alpha": jnp.full(len(hypernetwork.blocks), alpha, jnp.float32),

@@ -30,7 +30,7 @@ class INR(Protocol):
 
     @property
     def needs_moments(self) -> bool:
-        """Whether `start_from` makes use of the second moments of the hidden channels."""
+        """Whether `with_moments` makes use of the second moments of the hidden channels."""
         ...
 
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
@@ -57,13 +57,24 @@ class INR(Protocol):
         inr_params: Params,
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
-        moments: Mapping[str, jax.Array] | None = None,
     ) -> Params:
         """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
 
-        Kinds without one return `inr_params` as they are. `moments` holds the second moments of the
-        hidden channels of each tensor, float32[tensors, hidden + 1, hidden + 1] by the name of
-        conv2's kernel (see `resnet.hidden_moments`), for kinds with `needs_moments`.
+        Kinds without one return `inr_params` as they are.
+        """
+        ...
+
+    def with_moments(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        moments: Mapping[str, jax.Array],
+    ) -> Params:
+        """`inr_params` that know the second moments of the hidden channels of each tensor.
+
+        They are float32[tensors, hidden + 1, hidden + 1] by the name of conv2's kernel (see
+        `resnet.hidden_moments`), and are measured, not learned: no block copies those of another.
+        Kinds without `needs_moments` return `inr_params` as they are.
         """
         ...
 
@@ -235,10 +246,18 @@ class PerTensorMLP:
         inr_params: Params,
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
-        moments: Mapping[str, jax.Array] | None = None,
     ) -> Params:
-        del groups, raw, moments
+        del groups, raw
         return inr_params  # no closed form; that is what the fit phase is for
+
+    def with_moments(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        moments: Mapping[str, jax.Array],
+    ) -> Params:
+        del groups, moments
+        return inr_params
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
@@ -451,15 +470,22 @@ class SharedMLP:
         inr_params: Params,
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
-        moments: Mapping[str, jax.Array] | None = None,
     ) -> Params:
         """`inr_params` with the scale of every tensor; the MLP itself has no closed form."""
-        del moments
         scales = inr_params["scales"]
         for group in groups:
             size = jnp.sqrt(jnp.mean(raw[group.name] ** 2, axis=(1, 2, 3)))
             scales = scales.at[jnp.array(group.indices)].set(jnp.maximum(size, 1e-6))
         return {**inr_params, "scales": scales}
+
+    def with_moments(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        moments: Mapping[str, jax.Array],
+    ) -> Params:
+        del groups, moments
+        return inr_params
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
@@ -597,14 +623,21 @@ class Grid:
         inr_params: Params,
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
-        moments: Mapping[str, jax.Array] | None = None,
     ) -> Params:
-        del moments
         started = {}
         for group in groups:
             values = jnp.zeros_like(inr_params[group.name]["values"])
             started[group.name] = {"values": values.at[:, 0].set(raw[group.name])}
         return started
+
+    def with_moments(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        moments: Mapping[str, jax.Array],
+    ) -> Params:
+        del groups, moments
+        return inr_params
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
@@ -800,21 +833,33 @@ class Projection:
         inr_params: Params,
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
-        moments: Mapping[str, jax.Array] | None = None,
     ) -> Params:
         started = Grid(num_terms=self.num_terms).start_from(inr_params, groups, raw)
         for group in groups:
             for leaf in ("modulation", "moments"):
                 if leaf in inr_params[group.name]:
                     started[group.name][leaf] = inr_params[group.name][leaf]
-            if group.in_is_hidden and moments is not None:
-                started[group.name]["moments"] = jnp.asarray(moments[group.name])
         return started
+
+    def with_moments(
+        self,
+        inr_params: Params,
+        groups: Sequence[TensorGroup],
+        moments: Mapping[str, jax.Array],
+    ) -> Params:
+        found = dict(inr_params)
+        for group in groups:
+            if group.in_is_hidden:
+                known = jnp.asarray(moments[group.name])
+                found[group.name] = {**inr_params[group.name], "moments": known}
+        return found
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
-        return _copy_stacked(inr_params, groups, source, target)
+        copied = _copy_stacked(inr_params, groups, source, target)
+        moments = {g.name: inr_params[g.name]["moments"] for g in groups if g.in_is_hidden}
+        return self.with_moments(copied, groups, moments)
 
     def update_mask(
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array

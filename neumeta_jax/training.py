@@ -343,8 +343,8 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
 
     Muon takes steps whose singular values are all about equal (Jordan, "Muon", 2024), here for the
     kernels of convolutions, those that an INR holds as values included, and for hidden layers of
-    MLPs; all else keeps AdamW, with Nesterov's momentum. Steps are as long as AdamW's, a root mean square of 0.2 times the
-    learning rate (Liu et al., arXiv 2502.16982), so that rates carry over.
+    MLPs; all else keeps AdamW, with Nesterov's momentum. Steps are as long as AdamW's, a root mean
+    square of 0.2 times the learning rate (Liu et al., arXiv 2502.16982), so that rates carry over.
     """
 
     def one_rate(learning_rate):

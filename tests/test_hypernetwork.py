@@ -656,6 +656,20 @@ def test_without_moments_a_projection_is_a_nested_slice():
     assert_same_tree(generate(members, params, (2, 3, 5)), sliced)
 
 
+def test_a_projection_has_its_moments_wherever_its_values_start():
+    backbone, moments = backbone_and_moments()
+    members = Hypernetwork(SPEC, BLOCKS, Projection())
+    params = jax.jit(lambda key: hypernetwork.init(key, members, backbone, moments=moments))(
+        fast_key(0)
+    )
+    for group in members.groups:
+        if group.in_is_hidden:
+            names = [SPEC.blocks[BLOCKS[p]].name for p in group.positions]
+            np.testing.assert_array_equal(
+                params["inr"][group.name]["moments"], np.stack([moments[name] for name in names])
+            )
+
+
 def test_a_projected_layer_is_the_least_squares_solution():
     backbone, moments = backbone_and_moments()
     members, params = projection_of(backbone, moments)
@@ -796,17 +810,20 @@ def test_a_copied_block_generates_the_weights_of_its_source(inr):
     members, params = family(inr)
     copied = copy_block(members, params, 0, 1)
     for group in members.groups:
-        for new, old in zip(
-            *[jax.tree.leaves(of_tensors(inr, tree, group)) for tree in (copied, params["inr"])],
-            strict=True,
-        ):
-            if group.positions == (0, 1):
+        new_leaves, old_leaves = (
+            jax.tree.leaves_with_path(of_tensors(inr, tree, group))
+            for tree in (copied, params["inr"])
+        )
+        for (path, new), (_, old) in zip(new_leaves, old_leaves, strict=True):
+            measured = jax.tree_util.keystr(path, simple=True) == "moments"  # each block's own
+            if group.positions == (0, 1) and not measured:
                 np.testing.assert_array_equal(new[1], old[0])
                 np.testing.assert_array_equal(new[0], old[0])
                 assert (new[1] != old[1]).any()
             else:
                 np.testing.assert_array_equal(new, old)
-    tree = generate(members, {**params, "inr": copied, "alpha": np.ones(3)}, (3, 3, 5))
+    widths = members.full_widths if isinstance(inr, Projection) else (3, 3, 5)
+    tree = generate(members, {**params, "inr": copied, "alpha": np.ones(3)}, widths)
     if not isinstance(inr, PerTensorMLP):  # which knows the tensor by its coordinate too
         assert_same_tree(tree["stage1_block1"], tree["stage1_block0"], tolerance=0)
 
