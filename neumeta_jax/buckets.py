@@ -1,0 +1,120 @@
+"""A handful of network shapes that hold many networks.
+
+XLA compiles one program for one set of shapes, and compiling takes as long as evaluating a network
+or longer. Networks of many widths are therefore put into a few containers, each the elementwise
+maximum of the widths that it holds, in which the channels beyond a network's width are zero. No
+JAX import.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from neumeta_jax.architecture import ResNetSpec, morph
+
+MAX_RUNS = 1000
+
+
+class Bucket(NamedTuple):
+    """Networks that are evaluated at one shape.
+
+    Attributes:
+        container: hidden widths that hold every member; 0 where all members skip the block.
+        members: the rows that it holds, increasing.
+    """
+
+    container: tuple[int, ...]
+    members: tuple[int, ...]
+
+
+def make_buckets(
+    spec: ResNetSpec,
+    blocks: Sequence[int],
+    widths: np.ndarray,
+    *,
+    max_buckets: int = 8,
+    macs_per_bucket: float = 0.0,
+) -> list[Bucket]:
+    """At most `max_buckets` buckets that pad few multiply-adds, in the order of first members.
+
+    Minimises, greedily,
+
+        sum over rows of MACs(container of the row) + macs_per_bucket * number of buckets
+
+    by merging, from one bucket for each row on, the two whose union costs least. For widths of one
+    ratio per network the padding is within half a percent of the best contiguous partition of the
+    networks in order of size; for widths drawn block by block it finds networks that are large in
+    the same blocks, but the more blocks vary independently, the closer any eight containers are to
+    the full size. Takes rows^2 * blocks multiply-adds and rows^3 comparisons in NumPy, 0.6 s for
+    1,000 rows of 27 blocks. Beyond 1,000 rows neighbours in order of size start as one bucket.
+
+    >>> from neumeta_jax.architecture import cifar_resnet
+    >>> spec = cifar_resnet(14, num_classes=10)
+    >>> make_buckets(spec, (1, 3), np.array([[4, 8], [15, 30], [5, 8], [16, 0]]), max_buckets=2)
+    [Bucket(container=(5, 8), members=(0, 2)), Bucket(container=(16, 30), members=(1, 3))]
+
+    Args:
+        spec, blocks: the full-size network and the positions of the blocks that vary.
+        widths: int[rows, blocks], hidden widths; 0 = block skipped.
+        max_buckets: how many shapes are allowed.
+        macs_per_bucket: what a further shape costs, in multiply-adds of one image.
+    """
+    rows = np.asarray(widths, np.int64)
+    fixed, per_channel = _linear_macs(spec, blocks)
+    order = np.argsort(rows @ per_channel, kind="stable")
+    runs = np.array_split(order, min(len(order), MAX_RUNS))
+    groups = _merge(
+        np.array([rows[run].max(axis=0) for run in runs]),
+        np.array([len(run) for run in runs]),
+        fixed,
+        per_channel,
+        max_buckets,
+        macs_per_bucket,
+    )
+    buckets = []
+    for group in groups:
+        members = np.sort(np.concatenate([runs[n] for n in group]))
+        container = rows[members].max(axis=0)
+        buckets.append(Bucket(tuple(container.tolist()), tuple(members.tolist())))
+    return sorted(buckets, key=lambda bucket: bucket.members[0])
+
+
+def _linear_macs(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[int, np.ndarray]:
+    """(multiply-adds without any hidden channel, those of each hidden channel int[blocks])."""
+    ones = np.ones(len(blocks), np.int64)
+    thin = morph(spec, blocks, ones.tolist()).num_macs
+    per_channel = np.array(
+        [morph(spec, blocks, row.tolist()).num_macs - thin for row in ones + np.diag(ones)],
+        np.int64,
+    )
+    return thin - int(per_channel.sum()), per_channel
+
+
+def _merge(containers, counts, fixed, per_channel, max_buckets, macs_per_bucket):
+    """Lists of the rows of `containers` that share a bucket, by greedy agglomeration."""
+    number = len(containers)
+    containers, counts = containers.copy(), counts.astype(np.float64)
+    macs = (fixed + containers @ per_channel).astype(np.float64)
+    groups = [[n] for n in range(number)]
+    alive = np.ones(number, bool)
+
+    def increases(n):
+        """What merging each of the others with `n` adds to the padded multiply-adds."""
+        union = fixed + np.maximum(containers[n], containers) @ per_channel
+        added = (counts[n] + counts) * union - counts[n] * macs[n] - counts * macs
+        return np.where(alive & (np.arange(number) != n), added, np.inf)
+
+    table = np.stack([increases(n) for n in range(number)])
+    for left in range(number, 1, -1):
+        a, b = np.unravel_index(np.argmin(table), table.shape)
+        if left <= max_buckets and table[a, b] > macs_per_bucket:
+            break
+        containers[a] = np.maximum(containers[a], containers[b])
+        counts[a] += counts[b]
+        macs[a] = fixed + containers[a] @ per_channel
+        groups[a] += groups[b]
+        alive[b] = False
+        table[b] = table[:, b] = np.inf
+        table[a] = table[:, a] = increases(a)
+    return [group for group, kept in zip(groups, alive, strict=True) if kept]
