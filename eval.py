@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from neumeta_jax import checkpoint, command_line, experiment as lab, teacher_import
+from neumeta_jax import checkpoint, command_line, evaluation, experiment as lab, teacher_import
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -43,6 +43,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of --random_ratios.", flag_values=values)
     flags.DEFINE_integer(
         "num_samples", None, "Noisy weight samples to average (papers: 100).", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "strategy",
+        "auto",
+        evaluation.STRATEGIES,
+        "How networks are evaluated; auto finds out which is fastest here.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "data_dir",
@@ -107,28 +114,23 @@ def check_workdir(config, options):
     drawn = ()
     if options.random_ratios is not None:
         drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
-    split = options.split or experiment.eval_split
-    num_samples = options.num_samples or experiment.eval_samples
+    shared = {
+        "split": options.split or experiment.eval_split,
+        "num_samples": options.num_samples or experiment.eval_samples,
+        "strategy": options.strategy,
+        "known": {},  # of equal widths only the first is evaluated
+    }
     lab.evaluate_and_write(
         workdir,
         experiment,
         params,
         splits,
-        split=split,
         width_ratios=ratios or experiment.width_ratios,
-        num_samples=num_samples,
         sweep_ratios=sweep_ratios,
+        **shared,
     )
     if drawn:
-        lab.evaluate_random_ratios(
-            workdir,
-            experiment,
-            params,
-            splits,
-            split=split,
-            ratios=drawn,
-            num_samples=num_samples,
-        )
+        lab.evaluate_random_ratios(workdir, experiment, params, splits, ratios=drawn, **shared)
 
 
 if __name__ == "__main__":

@@ -244,11 +244,15 @@ def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
     return chosen
 
 
+MAX_WIDTH_RATIO = 1.5
+
+
 def check_width_ratio(width_ratio: float) -> float:
     """`width_ratio` itself, if it lies in (0, 1.5]."""
-    if not 0 < width_ratio <= 1.5:
+    if not 0 < width_ratio <= MAX_WIDTH_RATIO:
         raise ValueError(
-            f"A width ratio must lie in (0, 1.5], got {width_ratio}; 1 is the full-size network."
+            f"A width ratio must lie in (0, {MAX_WIDTH_RATIO}], got {width_ratio}; 1 is the "
+            "full-size network."
         )
     return float(width_ratio)
 

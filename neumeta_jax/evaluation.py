@@ -4,17 +4,28 @@ import csv
 import dataclasses
 import functools
 import json
+import logging
+import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from neumeta_jax import hypernetwork as hyper, resnet
-from neumeta_jax.architecture import ResNetSpec, check_width_ratio, morph, widths_at
+from neumeta_jax.architecture import (
+    MAX_WIDTH_RATIO,
+    ResNetSpec,
+    check_width_ratio,
+    morph,
+    widths_at,
+)
+from neumeta_jax.buckets import Bucket, make_buckets
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.training import Preprocessing
 
@@ -94,12 +105,585 @@ def batch_norm_accuracy(
     return _accuracy(count, images, labels, batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="num_samples")
-def _generate(hypernetwork, spec, params, widths, key, num_samples):
-    return hyper.generate(hypernetwork, params, widths, spec=spec, key=key, num_samples=num_samples)
+# --- many networks ---------------------------------------------------------------------------
+
+STRATEGIES = ("auto", "loop", "map", "vmap")
+MESH_AXES = ("configs", "data")
+
+# Multiply-adds in the time in which a network's programs compile; orders of magnitude (a ResNet56
+# on two CPU cores: 3 s, at 20 G/s; on accelerators not measured).
+_MACS_PER_COMPILATION = {"cpu": 5e10}
+_MACS_PER_COMPILATION_ELSEWHERE = 5e13
+# A probe compiles up to three programs that may not be used afterwards.
+_PROBE_FROM_COMPILATIONS = 20
+_PROBE_IMAGES_ON_CPU = 32
+_PROBE_NETWORKS = 4
+_NO_MAP_ON_CPU = (
+    "map not tried, since XLA's CPU backend compiles convolutions in loops to slow code"
+)
+
+_log = logging.getLogger(__name__)
+
+PerImage = Callable[[jax.Array, jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class GridResult:
+    """What `evaluate_grid` found, a row for each network in the order given.
+
+    Attributes:
+        widths: int32[N, blocks].
+        num_correct: int64[N], images whose largest logit is the label's.
+        num_images: how many there were.
+        predictions: int32[N, images], or None where they were not asked for.
+        per_image: a tree of arrays [N, images, ...], or None.
+        buckets: which networks were evaluated at which shape; equal ones count once, by the first.
+        strategy: "loop", "map" or "vmap".
+        reason: why that strategy.
+    """
+
+    widths: np.ndarray
+    num_correct: np.ndarray
+    num_images: int
+    predictions: np.ndarray | None
+    per_image: Any
+    buckets: tuple[Bucket, ...]
+    strategy: str
+    reason: str
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """float64[N], top-1 in [0, 1]."""
+        return self.num_correct / self.num_images
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the programs of one bucket are compiled for.
+
+    Attributes:
+        container: shapes of the forward pass.
+        drawn_at: shapes of the generation; of `container`, or larger for the sake of its noise.
+    """
+
+    hypernetwork: Hypernetwork
+    preprocessing: Preprocessing
+    strategy: str
+    num_samples: int
+    predictions: bool
+    per_image: PerImage | None
+    mesh: Mesh | None
+    container: ResNetSpec
+    drawn_at: ResNetSpec
+
+    def shards(self, axis: str) -> int:
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+
+def _sharded(job: _Job, function, in_specs, out_specs):
+    """`function` on every device's share of its arguments; there is no communication between."""
+    if job.mesh is None:
+        return function
+    return jax.shard_map(
+        function, mesh=job.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def _over_networks(job: _Job, function, *arguments):
+    """`function` over the leading axis of `arguments`, as the strategy says."""
+    if job.strategy == "vmap":
+        return jax.vmap(function)(*arguments)
+    if job.strategy == "map":
+        return jax.lax.map(lambda one: function(*one), arguments)
+    # One network; vmap would make a grouped convolution even of one.
+    result = function(*jax.tree.map(lambda x: x[0], arguments))
+    return jax.tree.map(lambda x: x[None], result)
+
+
+def _network(job: _Job, params, widths, key):
+    blocks = job.hypernetwork.blocks
+    tree = hyper.generate(
+        job.hypernetwork, params, widths, spec=job.drawn_at, key=key, num_samples=job.num_samples
+    )
+    _, tree = resnet.slice_params(
+        job.drawn_at, tree, blocks, [job.container.hidden_widths[n] for n in blocks]
+    )
+    return tree
+
+
+def _score(job: _Job, tree, images, labels):
+    """(number correct, what was asked for of each image) of one network on one batch."""
+    logits = resnet.apply(job.container, tree, job.preprocessing.evaluate(images))
+    predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    found = {}
+    if job.predictions:
+        found["predictions"] = predictions
+    if job.per_image is not None:
+        found["per_image"] = job.per_image(logits, labels)
+    return jnp.sum(predictions == labels, dtype=jnp.int32), found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate_chunk(job: _Job, params, widths, key):
+    """The trees of int[chunk, blocks] widths, stacked along a leading axis."""
+
+    def generate(params, widths, key):
+        return _over_networks(job, lambda row: _network(job, params, row, key), widths)
+
+    return _sharded(job, generate, (P(), P("configs"), P()), P("configs"))(params, widths, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_chunk(job: _Job, trees, images, labels, number, correct):
+    """Adds batch `number` of the images to `correct`, int32[chunk, shards of the data].
+
+    The sum is handed on from batch to batch on the device, so that batches run one after another
+    and nothing waits for the host.
+
+    Returns:
+        The new sums, and a tree of arrays [chunk, batch, ...].
+    """
+
+    def score(trees, images, labels, number, correct):
+        images, labels = images[number], labels[number]
+        counts, found = _over_networks(job, lambda tree: _score(job, tree, images, labels), trees)
+        return correct + counts[:, None], found
+
+    return _sharded(
+        job,
+        score,
+        (P("configs"), P(None, "data"), P(None, "data"), P(), P("configs", "data")),
+        (P("configs", "data"), P("configs", "data")),
+    )(trees, images, labels, number, correct)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate_and_score_chunk(job: _Job, params, widths, key, images, labels):
+    """The strategy "map": all networks of a chunk and all batches in one call.
+
+    Returns:
+        int32[chunk, shards of the data], and a tree of arrays [chunk, batches, batch, ...].
+    """
+
+    def run(params, widths, key, images, labels):
+        def network(row):
+            tree = _network(job, params, row, key)
+            counts, found = jax.lax.map(lambda batch: _score(job, tree, *batch), (images, labels))
+            return jnp.sum(counts, dtype=jnp.int32)[None], found
+
+        return _over_networks(job, network, widths)
+
+    return _sharded(
+        job,
+        run,
+        (P(), P("configs"), P(), P(None, "data"), P(None, "data")),
+        (P("configs", "data"), P("configs", None, "data")),
+    )(params, widths, key, images, labels)
+
+
+class _Data(NamedTuple):
+    """Images [batches, batch, size, size, channels] and labels [batches, batch] on the devices."""
+
+    images: jax.Array
+    labels: jax.Array
+
+    @property
+    def platform(self) -> str:
+        return next(iter(self.images.devices())).platform
+
+
+def _place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh | None) -> _Data:
+    """Batches of one size, filled up with images of the label -1, which none has."""
+    shards = 1 if mesh is None else mesh.shape["data"]
+    num_batches = -(-len(images) // batch_size)
+    batch = -(-len(images) // num_batches)
+    batch = -(-batch // shards) * shards
+    missing = num_batches * batch - len(images)
+    images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+    labels = np.concatenate([labels, np.full(missing, -1)]).astype(np.int32)
+    images = images.reshape(num_batches, batch, *images.shape[1:])
+    labels = labels.reshape(num_batches, batch)
+    where = None if mesh is None else NamedSharding(mesh, P(None, "data"))
+    return _Data(jax.device_put(images, where), jax.device_put(labels, where))
+
+
+def _chunk_size(job: _Job, number: int, config_batch: int) -> int:
+    """How many of a bucket's `number` networks go into one call."""
+    shards = job.shards("configs")
+    share = -(-number // shards)
+    if job.strategy == "loop":
+        share = 1
+    elif job.strategy == "vmap":
+        share = -(-share // -(-share // config_batch))  # chunks of one size
+    return share * shards
+
+
+def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batches: int):
+    """(sums, list of trees [chunk, batch, ...]) of int[chunk, blocks] widths, not waited for."""
+    if job.strategy == "map":
+        correct, found = _generate_and_score_chunk(
+            job, params, widths, key, data.images[:num_batches], data.labels[:num_batches]
+        )
+        return correct, [found]
+    trees = _generate_chunk(job, params, widths, key)
+    correct = np.zeros((len(widths), job.shards("data")), np.int32)
+    parts = []
+    for number in range(num_batches):
+        correct, found = _score_chunk(
+            job, trees, data.images, data.labels, np.int32(number), correct
+        )
+        parts.append(found)
+    return correct, parts
+
+
+def _read(job: _Job, correct, parts, number: int, num_images: int) -> list[tuple[int, Any]]:
+    """(number correct, tree of arrays [num_images, ...]) of the first `number` networks."""
+
+    def join(*arrays):
+        if job.strategy == "map":  # [chunk, batches, batch, ...]
+            joined = arrays[0].reshape(len(arrays[0]), -1, *arrays[0].shape[3:])
+        else:
+            joined = np.concatenate(arrays, axis=1)
+        return joined[:, :num_images]
+
+    counts, parts = jax.device_get((correct, parts))
+    found = jax.tree.map(join, *parts)
+    return [(int(counts[n].sum()), jax.tree.map(lambda x, n=n: x[n], found)) for n in range(number)]
+
+
+def _seconds_per_network(job: _Job, params, widths, key, data: _Data) -> float:
+    """Time of one batch and its generation, after compilation; infinite where memory ran out."""
+    if job.strategy == "map":
+        data = _Data(data.images[:1], data.labels[:1])
+    times = []
+    try:
+        for _ in range(3):
+            started = time.perf_counter()
+            jax.block_until_ready(_dispatch(job, params, widths, key, data, 1))
+            times.append(time.perf_counter() - started)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+    return min(times[1:]) / len(widths)
+
+
+# The outcome of a probe holds for this process: its programs may not be compiled again.
+_probed: dict[tuple, tuple[str, str]] = {}
+
+
+def _choose_strategy(
+    job: _Job, params, widths: np.ndarray, key, data: _Data, work: float, config_batch: int
+) -> tuple[str, str]:
+    """(strategy, why it is the fastest here), by a probe on networks of one bucket.
+
+    Args:
+        job: of the bucket.
+        widths: int[n, blocks], its members.
+        work: multiply-adds of the whole call.
+    """
+    worth = _PROBE_FROM_COMPILATIONS * _macs_per_compilation(data)
+    if len(widths) == 1 or work < worth:
+        reason = (
+            f"{work:.1e} multiply-adds and {len(widths)} networks of one shape are not worth a "
+            f"probe, which needs {worth:.0e} and 2"
+        )
+        _log.debug("evaluating by loop: %s", reason)
+        return "loop", reason
+    known = (job.hypernetwork, job.preprocessing, job.mesh, data.images.shape[1:], config_batch)
+    known = (data.platform, *known)
+    if known in _probed:
+        return _probed[known]
+    tried, note = ("loop", "map", "vmap"), ""
+    if data.platform == "cpu":
+        tried, note = ("loop", "vmap"), f"; {_NO_MAP_ON_CPU}"
+        shards = job.shards("data")
+        count = min(data.images.shape[1], -(-_PROBE_IMAGES_ON_CPU // shards) * shards)
+        data = _Data(data.images[:1, :count], data.labels[:1, :count])
+        config_batch = min(config_batch, 2)
+    seconds = {}
+    for strategy in tried:
+        probe = dataclasses.replace(job, strategy=strategy)
+        number = _PROBE_NETWORKS * job.shards("configs") if strategy == "map" else len(widths)
+        size = _chunk_size(probe, min(number, len(widths)), config_batch)
+        chunk = widths[np.arange(size) % len(widths)]
+        seconds[strategy] = _seconds_per_network(probe, params, chunk, key, data)
+    chosen = min(seconds, key=lambda strategy: seconds[strategy])
+    times = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
+    reason = f"{times} per network and {data.images.shape[1]} images{note}"
+    _log.info("evaluating by %s: %s", chosen, reason)
+    _probed[known] = chosen, reason
+    return chosen, reason
+
+
+def _macs_per_compilation(data: _Data) -> float:
+    return _MACS_PER_COMPILATION.get(data.platform, _MACS_PER_COMPILATION_ELSEWHERE)
+
+
+def _check_grid(hypernetwork: Hypernetwork, widths) -> np.ndarray:
+    """`widths` as int32[N, blocks], if every row is a network."""
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    widths = np.asarray(widths)
+    if widths.ndim != 2 or widths.shape[1] != len(blocks) or not len(widths):
+        raise ValueError(
+            "widths must be int[networks, blocks] with at least one row and a column for each of "
+            f"the {len(blocks)} generated blocks, got shape {widths.shape}."
+        )
+    if not np.issubdtype(widths.dtype, np.integer):
+        raise ValueError(
+            "widths must be integers (hidden channels, not ratios; Hypernetwork.widths(ratio) "
+            f"makes them), got {widths.dtype}."
+        )
+    lowest = np.array([0 if spec.blocks[n].skippable else 1 for n in blocks])
+    largest = np.array(widths_at(spec, blocks, MAX_WIDTH_RATIO))
+    wrong = np.argwhere((widths < lowest) | (widths > largest))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(
+            f"{spec.blocks[blocks[column]].name} takes hidden widths from {lowest[column]} to "
+            f"{largest[column]}, got {widths[row, column]} in row {row} of widths."
+        )
+    return widths.astype(np.int32)
+
+
+def _check_images(spec: ResNetSpec, images, labels) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = np.asarray(images), np.asarray(labels)
+    if len(images) == 0:
+        raise ValueError("Evaluation needs at least one image, got an empty split.")
+    shape = (spec.image_size, spec.image_size, spec.channels)
+    if images.shape[1:] != shape or images.dtype != np.uint8:
+        raise ValueError(
+            f"images must be uint8[n, {', '.join(map(str, shape))}] for this network, got "
+            f"{images.dtype}{list(images.shape)}."
+        )
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be int[{len(images)}], one for each image, got "
+            f"{labels.dtype}{list(labels.shape)}."
+        )
+    return images, labels
+
+
+def _check_mesh(mesh: Mesh | None) -> Mesh | None:
+    if mesh is None:
+        return None
+    if tuple(mesh.axis_names) != MESH_AXES:
+        raise ValueError(
+            f"mesh must have the axes {MESH_AXES}, got {tuple(mesh.axis_names)}; "
+            f"jax.make_mesh((configs, data), {MESH_AXES}) makes one."
+        )
+    return Mesh(mesh.devices, MESH_AXES)  # without the types of axes that make_mesh may add
 
 
 def evaluate_grid(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    widths: np.ndarray,
+    images: np.ndarray,
+    labels: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    strategy: str = "auto",
+    max_buckets: int = 8,
+    config_batch: int = 8,
+    batch_size: int = 1000,
+    num_samples: int = 1,
+    key: jax.Array | None = None,
+    predictions: bool = False,
+    per_image: PerImage | None = None,
+    mesh: Mesh | None = None,
+    macs_per_compilation: float | None = None,
+    on_result: Callable[[int, float], None] | None = None,
+) -> GridResult:
+    """Evaluates the networks of hidden `widths` int[N, blocks] on all images.
+
+    Networks are put into at most `max_buckets` buckets (see `buckets.make_buckets`), each compiled
+    once and dense inside; fewer where another shape would save less than its compilation takes.
+    Images are transferred once. Equal rows are evaluated once. The strategies differ in speed and
+    not in what they compute:
+
+        loop   one network at a time, one call for each batch of images
+        map    all networks of a bucket, one after another, in one call
+        vmap   `config_batch` networks at a time
+        auto   what a short probe finds fastest; "loop" where there is too little to do
+
+    `per_image` gives more than predictions, for example the margin between the two largest logits:
+
+        def margin(logits, labels):
+            top, _ = jax.lax.top_k(logits, 2)
+            return top[:, 0] - top[:, 1]
+
+    Args:
+        hypernetwork, params: the family and its learned parameters.
+        widths: hidden channels of each generated block, up to 1.5 times the full size; 0 = block
+            skipped.
+        images, labels: uint8[n, size, size, channels], int[n].
+        preprocessing: normalisation of the images, and the type to compute in.
+        strategy: one of `STRATEGIES`.
+        max_buckets: how many shapes may be compiled.
+        config_batch: networks per call of "vmap", on each share of the devices.
+        batch_size: images per call.
+        num_samples: noisy weight samples to average; more than 1 needs `key`.
+        key: PRNG key of the coordinate noise, the same for all networks; None evaluates exact
+            coordinates. A network that fits into the full size gets the same noise whatever is
+            evaluated beside it, if `max_buckets` is at least 2.
+        predictions: whether to return the predicted classes.
+        per_image: maps logits float32[batch, classes] and labels int32[batch] to a tree of arrays
+            [batch, ...], under `jit`. Each new function compiles anew.
+        mesh: devices with the axes `MESH_AXES`: networks are spread over "configs" and each batch
+            of images over "data". None computes on one device.
+        macs_per_compilation: multiply-adds that take as long as compiling one shape; default: a
+            constant of the kind of device. 0 ignores the time of compilation.
+        on_result: called with a row's number and its accuracy as soon as it is known; rows become
+            known bucket by bucket.
+
+    Raises:
+        ValueError: for bad input, before anything is compiled.
+    """
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    widths = _check_grid(hypernetwork, widths)
+    images, labels = _check_images(spec, images, labels)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}.")
+    if min(max_buckets, config_batch, batch_size) < 1:
+        raise ValueError(
+            "max_buckets, config_batch and batch_size must be at least 1, got "
+            f"{max_buckets=}, {config_batch=}, {batch_size=}."
+        )
+    hyper.check_num_samples(num_samples, key)
+    mesh = _check_mesh(mesh)
+
+    _, first, which = np.unique(widths, axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    order = np.argsort(first)  # as they were given
+    distinct = widths[first[order]]
+    numbers = np.argsort(order)[which]  # of each row in `distinct`
+
+    data = _place(images, labels, batch_size, mesh)
+    params = jax.device_put(dict(params), None if mesh is None else NamedSharding(mesh, P()))
+    if macs_per_compilation is None:
+        macs_per_compilation = _macs_per_compilation(data)
+    found_buckets = _buckets(
+        hypernetwork,
+        distinct,
+        noisy=key is not None,
+        max_buckets=max_buckets,
+        macs_per_bucket=macs_per_compilation / len(images),
+    )
+
+    job = _Job(
+        hypernetwork=hypernetwork,
+        preprocessing=preprocessing,
+        strategy=strategy,
+        num_samples=num_samples,
+        predictions=predictions,
+        per_image=per_image,
+        mesh=mesh,
+        container=spec,
+        drawn_at=spec,
+    )
+    jobs = [_at_bucket(job, bucket, distinct, noisy=key is not None) for bucket in found_buckets]
+    reason = "asked for"
+    if strategy == "auto":
+        work = len(images) * sum(morph(spec, blocks, row).num_macs for row in distinct.tolist())
+        number = max(range(len(jobs)), key=lambda n: len(found_buckets[n].members))
+        members = distinct[list(found_buckets[number].members)]
+        strategy, reason = _choose_strategy(
+            jobs[number], params, members, key, data, work, config_batch
+        )
+        jobs = [dataclasses.replace(job, strategy=strategy) for job in jobs]
+
+    found: dict[int, tuple[int, Any]] = {}
+    rows_of = [np.flatnonzero(numbers == n).tolist() for n in range(len(distinct))]
+    waiting: list[tuple] = []
+
+    def read():
+        job, members, correct, parts = waiting.pop(0)
+        results = _read(job, correct, parts, len(members), len(images))
+        for member, result in zip(members, results, strict=True):
+            found[member] = result
+            if on_result:
+                for row in rows_of[member]:
+                    on_result(row, result[0] / len(images))
+
+    for job, bucket in zip(jobs, found_buckets, strict=True):
+        size = _chunk_size(job, len(bucket.members), config_batch)
+        for start in range(0, len(bucket.members), size):
+            members = list(bucket.members[start : start + size])
+            chunk = distinct[members + members[-1:] * (size - len(members))]
+            waiting.append(
+                (job, members, *_dispatch(job, params, chunk, key, data, len(data.images)))
+            )
+            if len(waiting) > 1:  # read while the devices are busy with the next chunk
+                read()
+    while waiting:
+        read()
+
+    trees = [found[n][1] for n in numbers]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+    return GridResult(
+        widths=widths,
+        num_correct=np.array([found[n][0] for n in numbers], np.int64),
+        num_images=len(images),
+        predictions=stacked.get("predictions"),
+        per_image=stacked.get("per_image"),
+        buckets=tuple(
+            Bucket(b.container, tuple(int(first[order[m]]) for m in b.members))
+            for b in found_buckets
+        ),
+        strategy=strategy,
+        reason=reason,
+    )
+
+
+def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray, *, noisy: bool) -> _Job:
+    """`job` with the shapes of `bucket`; `widths` are those of all networks."""
+    spec, blocks = job.hypernetwork.spec, job.hypernetwork.blocks
+    full = np.array(job.hypernetwork.full_widths)
+    drawn = np.maximum(bucket.container, 1)
+    if noisy:  # the noise depends on the shape that it is drawn at
+        within = np.all(np.array(bucket.container) <= full)
+        drawn = full if within else np.maximum(widths.max(axis=0), full)
+    return dataclasses.replace(
+        job,
+        container=morph(spec, blocks, bucket.container),
+        drawn_at=morph(spec, blocks, drawn.tolist()),
+    )
+
+
+def _buckets(
+    hypernetwork: Hypernetwork,
+    widths: np.ndarray,
+    *,
+    noisy: bool,
+    max_buckets: int,
+    macs_per_bucket: float,
+) -> list[Bucket]:
+    """Buckets of distinct widths; with noise none holds networks both within and beyond full size.
+
+    Noise is drawn at one shape for all networks within the full size, as if the others were not
+    there.
+    """
+    beyond = np.any(widths > np.array(hypernetwork.full_widths), axis=1)
+    parts = [np.arange(len(widths))]
+    if noisy and max_buckets > 1 and beyond.any() and not beyond.all():
+        parts = [np.flatnonzero(~beyond), np.flatnonzero(beyond)]
+    limits = [max_buckets] if len(parts) == 1 else [max_buckets - 1, 1]
+    result = []
+    for part, limit in zip(parts, limits, strict=True):
+        for bucket in make_buckets(
+            hypernetwork.spec,
+            hypernetwork.blocks,
+            widths[part],
+            max_buckets=limit,
+            macs_per_bucket=macs_per_bucket,
+        ):
+            members = tuple(int(part[n]) for n in bucket.members)
+            result.append(Bucket(bucket.container, members))
+    return sorted(result, key=lambda bucket: bucket.members[0])
+
+
+def evaluate_ratios(
     hypernetwork: Hypernetwork,
     params: Mapping,
     width_ratios: Sequence[float],
@@ -108,15 +692,13 @@ def evaluate_grid(
     preprocessing: Preprocessing,
     *,
     trained_range: tuple[float, float],
-    num_samples: int = 1,
-    key: jax.Array | None = None,
-    batch_size: int = 1000,
+    known: MutableMapping[tuple[int, ...], float] | None = None,
     on_row: Callable[[GridRow], None] | None = None,
+    **options,
 ) -> list[GridRow]:
-    """One row for each width ratio, in the order given.
+    """One row for each width ratio, in the order given, by `evaluate_grid`.
 
-    All ratios up to 1 share one compilation at the full shape, all beyond it another one. Ratios
-    that round to the same widths are one network, which is evaluated once.
+    Ratios that round to the same widths are one network, which is evaluated once.
 
     Args:
         hypernetwork, params: the family and its learned parameters.
@@ -124,47 +706,56 @@ def evaluate_grid(
         images, labels: uint8[n, size, size, channels], int[n].
         preprocessing: normalisation of the images.
         trained_range: smallest and largest width ratio seen in training.
-        num_samples: noisy weight samples to average; more than 1 needs `key`.
-        key: PRNG key of the coordinate noise; None evaluates exact coordinates.
-        batch_size: images per call.
-        on_row: called with each row as soon as it is known.
+        known: accuracies by widths, from calls with the same parameters, images and options; they
+            are not evaluated again, and what is found is added.
+        on_row: called with each row, in the order given, as soon as it and those before are known.
+        options: of `evaluate_grid`, but not `on_result`.
 
     Raises:
         ValueError: for a width ratio out of range, before anything is evaluated.
     """
     ratios = [check_width_ratio(ratio) for ratio in width_ratios]
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    widest = max([1.0, *ratios])
-    rows = []
-    known: dict[tuple[int, ...], float] = {}
-    for ratio in ratios:
-        widths = widths_at(spec, blocks, ratio)
-        if widths not in known:
-            container = spec if ratio <= 1 else morph(spec, blocks, widths_at(spec, blocks, widest))
-            tree = _generate(
-                hypernetwork,
-                container,
-                dict(params),
-                jnp.asarray(widths, jnp.int32),
-                key,
-                num_samples=num_samples,
+    known = {} if known is None else known
+    widths = [widths_at(spec, blocks, ratio) for ratio in ratios]
+    missing = [row for row in dict.fromkeys(widths) if row not in known]
+    low, high = trained_range
+    rows: list[GridRow] = []
+
+    def report():
+        for ratio, row in zip(ratios[len(rows) :], widths[len(rows) :], strict=True):
+            if row not in known:
+                break
+            small = morph(spec, blocks, row)
+            rows.append(
+                GridRow(
+                    width_ratio=ratio,
+                    widths=row,
+                    num_params=small.num_params,
+                    num_macs=small.num_macs,
+                    accuracy=known[row],
+                    trained=low - 1e-9 <= ratio <= high + 1e-9,
+                )
             )
-            known[widths] = accuracy(
-                container, tree, images, labels, preprocessing, batch_size=batch_size
-            )
-        small = morph(spec, blocks, widths)
-        low, high = trained_range
-        row = GridRow(
-            width_ratio=ratio,
-            widths=widths,
-            num_params=small.num_params,
-            num_macs=small.num_macs,
-            accuracy=known[widths],
-            trained=low - 1e-9 <= ratio <= high + 1e-9,
+            if on_row:
+                on_row(rows[-1])
+
+    def on_result(number, accuracy):
+        known[missing[number]] = accuracy
+        report()
+
+    if missing:
+        evaluate_grid(
+            hypernetwork,
+            params,
+            np.array(missing),
+            images,
+            labels,
+            preprocessing,
+            on_result=on_result,
+            **options,
         )
-        rows.append(row)
-        if on_row:
-            on_row(row)
+    report()
     return rows
 
 

@@ -18,7 +18,7 @@ import pathlib
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -759,10 +759,12 @@ def _evaluate(
     *,
     width_ratios: Sequence[float],
     num_samples: int,
+    strategy: str,
+    known: MutableMapping[tuple[int, ...], float],
 ) -> list[GridRow]:
-    """`evaluation.evaluate_grid` of an experiment; prints the table as it grows."""
+    """`evaluation.evaluate_ratios` of an experiment; prints the table as it grows."""
     print(evaluation.TABLE_HEADER, flush=True)
-    return evaluation.evaluate_grid(
+    return evaluation.evaluate_ratios(
         experiment.hypernetwork,
         params,
         width_ratios,
@@ -773,6 +775,8 @@ def _evaluate(
         num_samples=num_samples,
         key=phase_key(experiment, 3) if num_samples > 1 else None,
         batch_size=experiment.eval_batch_size,
+        strategy=strategy,
+        known=known,
         on_row=lambda row: print(evaluation.format_row(row), flush=True),
     )
 
@@ -787,20 +791,24 @@ def evaluate_and_write(
     width_ratios: Sequence[float],
     num_samples: int = 1,
     sweep_ratios: Sequence[float] = (),
+    strategy: str = "auto",
+    known: MutableMapping[tuple[int, ...], float] | None = None,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
-    sweep and weights, each as .png and .csv, and sweep.json.
+    sweep and weights, each as .png and .csv, and sweep.json. `known` holds accuracies by widths,
+    of the same parameters, split and number of samples; networks in it are not evaluated again, and
+    the others are added.
     """
+    known = {} if known is None else known
     images, labels = _evaluation_split(splits, split)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
     print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
     started = time.perf_counter()
-    rows = _evaluate(
-        experiment, params, images, labels, width_ratios=width_ratios, num_samples=num_samples
-    )
+    options = {"num_samples": num_samples, "strategy": strategy, "known": known}
+    rows = _evaluate(experiment, params, images, labels, width_ratios=width_ratios, **options)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
     extra = {
@@ -824,9 +832,7 @@ def evaluate_and_write(
         return rows
 
     print(f"\nsweep of {len(sweep_ratios)} widths")
-    sweep = _evaluate(
-        experiment, params, images, labels, width_ratios=sweep_ratios, num_samples=num_samples
-    )
+    sweep = _evaluate(experiment, params, images, labels, width_ratios=sweep_ratios, **options)
     dip = evaluation.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
     print(_describe_dip(dip))
     document = evaluation.grid_dict(
@@ -876,16 +882,25 @@ def evaluate_random_ratios(
     split: str,
     ratios: Sequence[float],
     num_samples: int = 1,
+    strategy: str = "auto",
+    known: MutableMapping[tuple[int, ...], float] | None = None,
 ) -> list[GridRow]:
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "versions"}.
+    (its ratio or null), "split", "versions"}. `known` is that of `evaluate_and_write`.
     """
     images, labels = _evaluation_split(splits, split)
     print(f"\n{len(ratios)} widths at random from the trained range, {split} split")
     rows = _evaluate(
-        experiment, params, images, labels, width_ratios=ratios, num_samples=num_samples
+        experiment,
+        params,
+        images,
+        labels,
+        width_ratios=ratios,
+        num_samples=num_samples,
+        strategy=strategy,
+        known={} if known is None else known,
     )
     accuracies = [row.accuracy for row in rows]
     dip = evaluation.largest_dip(ratios, accuracies)
@@ -1038,7 +1053,8 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 def quiet_logging() -> None:
-    """Warnings of this package on standard error; orbax and absl only from errors on."""
+    """This package's messages on standard error; orbax and absl only from errors on."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    logging.getLogger("neumeta_jax").setLevel(logging.INFO)
     for name in ("absl", "orbax", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -141,6 +141,15 @@ def check_widths(
             raise ValueError(f"{block.name} takes hidden widths {allowed}, got {width}{larger}.")
 
 
+def check_num_samples(num_samples: int, key: jax.Array | None) -> None:
+    """Raises ValueError unless `num_samples` noisy samples can be drawn with `key`."""
+    if num_samples < 1 or (num_samples > 1 and key is None):
+        raise ValueError(
+            f"num_samples must be 1, or larger together with a key, got {num_samples=}; without "
+            "noise all samples are equal."
+        )
+
+
 def generate_blocks(
     hypernetwork: Hypernetwork,
     inr_params: Mapping,
@@ -253,11 +262,7 @@ def generate(
         ValueError: if concrete widths are out of range, or `num_samples` > 1 without a key.
     """
     check_widths(hypernetwork, widths, spec)
-    if num_samples < 1 or (num_samples > 1 and key is None):
-        raise ValueError(
-            f"num_samples must be 1, or larger together with a key, got {num_samples=}; without "
-            "noise all samples are equal."
-        )
+    check_num_samples(num_samples, key)
     spec = spec or hypernetwork.spec
     generated = generate_blocks(
         hypernetwork,

@@ -1,8 +1,14 @@
 import csv
 import dataclasses
 import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,7 +60,7 @@ def labels(backbone, images):
 
 def grid(params, ratios, images, labels, **options):
     options = {"trained_range": RANGE, "batch_size": 10, **options}
-    return evaluation.evaluate_grid(
+    return evaluation.evaluate_ratios(
         FAMILY, params, ratios, images, labels, PREPROCESSING, **options
     )
 
@@ -143,24 +149,24 @@ def test_each_row_is_reported_as_soon_as_it_is_known(params, images, labels):
     assert seen == found
 
 
-def test_ratios_that_round_to_the_same_widths_are_evaluated_once(
-    params, images, labels, monkeypatch
-):
+def test_ratios_that_round_to_the_same_widths_are_evaluated_once(params, images, labels):
     ratios = [0.5, 0.51, 1.0, 1.01, 0.49]
     assert len({tuple(FAMILY.widths(ratio)) for ratio in ratios}) == 2
-    accuracy, calls = evaluation.accuracy, []
-
-    def counted(*args, **options):
-        calls.append(args)
-        return accuracy(*args, **options)
-
-    monkeypatch.setattr(evaluation, "accuracy", counted)
-    found = grid(params, ratios, images, labels)
-    assert len(calls) == 2
+    known = {}
+    found = grid(params, ratios, images, labels, known=known)
+    assert set(known) == {tuple(FAMILY.widths(ratio)) for ratio in (0.5, 1.0)}
     assert [row.width_ratio for row in found] == ratios
     assert [row.trained for row in found] == [True, True, True, False, False]
     assert found[0].accuracy == found[1].accuracy == found[4].accuracy
     assert found[2].accuracy == found[3].accuracy
+
+
+def test_what_is_known_is_not_evaluated_again(params, images, labels):
+    known = {tuple(FAMILY.widths(0.5)): 0.123}
+    found = grid(params, [0.5, 1.0], images, labels, known=known)
+    assert found[0].accuracy == 0.123
+    assert known[tuple(FAMILY.widths(1.0))] == found[1].accuracy != 0.123
+    assert grid(params, [0.5, 1.0], images[:0], labels[:0], known=known) == found
 
 
 @pytest.mark.parametrize("ratio", [0, 1.6, -0.5, float("nan")])
@@ -180,6 +186,293 @@ def test_averaged_samples_need_a_key(params, images, labels):
     assert is_one_sentence(error)
     (row,) = grid(params, [1.0], images, labels, num_samples=3, key=jax.random.key(0))
     assert 0 <= row.accuracy <= 1
+
+
+# --- many networks ---------------------------------------------------------------------------
+
+WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
+
+
+def evaluate(params, images, labels, widths=WIDTHS, **options):
+    options = {"batch_size": 10, "predictions": True, "macs_per_compilation": 0, **options}
+    return evaluation.evaluate_grid(
+        FAMILY, params, widths, images, labels, PREPROCESSING, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(params, images):
+    """Predictions of the networks of WIDTHS, each at its own shapes."""
+    return np.stack(
+        [predictions(*hyper.generate_dense(FAMILY, params, row), images) for row in WIDTHS]
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy, options",
+    [
+        ("loop", {}),
+        ("map", {"max_buckets": 2}),
+        ("vmap", {"max_buckets": 2, "config_batch": 3}),
+        ("loop", {"max_buckets": 1, "batch_size": 1000}),
+    ],
+)
+def test_every_strategy_predicts_what_the_dense_networks_do(
+    params, images, labels, wanted, strategy, options
+):
+    """With blocks that are skipped, in buckets of their own or not, and widths beyond full size."""
+    found = evaluate(params, images, labels, strategy=strategy, **options)
+    assert found.predictions.shape == wanted.shape
+    assert np.mean(found.predictions != wanted) <= 1e-4
+    assert list(found.num_correct) == list(np.sum(found.predictions == labels, axis=1))
+    assert list(found.accuracy) == list(found.num_correct / NUM_IMAGES)
+    assert (found.strategy, found.reason) == (strategy, "asked for")
+    assert len(found.buckets) <= options.get("max_buckets", 8)
+    members = [n for bucket in found.buckets for n in bucket.members]
+    assert sorted(members) == [0, 1, 2, 3, 5]  # the fifth is the second again
+
+
+def test_predictions_differ_between_the_networks_that_are_compared(wanted):
+    assert len({row.tobytes() for row in wanted}) == 5
+
+
+def test_results_are_reported_once_for_each_row(params, images, labels):
+    seen = {}
+    found = evaluate(params, images, labels, strategy="loop", on_result=seen.setdefault)
+    assert seen == dict(enumerate(found.accuracy))
+
+
+def test_what_is_asked_of_each_image_comes_with_the_counts(params, images, labels, wanted):
+    def per_image(logits, labels):
+        return {"logits": logits, "right": jnp.argmax(logits, axis=-1) == labels}
+
+    for strategy in ("loop", "map"):
+        found = evaluate(
+            params,
+            images,
+            labels,
+            WIDTHS[:2],
+            strategy=strategy,
+            predictions=False,
+            per_image=per_image,
+            max_buckets=1,
+        )
+        assert found.predictions is None
+        assert found.per_image["logits"].shape == (2, NUM_IMAGES, 5)
+        assert np.array_equal(np.argmax(found.per_image["logits"], axis=-1), wanted[:2])
+        assert list(found.per_image["right"].sum(axis=1)) == list(found.num_correct)
+
+
+def test_shapes_are_compiled_only_where_they_are_worth_it(params, images, labels):
+    options = {"strategy": "loop", "batch_size": 1000}
+    many = evaluate(params, images, labels, **options)
+    few = evaluate(params, images, labels, macs_per_compilation=None, **options)
+    assert len(many.buckets) == 5 and len(few.buckets) == 1
+    assert list(many.num_correct) == list(few.num_correct)
+
+
+def test_noise_does_not_depend_on_the_networks_beside_it(params, images, labels):
+    options = {
+        "strategy": "loop",
+        "key": jax.random.key(2),
+        "num_samples": 2,
+        "predictions": False,
+        "per_image": lambda logits, labels: logits,
+    }
+    together = evaluate(params, images, labels, WIDTHS[:3], **options, max_buckets=2)
+    assert [bucket.members for bucket in together.buckets] == [(0, 1), (2,)]
+    alone = evaluate(params, images, labels, WIDTHS[1:2], **options)
+    np.testing.assert_allclose(together.per_image[1], alone.per_image[0], rtol=1e-4, atol=1e-5)
+    tree = jax.jit(
+        lambda params: hyper.generate(FAMILY, params, WIDTHS[1], key=options["key"], num_samples=2)
+    )(params)
+    assert list(predictions(SPEC, tree, images)) == list(alone.per_image[0].argmax(axis=-1))
+
+
+# --- the choice of the strategy --------------------------------------------------------------
+
+
+@pytest.fixture
+def probing(monkeypatch):
+    """As if even this were worth a probe, in a process that has probed nothing."""
+    monkeypatch.setattr(evaluation, "_MACS_PER_COMPILATION", {"cpu": 1.0, "gpu": 1.0})
+    monkeypatch.setattr(evaluation, "_probed", {})
+
+
+def test_little_work_is_done_one_by_one_without_a_probe(params, images, labels, monkeypatch):
+    monkeypatch.setattr(evaluation, "_seconds_per_network", None)
+    found = evaluate(params, images, labels, macs_per_compilation=None, predictions=False)
+    assert found.strategy == "loop"
+    assert "not worth a probe" in found.reason
+
+
+def test_a_probe_leaves_out_map_on_the_cpu_and_is_logged_once(
+    params, images, labels, wanted, probing, caplog
+):
+    with caplog.at_level(logging.INFO, "neumeta_jax"):
+        found = evaluate(params, images, labels, max_buckets=2)
+        again = evaluate(params, images, labels, max_buckets=2)
+    assert found.strategy in ("loop", "vmap")
+    assert np.mean(found.predictions != wanted) <= 1e-4
+    assert (again.strategy, again.reason) == (found.strategy, found.reason)
+    (record,) = caplog.records
+    assert record.getMessage() == f"evaluating by {found.strategy}: {found.reason}"
+    for part in ("loop ", "vmap ", " ms", "map not tried"):
+        assert part in found.reason
+
+
+@pytest.mark.parametrize("fastest", ["loop", "map", "vmap"])
+def test_the_fastest_in_the_probe_is_taken(params, images, labels, probing, monkeypatch, fastest):
+    monkeypatch.setattr(evaluation._Data, "platform", "gpu")
+    monkeypatch.setattr(
+        evaluation,
+        "_seconds_per_network",
+        lambda job, *_: 0.001 if job.strategy == fastest else float("inf"),
+    )
+    found = evaluate(params, images, labels, WIDTHS[:2], max_buckets=1, predictions=False)
+    assert found.strategy == fastest
+    assert f"{fastest} 1.0 ms" in found.reason and "inf ms" in found.reason
+
+
+def test_only_running_out_of_memory_is_a_time_of_its_own(monkeypatch):
+    job = lower_job("loop")
+    data = evaluation._Data(np.zeros((1, 1)), np.zeros((1, 1)))
+
+    def fail(message):
+        def dispatch(*_):
+            raise jax.errors.JaxRuntimeError(message)
+
+        monkeypatch.setattr(evaluation, "_dispatch", dispatch)
+        return evaluation._seconds_per_network(job, {}, WIDTHS, None, data)
+
+    assert fail("RESOURCE_EXHAUSTED: out of memory") == float("inf")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fail("INTERNAL: something else")
+
+
+# --- devices ---------------------------------------------------------------------------------
+
+EIGHT_DEVICES = """
+import jax, numpy as np
+import test_evaluation as t
+from neumeta_jax import hypernetwork as hyper, resnet
+
+assert len(jax.devices()) == 8
+images = np.random.default_rng(0).integers(0, 256, (t.NUM_IMAGES, 8, 8, 3)).astype("uint8")
+labels = (np.arange(t.NUM_IMAGES) % 5).astype("int32")
+backbone = resnet.init_params(jax.random.key(0), t.SPEC)
+rng = np.random.default_rng(1)
+backbone = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("float32"), backbone)
+params = hyper.init(jax.random.key(1), t.FAMILY, backbone, alpha=0.8, from_backbone=True)
+options = {"max_buckets": 1, "config_batch": 2, "per_image": lambda logits, labels: logits}
+one = t.evaluate(params, images, labels, strategy="loop", **options)
+assert len(set(one.predictions.reshape(-1).tolist())) > 1
+for strategy, shape in (("loop", (2, 4)), ("vmap", (4, 2)), ("map", (8, 1))):
+    mesh = jax.make_mesh(shape, ("configs", "data"))
+    many = t.evaluate(params, images, labels, strategy=strategy, mesh=mesh, **options)
+    np.testing.assert_array_equal(many.predictions, one.predictions)
+    np.testing.assert_array_equal(many.num_correct, one.num_correct)
+    np.testing.assert_allclose(many.per_image, one.per_image, rtol=1e-4, atol=1e-5)
+print("equal")
+"""
+
+
+def test_eight_devices_give_the_numbers_of_one():
+    tests = pathlib.Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "equal\n", result.stderr
+
+
+def lower_job(strategy):
+    return evaluation._Job(
+        hypernetwork=FAMILY,
+        preprocessing=PREPROCESSING,
+        strategy=strategy,
+        num_samples=1,
+        predictions=True,
+        per_image=None,
+        mesh=None,
+        container=SPEC,
+        drawn_at=SPEC,
+    )
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("strategy", ["loop", "map", "vmap"])
+def test_every_strategy_lowers_for_accelerators(params, images, labels, strategy, platform):
+    job = lower_job(strategy)
+    data = evaluation._place(images, labels, 10, None)
+    widths = jnp.asarray(WIDTHS[:1] if strategy == "loop" else WIDTHS[:2])
+    if strategy == "map":
+        programs = [
+            evaluation._generate_and_score_chunk.trace(job, params, widths, None, *data),
+        ]
+    else:
+        trees = jax.eval_shape(
+            lambda *args: evaluation._generate_chunk(job, *args), params, widths, None
+        )
+        correct = jnp.zeros((len(widths), 1), jnp.int32)
+        programs = [
+            evaluation._generate_chunk.trace(job, params, widths, None),
+            evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
+        ]
+    for program in programs:
+        lowered = program.lower(lowering_platforms=(platform,)).as_text()
+        assert "func.func public @main" in lowered
+    assert "convolution" in lowered
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"widths": WIDTHS[0]}, r"each of the 2 generated blocks, got shape \(2,\)"),
+        ({"widths": WIDTHS[:, :1]}, r"got shape \(6, 1\)"),
+        ({"widths": WIDTHS[:0]}, r"got shape \(0, 2\)"),
+        ({"widths": WIDTHS / 2}, "integers .*got float64"),
+        ({"widths": [[4, 6], [4, -1]]}, "stage2_block1 takes .* from 0 to 9, got -1 in row 1"),
+        ({"widths": [[7, 6]]}, "stage1_block1 takes .* from 0 to 6, got 7 in row 0"),
+        ({"strategy": "scan"}, r"strategy must be one of \('auto', .*got 'scan'"),
+        ({"max_buckets": 0}, "at least 1, got max_buckets=0"),
+        ({"config_batch": 0}, "config_batch=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_samples": 2}, "got num_samples=2"),
+        ({"num_samples": 0}, "got num_samples=0"),
+        (
+            {"mesh": jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))},
+            r"axes \('configs', 'data'\), got \('data',\)",
+        ),
+    ],
+)
+def test_a_grid_that_cannot_be_evaluated_is_refused(params, images, labels, options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        evaluate(params, images, labels, **options)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda x, y: (x[:0], y[:0]), "at least one image, got an empty split"),
+        (lambda x, y: (x[:, :4], y), r"uint8\[n, 8, 8, 3\] .* got uint8\[23, 4, 8, 3\]"),
+        (lambda x, y: (x / 255, y), r"got float64\[23, 8, 8, 3\]"),
+        (lambda x, y: (x, y[:-1]), r"labels must be int\[23\].* got int32\[22\]"),
+        (lambda x, y: (x, y.astype("float32")), r"got float32\[23\]"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(params, images, labels, change, match):
+    with pytest.raises(ValueError, match=match) as error:
+        evaluate(params, *change(images, labels))
+    assert is_one_sentence(error)
 
 
 # --- the width axis --------------------------------------------------------------------------
