@@ -110,8 +110,8 @@ def batch_norm_accuracy(
 STRATEGIES = ("auto", "loop", "map", "vmap")
 MESH_AXES = ("configs", "data")
 
-# Multiply-adds in the time in which a network's programs compile; orders of magnitude (a ResNet56
-# on two CPU cores: 3 s, at 20 G/s; on accelerators not measured).
+# Multiply-adds in the time in which a network's programs compile, an order of magnitude: a ResNet20
+# took 5 s on two busy CPU cores, at 15e9 a second. On accelerators not measured.
 _MACS_PER_COMPILATION = {"cpu": 5e10}
 _MACS_PER_COMPILATION_ELSEWHERE = 5e13
 # A probe compiles up to three programs that may not be used afterwards.

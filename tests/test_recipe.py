@@ -484,6 +484,13 @@ def read_csv(path):
 
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
     forbid_training(monkeypatch)
+    evaluate_grid, evaluated = evaluation.evaluate_grid, []
+
+    def recorded(hypernetwork, params, widths, *args, **options):
+        evaluated.extend((tuple(row), options["strategy"]) for row in widths.tolist())
+        return evaluate_grid(hypernetwork, params, widths, *args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate_grid", recorded)
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
@@ -492,6 +499,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "--sweep_ratios=1.25,0.5,0.52,1",
         "--random_ratios=4",
         "--seed=3",
+        "--strategy=loop",
     )
     assert status == 0, err
     for name in ("against_macs", "sweep", "weights"):
@@ -522,6 +530,12 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     assert (drawn["largest_dip"], drawn["where"]) == dip
     assert f"smallest accuracy {100 * min(drawn['accuracies']):.2f} %" in out
 
+    # Each network once, whichever of the three asks for it first.
+    asked = [tuple(row["widths"]) for row in [*grid, *sweep["rows"]]]
+    asked += [tuple(widths) for widths in drawn["widths"]]
+    assert evaluated == [(widths, "loop") for widths in dict.fromkeys(asked)]
+    assert len(evaluated) < len(asked)
+
 
 @pytest.mark.parametrize(
     "args, given",
@@ -532,6 +546,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         ("--random_ratios=0", "got 0 and 0"),
         ("--random_ratios=5 --seed=-1", "got 5 and -1"),
         ("--random_ratios=many", "many"),
+        ("--strategy=scan", "auto|loop|map|vmap"),
     ],
 )
 def test_eval_refuses_figures_and_random_widths_that_cannot_be(finished, args, given):
