@@ -14,7 +14,7 @@ from neumeta_jax.resnet import init_params
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
 NUM_TRAINING_IMAGES = 45_000  # of CIFAR, without 5,000 for validation
-STEPS, IMAGE_PASSES = 400, 400 * 3 * 32
+STEPS, IMAGE_PASSES = 200, 200 * 3 * 32
 
 
 @functools.cache
