@@ -30,7 +30,7 @@ NUM_STEPS = 200
 BATCH_SIZE = 32
 NUM_BLOCKS = 5  # that a ResNet20 generates
 EPOCHS = NUM_STEPS * BATCH_SIZE / NUM_IMAGES
-WARMUP_EPOCHS = 0.03
+WARMUP_EPOCHS = 40 * BATCH_SIZE / NUM_IMAGES
 
 FIT = {
     "channel_order": "smoothness",
