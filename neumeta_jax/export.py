@@ -1,0 +1,926 @@
+"""One network of a trained INR as a file that other tools load, checked to compute the same thing.
+
+    python -m neumeta_jax.export --workdir=/tmp/digits --width=0.5 --format=onnx --out=half.onnx
+    python -m neumeta_jax.export --workdir=/tmp/digits --widths=4,0,8,8,16 --format=torch --out=a.pt
+    python -m neumeta_jax.export --workdir=/tmp/digits --spec=best.json --format=stablehlo \
+        --normalize --out=best.stablehlo
+
+| format | content | images |
+|---|---|---|
+| safetensors | the folded tree; in the header its ResNetSpec, mean and std (`load_safetensors`) | |
+| torch | a state_dict for a CIFAR ResNet whose blocks take hidden widths (`to_state_dict`) | NCHW |
+| onnx | a float32 graph of opset 13 with its ResNetSpec, mean and std as metadata | NCHW |
+| stablehlo | one `jax.export` artefact for cpu, cuda and tpu | NHWC |
+
+Batches are of any size. Images are normalised by the caller, or are the uint8 pixels of an image
+file with --normalize, which puts the normalisation into the graph. It cannot go into the weights of
+the other two formats: the first convolution pads normalised images with zeros, which are no pixels.
+
+Every file is read back, run on images of the run's data set and compared before it takes its name.
+Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime and flatbuffers (which jax.export needs
+to write) are those of the extra: pip install 'neumeta-jax[export]'.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import pathlib
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from neumeta_jax import (
+    architecture,
+    checkpoint,
+    command_line,
+    data,
+    experiment as lab,
+    hypernetwork as hyper,
+    resnet,
+    teacher_import,
+)
+from neumeta_jax.architecture import Block, ResNetSpec
+from neumeta_jax.command_line import UsageError
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.resnet import Params
+
+if TYPE_CHECKING:
+    import onnx
+
+FORMATS = ("safetensors", "torch", "onnx", "stablehlo", "litert")
+GRAPH_FORMATS = ("onnx", "stablehlo")  # hold the computation, not only the weights
+PLATFORMS = ("cpu", "cuda", "tpu")
+TOLERANCE = 1e-4
+
+ONNX_OPSET = 13  # the first whose operators quantise per channel; every runtime since 2020 reads it
+ONNX_IR_VERSION = 7  # of ONNX 1.8, which brought opset 13
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
+
+_SUFFIXES = {
+    "safetensors": ".safetensors",
+    "torch": ".pt",
+    "onnx": ".onnx",
+    "stablehlo": ".stablehlo",
+}
+_EXTRAS = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}
+_BATCH_SIZE = 256
+
+
+class Normalization(NamedTuple):
+    """What a network expects to be done to images in [0, 255]: (images / 255 - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+# --- which network ---------------------------------------------------------------------------
+
+
+def morph_to_dict(hypernetwork: Hypernetwork, widths: Sequence[int]) -> dict[str, Any]:
+    """One network of a family as plain JSON types, for `--spec=FILE`.
+
+    Returns:
+        {"widths": hidden widths of the generated blocks (0 = skipped), "spec": the full-size
+        network, "blocks": positions of the generated blocks}; the last two tell whose widths
+        these are.
+    """
+    return {
+        "widths": [int(width) for width in widths],
+        "spec": hypernetwork.spec.to_dict(),
+        "blocks": list(hypernetwork.blocks),
+    }
+
+
+def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int, ...]:
+    """The widths in a JSON file of `morph_to_dict`, checked against the family.
+
+    Other fields than its three are left alone, so that a search can note what it found.
+
+    Raises:
+        ValueError: if there is no such file, or it is damaged or belongs to another family.
+    """
+    try:
+        fields = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"--spec={path} must be a file, but {error.strerror}.") from None
+    except ValueError:
+        raise UsageError(f"{path} must be JSON, but it is damaged; write it again.") from None
+    missing = {"widths", "spec", "blocks"} - set(fields if isinstance(fields, dict) else ())
+    if missing:
+        raise UsageError(
+            f"{path} must hold widths, spec and blocks of one network, but it lacks "
+            f"{', '.join(sorted(missing))}."
+        )
+    wanted = morph_to_dict(hypernetwork, ())
+    if fields["spec"] != wanted["spec"] or fields["blocks"] != wanted["blocks"]:
+        differing = _first_difference(fields, wanted)
+        raise UsageError(
+            f"{path} must belong to this run's architecture, but it is of another one ({differing})"
+            "; use the work directory that it was made with."
+        )
+    widths = fields["widths"]
+    if not isinstance(widths, list) or any(type(width) is not int for width in widths):
+        raise UsageError(f"{path} must hold widths as a list of integers, got {widths!r}.")
+    return check_widths(hypernetwork, widths)
+
+
+def _first_difference(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    spec = fields["spec"]
+    if isinstance(spec, dict):
+        for name, value in wanted["spec"].items():
+            if spec.get(name) != value:
+                return f"{name} {spec.get(name)} there, {value} here"
+    if fields["blocks"] != wanted["blocks"]:
+        return f"blocks {fields['blocks']} there, {wanted['blocks']} here"
+    return "other fields in its spec"
+
+
+def check_widths(hypernetwork: Hypernetwork, widths: Sequence[int]) -> tuple[int, ...]:
+    """`widths` themselves, if each lies between 0 or 1 and 1.5 times its block's full width."""
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    if len(widths) != len(blocks):
+        raise UsageError(
+            f"widths must have one entry for each of the {len(blocks)} generated blocks, got "
+            f"{len(widths)}."
+        )
+    highest = architecture.widths_at(spec, blocks, architecture.MAX_WIDTH_RATIO)
+    for n, width, high in zip(blocks, widths, highest, strict=True):
+        low = 0 if spec.blocks[n].skippable else 1
+        if not low <= width <= high:
+            raise UsageError(
+                f"{spec.blocks[n].name} takes hidden widths from {low} to {high}, got {width}."
+            )
+    return tuple(int(width) for width in widths)
+
+
+def draw(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    widths: Sequence[int],
+    *,
+    key: jax.Array | None = None,
+    num_samples: int = 1,
+) -> tuple[ResNetSpec, Params]:
+    """The dense network of `widths`, (spec, tree), with the noise that `evaluation` gives it."""
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    full = [max(pair) for pair in zip(widths, hypernetwork.full_widths, strict=True)]
+    container = architecture.morph(spec, blocks, full)
+
+    def generate(params):
+        tree = hyper.generate(
+            hypernetwork,
+            params,
+            np.asarray(widths, np.int32),
+            spec=container,
+            key=key,
+            num_samples=num_samples,
+        )
+        return resnet.slice_params(container, tree, blocks, widths)[1]
+
+    # jit sorts the layers; the order of the network is that of its description.
+    dense = architecture.morph(spec, blocks, widths)
+    tree = jax.jit(generate)(params)
+    return dense, {name: tree[name] for name in resnet.param_shapes(dense)}
+
+
+# --- safetensors -----------------------------------------------------------------------------
+
+
+def save_safetensors(
+    path: str | os.PathLike,
+    spec: ResNetSpec,
+    params: Mapping,
+    *,
+    normalization: Normalization,
+    **info: Any,
+) -> None:
+    """Writes a folded network with all that it takes to run it; `load_safetensors` reads it."""
+    header = {
+        "network": spec.to_dict(),
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
+    }
+    checkpoint.save_tree(path, params, {**info, **header})
+
+
+def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[str, Any]]:
+    """The (spec, params, info) of an exported network.
+
+        spec, params, info = load_safetensors("half.safetensors")
+        images = data.normalize(pixels, info["mean"], info["std"])
+        logits = resnet.apply(spec, params, images)
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, is no exported network, or its tensors do not fit its spec.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {os.fspath(path)}; check the path.")
+    params, info = checkpoint.load_tree(path)
+    missing = {"network", "mean", "std"} - set(info)
+    if missing:
+        raise ValueError(
+            f"{os.fspath(path)} must hold an exported network, but its header lacks "
+            f"{sorted(missing)}."
+        )
+    try:
+        spec = ResNetSpec.from_dict(info.pop("network"))
+        wanted = _flat_shapes(resnet.param_shapes(spec))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)} holds no usable network: {error}") from None
+    given = _flat_shapes(jax.tree.map(np.shape, params))
+    for name in sorted(set(wanted) | set(given)):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"{os.fspath(path)} must hold the tensors of the network in its header, but {name} "
+                f"has the shape {given.get(name)}, where {wanted.get(name)} is needed; export it "
+                "again."
+            )
+    if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"{os.fspath(path)} must hold float32 tensors; export it again.")
+    if not len(info["mean"]) == len(info["std"]) == spec.channels:
+        raise ValueError(
+            f"{os.fspath(path)} must hold a mean and a std for each of {spec.channels} channels, "
+            f"got {info['mean']} and {info['std']}; export it again."
+        )
+    return spec, params, info
+
+
+def _flat_shapes(shapes: Mapping) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return {"/".join(entry.key for entry in keys): shape for keys, shape in leaves}
+
+
+# --- PyTorch ---------------------------------------------------------------------------------
+
+
+def to_state_dict(spec: ResNetSpec, params: Mapping) -> dict[str, np.ndarray]:
+    """The tensors of a folded network under the names of a CIFAR ResNet in PyTorch.
+
+    The names are those of chenyaofo/pytorch-cifar-models (with padded shortcuts and the head as
+    `linear`, those of akamaster/pytorch_resnet_cifar10). At full width that very class loads them
+    strictly; else hidden widths inside the blocks differ from those of their stage, so the class
+    must take them, as the one in examples/torch_resnet.py does. A skipped block is `nn.Identity`.
+
+    Batch norm is the identity with the folded bias: at PyTorch's default eps of 1e-5
+
+        (x - 0) / sqrt(float32(1 - eps) + eps) * 1 + bias,
+
+    and in float32 the root is exactly 1, so the network computes what the folded one does.
+
+    Returns:
+        float32 arrays, convolutions OIHW, the head (out, in); int64 `num_batches_tracked`.
+    """
+    tensors: dict[str, np.ndarray] = {}
+
+    def conv_and_norm(layer: Mapping, conv: str, norm: str):
+        bias = np.asarray(layer["bias"], np.float32)
+        tensors[f"{conv}.weight"] = _oihw(layer["kernel"])
+        tensors[f"{norm}.weight"] = np.ones_like(bias)
+        tensors[f"{norm}.bias"] = bias
+        tensors[f"{norm}.running_mean"] = np.zeros_like(bias)
+        tensors[f"{norm}.running_var"] = np.full_like(bias, 1 - resnet.BATCH_NORM_EPSILON)
+        tensors[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
+
+    conv_and_norm(params["stem"], "conv1", "bn1")
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue
+        layers, prefix = params[block.name], f"layer{block.stage}.{block.index}"
+        conv_and_norm(layers["conv1"], f"{prefix}.conv1", f"{prefix}.bn1")
+        conv_and_norm(layers["conv2"], f"{prefix}.conv2", f"{prefix}.bn2")
+        if block.projection:
+            name = f"{prefix}.downsample"
+            conv_and_norm(layers["shortcut"], f"{name}.0", f"{name}.1")
+    head = "fc" if spec.shortcut == "projection" else "linear"
+    tensors[f"{head}.weight"] = np.asarray(params["head"]["kernel"], np.float32).T
+    tensors[f"{head}.bias"] = np.asarray(params["head"]["bias"], np.float32)
+    return tensors
+
+
+def _oihw(kernel: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(kernel, np.float32).transpose(3, 2, 0, 1))
+
+
+_STORAGE_TYPES = {"<f4": "FloatStorage", "<i8": "LongStorage"}
+_TORCH_ALIGNMENT = 64  # of tensors in the file, so that torch.load(..., mmap=True) can map them
+
+
+def to_torch(state_dict: Mapping[str, np.ndarray]) -> bytes:
+    """The file that torch.save (PyTorch 1.6 and later) writes of `state_dict`; no PyTorch needed.
+
+    A zip archive without compression: `data.pkl` describes the tensors, `data/0` and so on hold
+    their numbers. Equal tensors give equal bytes.
+
+    Args:
+        state_dict: float32 and int64 arrays by name.
+
+    Raises:
+        ValueError: if an array has another type.
+    """
+    arrays = {}
+    for name, array in state_dict.items():
+        arrays[name] = np.asarray(array).astype(np.asarray(array).dtype.newbyteorder("<"))
+        if arrays[name].dtype.str not in _STORAGE_TYPES:
+            raise ValueError(f"{name} must be float32 or int64, got {np.asarray(array).dtype}.")
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+
+        def write(name: str, content: bytes):
+            entry = zipfile.ZipInfo(f"archive/{name}")  # at the date 1980-01-01
+            # An extra field fills up to the boundary, after 30 bytes of header, the name, and 4
+            # bytes of its own.
+            padding = -(stream.tell() + 30 + len(entry.filename) + 4) % _TORCH_ALIGNMENT
+            entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            archive.writestr(entry, content)
+
+        write("data.pkl", _pickle_state_dict(arrays))
+        write("byteorder", b"little")
+        for key, array in enumerate(arrays.values()):
+            write(f"data/{key}", array.tobytes())
+        write("version", b"3\n")
+    return stream.getvalue()
+
+
+def _pickle_state_dict(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The pickle, protocol 2, of an OrderedDict of tensors.
+
+    Written opcode by opcode, because `pickle` would import PyTorch to check what it names. These
+    are the opcodes that torch.load(..., weights_only=True) allows.
+    """
+
+    def name(module: str, attribute: str) -> bytes:
+        return b"c" + f"{module}\n{attribute}\n".encode()
+
+    def text(value: str) -> bytes:
+        encoded = value.encode()
+        return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+    def integer(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    def tuple_of(*items: bytes) -> bytes:
+        return b"(" + b"".join(items) + b"t"
+
+    ordered_dict = name("collections", "OrderedDict") + b")R"  # called without arguments
+    pickled = b"\x80\x02" + ordered_dict + b"("
+    for key, (tensor_name, array) in enumerate(arrays.items()):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        storage = tuple_of(
+            text("storage"),
+            name("torch", _STORAGE_TYPES[array.dtype.str]),
+            text(str(key)),
+            text("cpu"),
+            integer(array.size),
+        )
+        arguments = tuple_of(
+            storage + b"Q",  # a reference to a record of the archive
+            integer(0),
+            tuple_of(*map(integer, array.shape)),
+            tuple_of(*map(integer, strides)),
+            b"\x89",  # needs no gradient
+            ordered_dict,  # has no hooks
+        )
+        pickled += text(tensor_name) + name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+    return pickled + b"u."
+
+
+# --- ONNX ------------------------------------------------------------------------------------
+
+
+def to_onnx(
+    spec: ResNetSpec,
+    params: Mapping,
+    *,
+    normalization: Normalization | None = None,
+    **info: Any,
+) -> "onnx.ModelProto":
+    """The folded network as an ONNX graph, images[batch, channels, size, size] -> logits.
+
+    Args:
+        spec: the network's shapes.
+        params: its folded tree.
+        normalization: put into the graph, whose images then are uint8 pixels; None: images are
+            float32 and come normalised.
+        **info: JSON values for the model's metadata, beside "network" (the spec).
+
+    Raises:
+        ValueError: if onnx is not installed.
+    """
+    check_extra("onnx")
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, weights = [], []
+
+    def constant(name: str, value: Any, dtype=np.float32) -> str:
+        array = np.ascontiguousarray(np.asarray(value, dtype))
+        weights.append(numpy_helper.from_array(array, name))
+        return name
+
+    def node(operator: str, inputs: Sequence[str], output: str, **attributes) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+    def conv(x: str, layer: Mapping, name: str, stride: int = 1) -> str:
+        size = layer["kernel"].shape[0]
+        inputs = [
+            x,
+            constant(f"{name}.weight", _oihw(layer["kernel"])),
+            constant(f"{name}.bias", layer["bias"]),
+        ]
+        return node(
+            "Conv",
+            inputs,
+            name,
+            kernel_shape=[size, size],
+            strides=[stride, stride],
+            pads=[size // 2] * 4,
+        )
+
+    def pad_shortcut(x: str, block: Block) -> str:
+        prefix, extra = f"{block.name}.shortcut", block.out_width - block.in_width
+        if block.stride > 1:
+            bounds = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3]}
+            bounds["steps"] = [block.stride] * 2
+            names = [constant(f"{prefix}.{k}", v, np.int64) for k, v in bounds.items()]
+            x = node("Slice", [x, *names], f"{prefix}.slice")
+        pads = constant(
+            f"{prefix}.pads", [0, extra // 2, 0, 0, 0, extra - extra // 2, 0, 0], np.int64
+        )
+        return node("Pad", [x, pads], f"{prefix}.pad")
+
+    def per_channel(values: Sequence[float]) -> np.ndarray:
+        return np.asarray(values, np.float32)[None, :, None, None]
+
+    x, kind = INPUT_NAME, TensorProto.FLOAT
+    if normalization is not None:
+        kind = TensorProto.UINT8
+        x = node("Cast", [x], "pixels", to=TensorProto.FLOAT)
+        x = node("Div", [x, constant("full_scale", 255)], "scaled")
+        x = node("Sub", [x, constant("mean", per_channel(normalization.mean))], "centred")
+        x = node("Div", [x, constant("std", per_channel(normalization.std))], "normalised")
+
+    x = node("Relu", [conv(x, params["stem"], "stem")], "stem.relu")
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue
+        layers, name = params[block.name], block.name
+        y = conv(x, layers["conv1"], f"{name}.conv1", block.stride)
+        y = conv(node("Relu", [y], f"{name}.conv1.relu"), layers["conv2"], f"{name}.conv2")
+        if block.projection:
+            x = conv(x, layers["shortcut"], f"{name}.shortcut", block.stride)
+        elif not block.skippable:
+            x = pad_shortcut(x, block)
+        x = node("Relu", [node("Add", [x, y], f"{name}.sum")], name)
+    x = node("Flatten", [node("GlobalAveragePool", [x], "mean_over_pixels")], "features")
+    head = [constant("head.weight", params["head"]["kernel"])]
+    head.append(constant("head.bias", params["head"]["bias"]))
+    node("Gemm", [x, *head], OUTPUT_NAME)
+
+    shape = ["batch", spec.channels, spec.image_size, spec.image_size]
+    graph = helper.make_graph(
+        nodes,
+        f"resnet{spec.depth}",
+        [helper.make_tensor_value_info(INPUT_NAME, kind, shape)],
+        [
+            helper.make_tensor_value_info(
+                OUTPUT_NAME, TensorProto.FLOAT, ["batch", spec.num_classes]
+            )
+        ],
+        weights,
+    )
+    model = helper.make_model(
+        graph,
+        producer_name="neumeta-jax",
+        ir_version=ONNX_IR_VERSION,
+        opset_imports=[helper.make_opsetid("", ONNX_OPSET)],
+    )
+    metadata = {**info, "network": spec.to_dict()}
+    helper.set_model_props(model, {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()})
+    return model
+
+
+# --- StableHLO -------------------------------------------------------------------------------
+
+
+def to_stablehlo(
+    spec: ResNetSpec, params: Mapping, *, normalization: Normalization | None = None
+) -> bytes:
+    """The folded network as one serialised `jax.export` artefact for cpu, cuda and tpu.
+
+        network = jax.export.deserialize(bytearray(pathlib.Path("half.stablehlo").read_bytes()))
+        logits = network.call(images)  # float32[batch, classes], for a batch of any size
+
+    Each platform multiplies in its own default precision, which is below float32 on most
+    accelerators.
+
+    Args:
+        spec: the network's shapes.
+        params: its folded tree.
+        normalization: put into the graph, whose images are then uint8 pixels; None: images are
+            float32 and come normalised. NHWC.
+
+    Raises:
+        ValueError: if flatbuffers is not installed, which jax.export needs to write.
+    """
+    check_extra("stablehlo")
+    weights = jax.tree.map(np.asarray, dict(params))
+
+    def network(images):
+        if normalization is not None:
+            images = data.normalize(images, *normalization)
+        return resnet.apply(spec, weights, images)
+
+    size = f"batch, {spec.image_size}, {spec.image_size}, {spec.channels}"
+    images = jax.ShapeDtypeStruct(
+        jax.export.symbolic_shape(size), jnp.float32 if normalization is None else jnp.uint8
+    )
+    exported = jax.export.export(jax.jit(network), platforms=PLATFORMS)(images)
+    return bytes(exported.serialize())
+
+
+# --- files, and whether they compute the same ------------------------------------------------
+
+
+class Equivalence(NamedTuple):
+    """How a file's logits differ from those of the network it was made of.
+
+    Attributes:
+        error: the largest difference of a logit, relative to the largest logit of its image.
+        agreement: the fraction of images with the same top-1 class.
+        num_images: how many images.
+    """
+
+    error: float
+    agreement: float
+    num_images: int
+
+    def __str__(self) -> str:
+        return (
+            f"largest relative logit error {self.error:.1e}, top-1 agreement "
+            f"{100 * self.agreement:.2f} % on {self.num_images} images"
+        )
+
+
+class EquivalenceError(ValueError):
+    """A written file does not compute what it should."""
+
+
+def compare(found: np.ndarray, wanted: np.ndarray) -> Equivalence:
+    """How the logits `found` differ from `wanted`, both float[images, classes].
+
+    >>> compare(np.array([[1.0, -4.0]]), np.array([[1.0, -5.0]]))
+    Equivalence(error=0.2, agreement=1.0, num_images=1)
+    """
+    scale = np.maximum(np.abs(wanted).max(axis=1), np.finfo(np.float32).tiny)
+    error = (np.abs(found - wanted).max(axis=1) / scale).max()
+    agreement = np.mean(found.argmax(axis=1) == wanted.argmax(axis=1))
+    return Equivalence(float(error), float(agreement), len(wanted))
+
+
+def check_extra(format: str) -> None:
+    """Raises ValueError if a package that writes and runs `format` is not installed."""
+    if format == "litert":
+        raise UsageError(
+            "LiteRT files need TensorFlow's converter, which no extra of this version brings; "
+            "export onnx or stablehlo instead."
+        )
+    missing = [name for name in _EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{format} files need {' and '.join(missing)}; install them with "
+            "pip install 'neumeta-jax[export]'."
+        )
+
+
+def check_writable(path: str | os.PathLike) -> pathlib.Path:
+    """`path`, if a file can be put there.
+
+    Raises:
+        ValueError: if not.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--out must name a file, but {path} is something else; choose another.")
+    probe = path.with_name(f"{path.name}.partial")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{path} must be writable, but: {error.strerror}; choose another --out."
+        ) from None
+    return path
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Computes on the CPU, where float32 is float32, if JAX may use it."""
+    try:
+        device = jax.devices("cpu")[0]
+    except RuntimeError:
+        device = None
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+        yield
+
+
+def logits_of_file(
+    path: str | os.PathLike,
+    images: np.ndarray,
+    *,
+    format: str,
+    normalization: Normalization,
+    normalize: bool = False,
+) -> np.ndarray:
+    """Logits float32[images, classes] of an exported file, by its format's own reader.
+
+    Args:
+        path: the file.
+        images: uint8[images, size, size, channels].
+        format: of the file; "torch" is read and folded by `teacher_import`.
+        normalization: what the network was trained with.
+        normalize: whether the file normalises by itself.
+    """
+    path = pathlib.Path(path)
+    if format == "onnx":
+        import onnx
+        import onnxruntime
+
+        onnx.checker.check_model(onnx.load_model(path), full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        session = onnxruntime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
+
+        def network(batch):
+            batch = np.ascontiguousarray(np.asarray(batch).transpose(0, 3, 1, 2))
+            return session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0]
+
+    elif format == "stablehlo":
+        network = jax.export.deserialize(bytearray(path.read_bytes())).call
+    else:
+        if format == "torch":
+            tensors = teacher_import.read_tensors(path)
+            spec = teacher_import.infer_spec(tensors, image_size=images.shape[1])
+            params = resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
+        else:
+            spec, params, _ = load_safetensors(path)
+        network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
+
+    with _on_cpu():
+        parts = []
+        for start in range(0, len(images), _BATCH_SIZE):
+            batch = images[start : start + _BATCH_SIZE]
+            batch = batch if normalize else data.normalize(jnp.asarray(batch), *normalization)
+            parts.append(np.asarray(network(batch)))
+    return np.concatenate(parts)
+
+
+def export(
+    path: str | os.PathLike,
+    spec: ResNetSpec,
+    params: Mapping,
+    images: np.ndarray,
+    *,
+    format: str,
+    normalization: Normalization,
+    normalize: bool = False,
+    tolerance: float = TOLERANCE,
+    **info: Any,
+) -> Equivalence:
+    """Writes a network, reads it back, and lets it take its name if it computes the same.
+
+    Args:
+        path: where to; an existing file is replaced once the new one is complete and checked.
+        spec: the network's shapes.
+        params: its folded tree.
+        images: uint8[images, size, size, channels], to compare on.
+        format: one of `FORMATS`.
+        normalization: what the network was trained with.
+        normalize: whether to put it into the graph, for "onnx" and "stablehlo".
+        tolerance: largest relative logit error (see `Equivalence`) to accept.
+        **info: JSON values for the header or metadata of "safetensors" and "onnx".
+
+    Raises:
+        ValueError: if an argument is out of range, the file cannot be written, or it computes
+            something else; nothing has changed at `path` then.
+    """
+    check_format(format, normalize=normalize)
+    if not len(images):
+        raise UsageError("An export needs at least one image to compare on, got none.")
+    path = check_writable(path)
+    with _on_cpu():
+        normalised = data.normalize(jnp.asarray(images), *normalization)
+        wanted = _batched_logits(spec, params, normalised)
+    # The suffix, because readers go by it.
+    partial = path.with_name(f"{path.name}.partial{_SUFFIXES[format]}")
+    baked = normalization if normalize else None
+    try:
+        try:
+            if format == "safetensors":
+                save_safetensors(partial, spec, params, normalization=normalization, **info)
+            elif format == "torch":
+                partial.write_bytes(to_torch(to_state_dict(spec, params)))
+            elif format == "onnx":
+                metadata = {**info, **normalization._asdict()}
+                model = to_onnx(spec, params, normalization=baked, **metadata)
+                partial.write_bytes(model.SerializeToString(deterministic=True))
+            else:
+                partial.write_bytes(to_stablehlo(spec, params, normalization=baked))
+        except OSError as error:
+            raise UsageError(
+                f"{path} must be writable, but: {error.strerror}; choose another --out."
+            ) from None
+        found = logits_of_file(
+            partial, images, format=format, normalization=normalization, normalize=normalize
+        )
+        equivalence = compare(found, wanted)
+        if not equivalence.error <= tolerance:  # NaN too
+            raise EquivalenceError(
+                f"The {format} file must compute what the network does to within {tolerance:g}, "
+                f"but it has {equivalence}; {path} was not written."
+            )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return equivalence
+
+
+def _batched_logits(spec: ResNetSpec, params: Mapping, images: jax.Array) -> np.ndarray:
+    network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
+    starts = range(0, len(images), _BATCH_SIZE)
+    return np.concatenate([np.asarray(network(images[n : n + _BATCH_SIZE])) for n in starts])
+
+
+def check_format(format: str, *, normalize: bool) -> None:
+    """Raises ValueError if `format` is unknown, needs what is not installed, or takes no pixels."""
+    if format not in FORMATS:
+        raise UsageError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    check_extra(format)
+    if normalize and format not in GRAPH_FORMATS:
+        raise UsageError(
+            f"--normalize is for {' and '.join(GRAPH_FORMATS)}, got {format}, which holds weights "
+            "and no computation; normalise images before the network."
+        )
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
+    flags.DEFINE_float(
+        "width", None, "Kept fraction of all hidden channels, up to 1.5.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "widths",
+        None,
+        "Hidden channels of each generated block, comma-separated; 0 skips the block.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "spec", None, "A JSON file with widths, spec and blocks of one network.", flag_values=values
+    )
+    flags.DEFINE_enum("format", None, FORMATS, "Of the file.", flag_values=values)
+    flags.DEFINE_string("out", "", "The file to write.", flag_values=values)
+    flags.DEFINE_bool(
+        "normalize",
+        False,
+        "Put the normalisation into the graph (onnx, stablehlo), which then takes uint8 pixels.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_images", 256, "Images of the data set to compare on, at most.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "tolerance", TOLERANCE, "Largest relative logit error to accept.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_samples",
+        None,
+        "Noisy weight samples to average; default: the config's, as in eval.py.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "data_dir",
+        "",
+        "Where the data lies, if no longer where the run found it.",
+        flag_values=values,
+    )
+
+
+def _chosen_widths(hypernetwork: Hypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
+    if options.width is not None:
+        return architecture.widths_at(hypernetwork.spec, hypernetwork.blocks, options.width)
+    if options.spec is not None:
+        return load_morph(options.spec, hypernetwork)
+    try:
+        widths = [int(width) for width in options.widths]
+    except ValueError:
+        raise UsageError(
+            f"--widths takes integers with commas between, got {','.join(options.widths)!r}."
+        ) from None
+    return check_widths(hypernetwork, widths)
+
+
+def _check_options(options: flags.FlagValues) -> None:
+    for name in ("workdir", "format", "out"):
+        if not getattr(options, name):
+            raise UsageError(f"An export needs --{name}; see --help.")
+    given = [name for name in ("width", "widths", "spec") if getattr(options, name) is not None]
+    if len(given) != 1:
+        shown = " and ".join(f"--{name}" for name in given) or "none of them"
+        raise UsageError(f"An export needs one of --width, --widths and --spec, got {shown}.")
+    if options.num_images < 1 or not options.tolerance > 0:
+        raise UsageError(
+            "--num_images must be at least 1 and --tolerance above 0, got "
+            f"{options.num_images} and {options.tolerance}."
+        )
+    if options.num_samples is not None and options.num_samples < 1:
+        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+    check_format(options.format, normalize=options.normalize)
+    check_writable(options.out)
+
+
+def _note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
+    low, high = experiment.trained_range
+    blocks = experiment.hypernetwork.blocks
+    lowest = architecture.widths_at(experiment.spec, blocks, low)
+    highest = architecture.widths_at(experiment.spec, blocks, high)
+    names = [experiment.spec.blocks[n].name for n in blocks]
+    bounds = zip(names, lowest, widths, highest, strict=True)
+    outside = [name for name, a, width, b in bounds if not a <= width <= b]
+    if outside:
+        print(
+            f"note: the widths of {', '.join(outside)} lie outside the trained range of width "
+            f"ratios, {low}..{high}"
+        )
+
+
+def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
+    dtype = "uint8" if normalize else "float32"
+    size = f"{spec.image_size}, {spec.image_size}"
+    channels_last = format in ("safetensors", "stablehlo")
+    shape = f"{size}, {spec.channels}" if channels_last else f"{spec.channels}, {size}"
+    return f"takes {dtype}[batch, {shape}], " + ("pixels" if normalize else "normalised")
+
+
+def main(argv: Sequence[str]) -> None:
+    config, options = command_line.parse(argv, define_flags, config_required=False)
+    _check_options(options)
+    lab.quiet_logging()
+    lab.enable_compilation_cache()
+    saved = lab.read_config(options.workdir)
+    if config:
+        lab.check_same_config(options.workdir, config)
+    hypernetwork, params, _ = checkpoint.load_inr(options.workdir)
+    widths = _chosen_widths(hypernetwork, options)
+    if options.data_dir:
+        saved["data"]["dir"] = options.data_dir
+    dataset, splits = lab.load_data(saved)
+    experiment = lab.from_config(saved, dataset)
+    lab.check_same_family(experiment, hypernetwork)
+    split = "validation" if len(splits.validation_images) else "test"
+    images = splits.validation_images if split == "validation" else splits.test_images
+
+    normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
+    num_samples = options.num_samples or experiment.eval_samples
+    key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
+    spec, tree = draw(hypernetwork, params, widths, key=key, num_samples=num_samples)
+    print(
+        f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "
+        f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
+    )
+    _note_range(experiment, widths)
+    equivalence = export(
+        options.out,
+        spec,
+        tree,
+        images[: options.num_images],
+        format=options.format,
+        normalization=normalization,
+        normalize=options.normalize,
+        tolerance=options.tolerance,
+        dataset=experiment.name,
+        morph=morph_to_dict(hypernetwork, widths),
+    )
+    size = os.path.getsize(options.out)
+    shown = _describe_input(spec, options.format, options.normalize)
+    print(f"wrote {options.out} ({options.format}, {size:,} bytes), which {shown}")
+    print(f"normalisation: mean {normalization.mean}, std {normalization.std} of images in [0, 1]")
+    print(f"equivalence: {equivalence} of the {split} split of {experiment.name}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
