@@ -30,7 +30,7 @@ import os
 import pathlib
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -422,7 +422,7 @@ def to_onnx(
 
     nodes, weights = [], []
 
-    def constant(name: str, value: Any, dtype=np.float32) -> str:
+    def constant(name: str, value: Any, dtype: Any = np.float32) -> str:
         array = np.ascontiguousarray(np.asarray(value, dtype))
         weights.append(numpy_helper.from_array(array, name))
         return name
@@ -652,6 +652,7 @@ def logits_of_file(
         normalize: whether the file normalises by itself.
     """
     path = pathlib.Path(path)
+    network: Callable[[Any], Any]
     if format == "onnx":
         import onnx
         import onnxruntime
@@ -663,10 +664,11 @@ def logits_of_file(
             path.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
 
-        def network(batch):
+        def run_graph(batch):
             batch = np.ascontiguousarray(np.asarray(batch).transpose(0, 3, 1, 2))
             return session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0]
 
+        network = run_graph
     elif format == "stablehlo":
         network = jax.export.deserialize(bytearray(path.read_bytes())).call
     else:
