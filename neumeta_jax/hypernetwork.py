@@ -9,10 +9,11 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 
 from neumeta_jax import coordinates
@@ -20,6 +21,9 @@ from neumeta_jax.architecture import ResNetSpec, morph, widths_at
 from neumeta_jax.coordinates import TensorGroup
 from neumeta_jax.inr import INR
 from neumeta_jax.resnet import Params, mask_block, slice_params
+
+# The papers' INR holds 7 x 64 x 64 x 512 activations, 59 MB, per sample and layer of a ResNet56.
+SAMPLE_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +154,19 @@ def check_num_samples(num_samples: int, key: jax.Array | None) -> None:
         )
 
 
+def check_dtype(dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError unless `dtype` names a floating-point type."""
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(
+            f"The dtype of a network must be a floating-point type, got {dtype!r}; use bfloat16 or "
+            "float32."
+        )
+
+
 def generate_blocks(
     hypernetwork: Hypernetwork,
     inr_params: Mapping,
@@ -158,6 +175,7 @@ def generate_blocks(
     spec: ResNetSpec | None = None,
     key: jax.Array | None = None,
     num_samples: int = 1,
+    sample_batch: int | None = SAMPLE_BATCH,
 ) -> Params:
     """The convolutions of the generated blocks, masked to `widths`, without SkipInit.
 
@@ -172,8 +190,7 @@ def generate_blocks(
     if key is None or num_samples == 1:
         raw = sample(key)
     else:
-        samples = jax.lax.map(sample, jax.random.split(key, num_samples))
-        raw = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
+        raw = _mean_of(sample, jax.random.split(key, num_samples), sample_batch or num_samples)
 
     tree: Params = {spec.blocks[n].name: {"conv1": {}, "conv2": {}} for n in hypernetwork.blocks}
     for group in groups:
@@ -193,6 +210,36 @@ def generate_blocks(
         name = spec.blocks[n].name
         tree[name] = mask_block(tree[name], widths[position])
     return tree
+
+
+def _mean_of(function: Callable, keys: jax.Array, batch: int):
+    """The mean of the trees `function(key)`; `batch` keys are taken in one vectorised call."""
+    num_batches, rest = divmod(len(keys), batch)
+
+    def total(some):
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(some))
+
+    parts = []
+    if num_batches == 1:
+        parts.append(total(keys[:batch]))
+    elif num_batches:
+        # Added up as they come: one batch of samples and one sum are in memory, never all samples.
+        start = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(total, keys[:batch])
+        )
+        parts.append(
+            jax.lax.fori_loop(
+                0,
+                num_batches,
+                lambda n, sums: jax.tree.map(
+                    jnp.add, sums, total(jax.lax.dynamic_slice_in_dim(keys, n * batch, batch))
+                ),
+                start,
+            )
+        )
+    if rest:
+        parts.append(total(keys[num_batches * batch :]))
+    return jax.tree.map(lambda *sums: sum(sums) / len(keys), *parts)
 
 
 def pack_blocks(hypernetwork: Hypernetwork, tree: Mapping) -> dict[str, jax.Array]:
@@ -239,6 +286,8 @@ def generate(
     spec: ResNetSpec | None = None,
     key: jax.Array | None = None,
     num_samples: int = 1,
+    sample_batch: int | None = SAMPLE_BATCH,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Params:
     """The folded parameter tree of the network with hidden `widths`.
 
@@ -254,14 +303,26 @@ def generate(
             (then nothing larger can be asked for) or larger, for widths beyond the full size.
         key: PRNG key; draws coordinate noise. Without it coordinates are exact.
         num_samples: noisy samples to average (the papers use 100); needs `key`.
+        sample_batch: samples per vectorised call, which bounds memory; None takes all at once.
+        dtype: of the result, such as "bfloat16", which halves the memory of many networks at once.
+            The tree is computed as without it and rounded at the end, once: coordinates and
+            projections need float32. bfloat16 changes each weight by at most 2^-8 of its size, and
+            is what `resnet.apply` rounds the kernels to anyway for bfloat16 images.
 
     Returns:
-        A tree for `resnet.apply(spec, tree, images)`; float32.
+        A tree for `resnet.apply(spec, tree, images)`; float32 unless `dtype` says otherwise.
 
     Raises:
-        ValueError: if concrete widths are out of range, or `num_samples` > 1 without a key.
+        ValueError: if concrete widths are out of range, `num_samples` > 1 without a key,
+            `sample_batch` < 1 or `dtype` not a floating-point type.
     """
     check_widths(hypernetwork, widths, spec)
+    if dtype is not None:
+        check_dtype(dtype)
+    if sample_batch is not None and sample_batch < 1:
+        raise ValueError(
+            f"sample_batch must be at least 1, got {sample_batch=}; None takes all samples at once."
+        )
     check_num_samples(num_samples, key)
     spec = spec or hypernetwork.spec
     generated = generate_blocks(
@@ -271,12 +332,15 @@ def generate(
         spec=spec,
         key=key,
         num_samples=num_samples,
+        sample_batch=sample_batch,
     )
     tree = dict(params["learned"])
     for position, n in enumerate(hypernetwork.blocks):
         name = spec.blocks[n].name
         layers = skip_init(generated[name], params["alpha"][position])
         tree[name] = {**params["learned"].get(name, {}), **layers}
+    if dtype is not None:
+        tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     return tree
 
 
@@ -287,11 +351,13 @@ def generate_dense(
     *,
     key: jax.Array | None = None,
     num_samples: int = 1,
+    sample_batch: int | None = SAMPLE_BATCH,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[ResNetSpec, Params]:
     """The network of hidden `widths` at its own shapes, without masked channels: (spec, tree).
 
     Each new set of widths compiles anew where the result is used; for many networks use `generate`.
-    Blocks of width 0 are left out.
+    Blocks of width 0 are left out. The other arguments are those of `generate`.
     """
     check_widths(hypernetwork, widths, limited=False)
     chosen = [int(w) for w in widths]
@@ -303,5 +369,7 @@ def generate_dense(
         spec=container,
         key=key,
         num_samples=num_samples,
+        sample_batch=sample_batch,
+        dtype=dtype,
     )
     return slice_params(container, tree, hypernetwork.blocks, chosen)

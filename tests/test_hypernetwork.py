@@ -85,7 +85,7 @@ def compiled(members):
 def _compiled(inr, blocks):
     members, traces = family(inr, blocks)[0], []
 
-    @functools.partial(jax.jit, static_argnames=("spec", "num_samples"))
+    @functools.partial(jax.jit, static_argnames=("spec", "num_samples", "sample_batch", "dtype"))
     def traced(params, widths, **kwargs):
         traces.append(widths)
         return hypernetwork.generate(members, params, widths, **kwargs)
@@ -550,14 +550,37 @@ def test_gradients_agree_with_finite_differences(inr):
     assert abs(slope) > 0.1
 
 
-def test_averaged_samples_are_the_mean_of_single_ones():
+@pytest.mark.parametrize("batch", [None, 1, 3, 4])
+def test_averaged_samples_are_the_mean_of_single_ones(batch):
     members, params = family(INRS["mlp"], blocks=(1,))
-    key, widths = fast_key(3), (3,)
-    mean = generate(members, params, widths, key=key, num_samples=4)
+    key, widths = jax.random.key(3), (3,)  # of the default kind: others change under vmap
+    mean = generate(members, params, widths, key=key, num_samples=4, sample_batch=batch)
     samples = [generate(members, params, widths, key=k) for k in jax.random.split(key, 4)]
     assert_same_tree(mean, jax.tree.map(lambda *leaves: np.mean(leaves, 0), *samples))
     conv2 = [sample["stage1_block1"]["conv2"]["kernel"] for sample in samples]
     assert np.std(conv2, axis=0)[:, :, :3].min() > 0  # every sample has its own noise
+
+
+def test_a_bfloat16_network_is_the_float32_one_rounded_once():
+    members, params = family(INRS["mlp"], blocks=(0, 1))
+    widths = (3, 2)
+    rounded = generate(members, params, widths, dtype="bfloat16")
+    for path, exact in jax.tree.leaves_with_path(generate(members, params, widths)):
+        leaf = functools.reduce(lambda node, entry: node[entry.key], path, rounded)
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_allclose(leaf.astype(jnp.float32), exact, rtol=2**-8, atol=0)
+        assert not np.array_equal(leaf.astype(jnp.float32), exact) or not exact.any()
+
+
+def test_a_new_width_compiles_nothing_and_moves_nothing_between_host_and_device():
+    members, params = family(INRS["projection"])
+    call = jax.jit(lambda params, widths: hypernetwork.generate(members, params, widths))
+    params = jax.device_put(params)
+    all_widths = [jnp.array(widths, jnp.int32) for widths in WIDTHS.values()]
+    call(params, all_widths[0])
+    with jax.transfer_guard("disallow"):
+        trees = [call(params, widths) for widths in all_widths]
+    assert call._cache_size() == 1 < len(trees)
 
 
 def test_noise_is_drawn_only_with_a_key_and_only_at_a_positive_scale():
@@ -955,6 +978,21 @@ def test_several_samples_without_a_key_are_refused(kwargs):
     members, params = family(INRS["cell grid"])
     message = refusal(hypernetwork.generate, members, params, members.widths(1.0), **kwargs)
     assert f"num_samples={kwargs['num_samples']}" in message
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat", np.int32])
+def test_a_dtype_that_holds_no_fractions_is_refused(dtype):
+    members, params = family(INRS["cell grid"])
+    widths = members.widths(1.0)
+    message = refusal(hypernetwork.generate, members, params, widths, dtype=dtype)
+    assert repr(dtype) in message
+
+
+def test_a_batch_without_samples_is_refused():
+    members, params = family(INRS["cell grid"])
+    widths = members.widths(1.0)
+    message = refusal(hypernetwork.generate, members, params, widths, sample_batch=0)
+    assert "sample_batch=0" in message
 
 
 def test_blocks_of_uneven_width_cannot_be_stacked():
