@@ -176,7 +176,11 @@ class Checkpoints:
             ValueError: if there are checkpoints and none is intact.
         """
         steps = self.steps()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        # Not the devices that it was saved from, which this process may not have.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), template
+        )
         for step in reversed(steps):
             try:
                 with self._manager() as manager:

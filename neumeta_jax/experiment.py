@@ -397,6 +397,7 @@ def _train(
     progress: Progress,
     shown: Sequence[str],
     rest: tuple = (),
+    mesh: jax.sharding.Mesh | None = None,
     evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
 ) -> training.TrainState:
     """`training.run_steps` with metrics, progress, checkpoints and requests to stop."""
@@ -412,7 +413,7 @@ def _train(
         rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
         record = {**metrics, "images_per_second": round(rate, 1)} if log else {}
         if evaluate and (due(step, experiment.eval_every) or step == stop):
-            found = evaluate(state)
+            found = evaluate(training.on_default_device(state, mesh))
             if found:
                 text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
                 print(f"{phase} | step {step} | validation top-1 at width {text}", flush=True)
@@ -425,7 +426,7 @@ def _train(
         workdir.check_stop(step)
 
     try:
-        return training.run_steps(
+        state = training.run_steps(
             call,
             state,
             start=start,
@@ -437,11 +438,23 @@ def _train(
             every=every,
             after=after,
             rest=rest,
+            mesh=mesh,
         )
     except training.NonFiniteLossError as error:
         raise training.NonFiniteLossError(
             error.step, error.metrics, phase=phase, last_saved=last_saved
         ) from None
+    return training.on_default_device(state, mesh)
+
+
+def data_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
+    """The devices that share out the batches of a run: all of this process. None for one.
+
+    Raises:
+        ValueError: if a batch of the run cannot be shared equally.
+    """
+    trained = () if experiment.teacher_file else (experiment.teacher_recipe,)
+    return training.data_mesh(*trained, experiment.recipe)
 
 
 def _on_device(splits: data.Splits) -> Images:
@@ -463,7 +476,8 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
         start, state = restored
         print(f"teacher: continuing from step {start} of {num_steps}", flush=True)
     workdir.metrics.rewind("teacher", start)
-    update = training.teacher_update(spec, recipe, experiment.preprocessing, num_steps)
+    mesh = data_mesh(experiment)
+    update = training.teacher_update(spec, recipe, experiment.preprocessing, num_steps, mesh=mesh)
 
     def evaluate(state):
         if not len(splits.validation_labels):
@@ -485,7 +499,10 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
             part="teacher",
             saved=saved,
             call=training.chunked(
-                update, images_per_step=recipe.batch_size, steps_per_call=steps_per_call
+                update,
+                images_per_step=recipe.batch_size,
+                steps_per_call=steps_per_call,
+                mesh=mesh,
             ),
             state=state,
             start=start,
@@ -496,6 +513,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
             steps_per_call=steps_per_call,
             phase="teacher",
             progress=progress,
+            mesh=mesh,
             shown=("loss", "accuracy"),
             evaluate=evaluate,
         )
@@ -648,11 +666,20 @@ def train_inr(
     workdir.metrics.rewind("inr", start)
 
     steps_per_call = training.default_steps_per_call()
-    size = {"images_per_step": recipe.images_per_step, "steps_per_call": steps_per_call}
+    mesh = data_mesh(experiment)
+    size = {
+        "images_per_step": recipe.images_per_step,
+        "steps_per_call": steps_per_call,
+        "mesh": mesh,
+    }
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
         "train": training.inr_update(
-            hypernetwork, recipe, experiment.preprocessing, unroll=jax.default_backend() == "cpu"
+            hypernetwork,
+            recipe,
+            experiment.preprocessing,
+            unroll=jax.default_backend() == "cpu",
+            mesh=mesh,
         ),
     }
     calls = {kind: training.chunked(update, **size) for kind, update in updates.items()}
@@ -990,6 +1017,12 @@ def describe(
         )
     learned = sum(x.size for x in jax.tree.leaves(shapes["learned"]))
     lines.append(f"learned    {learned:,} parameters outside the INR ({recipe.learned!r} trained)")
+    mesh = data_mesh(experiment)
+    if mesh is not None:
+        lines.append(
+            f"devices    {mesh.size} share every batch: {recipe.batch_size // mesh.size} of "
+            f"{recipe.batch_size} images of each size"
+        )
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
     lines.append(f"steps      {phases[-1].stop if phases else 0} in {len(phases)} phases:")
     for phase in phases:

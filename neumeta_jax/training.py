@@ -69,6 +69,65 @@ class Preprocessing:
         return data.normalize(images, self.mean, self.std).astype(self.dtype)
 
 
+# --- devices ---------------------------------------------------------------------------------
+
+DATA_AXIS = "data"
+
+
+def data_mesh(
+    *recipes: "TeacherRecipe | InrRecipe", devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh | None:
+    """A mesh whose axis "data" shares out the batches of `recipes`; None for a single device.
+
+    Parameters, the optimizer's state and the training images (uint8, 154 MB for CIFAR) lie on every
+    device: an epoch's order is random, so that shared-out images would travel in every step. Each
+    device computes the gradient of an equal share of every batch, and one sum per step over the
+    devices makes them equal again. What is random is drawn for the whole batch, so that it does not
+    depend on the number of devices.
+
+    Args:
+        recipes: whose batches must be shared equally.
+        devices: default all devices of this process.
+
+    Raises:
+        ValueError: if a batch cannot be shared equally.
+    """
+    devices = list(jax.local_devices() if devices is None else devices)
+    count = len(devices)
+    if count == 1:
+        return None
+    for recipe in recipes:
+        micro = getattr(recipe, "micro_batch", 0)
+        share, rest = divmod(recipe.batch_size, count)
+        name = "teacher.batch_size" if isinstance(recipe, TeacherRecipe) else "train.batch_size"
+        if rest:
+            raise ValueError(
+                f"{name} must be a multiple of the {count} devices, got {recipe.batch_size}; "
+                "change it or show this process fewer devices (CUDA_VISIBLE_DEVICES)."
+            )
+        if micro and share > micro and share % micro:
+            raise ValueError(
+                f"train.micro_batch must divide each device's share of the batch, {share} of "
+                f"{recipe.batch_size} images, got {micro}; change it or set it to 0."
+            )
+    return jax.sharding.Mesh(np.array(devices), (DATA_AXIS,))
+
+
+def replicate(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """`tree` on every device of `mesh`; as it is without one."""
+    if mesh is None:
+        return tree
+    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+
+
+def on_default_device(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """A replicated `tree` as a program that knows of one device only would have it."""
+    if mesh is None:
+        return tree
+    # Through the host: arrays that are tied to a device compile every program a second time.
+    return jax.tree.map(lambda x: jnp.array(np.asarray(x)), tree)
+
+
 # --- teacher ---------------------------------------------------------------------------------
 
 
@@ -112,15 +171,28 @@ def teacher_init(
 
 
 def teacher_update(
-    spec: resnet.ResNetSpec, recipe: TeacherRecipe, preprocessing: Preprocessing, num_steps: int
+    spec: resnet.ResNetSpec,
+    recipe: TeacherRecipe,
+    preprocessing: Preprocessing,
+    num_steps: int,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`update(state, step, key, images, indices)` of one SGD step; `indices` is int[batch]."""
+    """`update(state, step, key, images, indices)` of one SGD step; `indices` is int[batch].
+
+    On a `mesh` (see `data_mesh`) the compiler shares out the batch. Batch norm sees all of it, so
+    that the statistics are those of one device.
+    """
     optimizer = _teacher_optimizer(recipe, num_steps)
     model = resnet.ResNet(spec)
 
     def update(state, step, key, images, indices):
         x = preprocessing.train(jax.random.fold_in(key, step), images.images[indices])
         y = images.labels[indices]
+        if mesh is not None:
+            x, y = jax.lax.with_sharding_constraint(
+                (x, y), jax.NamedSharding(mesh, jax.P(DATA_AXIS))
+            )
 
         def loss_fn(params):
             variables = {**state.params, "params": params}
@@ -522,6 +594,7 @@ def inr_update(
     preprocessing: Preprocessing,
     *,
     unroll: bool,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`update(state, step, key, images, indices, teacher, phase)`: one step over several sizes.
 
@@ -536,10 +609,14 @@ def inr_update(
         unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
             convolutions inside loops to code that is up to 100 times slower; elsewhere loops save
             memory and compilation.
+        mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
+            its own micro-batches, and their gradients are averaged once per step. Generation, which
+            is cheap beside it, happens on every device.
     """
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
-    micro = recipe.micro_batch or recipe.batch_size
+    share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device
+    micro = min(recipe.micro_batch or share, share)
 
     def generate(params, widths, key):
         noise_key = key if recipe.noise else None
@@ -585,6 +662,59 @@ def inr_update(
         terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
         return loss, {"network_loss": loss, **terms}
 
+    def local_gradients(trees, teacher, x, y):
+        """Mean gradients of the networks' losses with respect to their weights, and the terms.
+
+        Over the images of one device: x float[batches, share, ...], y int[batches, share].
+        """
+        x, y = jax.tree.map(
+            lambda a: a.reshape(a.shape[0], share // micro, micro, *a.shape[2:]), (x, y)
+        )
+        targets = jnp.zeros((*y.shape, 0))
+        if recipe.distillation_weight:
+            tree = teacher
+            if recipe.distill_from == "full":
+                tree = jax.tree.map(lambda a: a[0], trees)
+            logits = loop(lambda a: resnet.apply(spec, tree, a), x.reshape(-1, *x.shape[2:]))
+            targets = logits.reshape(*y.shape, -1)
+
+        def one_size(size, network):
+            tree, batch = size
+            if recipe.share_images:
+                batch = jax.tree.map(lambda a: a[0], (x, y, targets))
+
+            def one_batch(batch):
+                return jax.grad(network_loss, has_aux=True)(tree, *batch, network)
+
+            return jax.tree.map(lambda a: jnp.mean(a, axis=0), loop(one_batch, batch))
+
+        separate = None if recipe.share_images else (x, y, targets)
+        if not unroll:
+            return jax.lax.map(lambda size: one_size(size, None), (trees, separate))
+        # Of what is written out, the smallest size can run at its own shapes.
+        results = []
+        for n, network in enumerate(networks):
+            size = jax.tree.map(lambda a, n=n: a[n], (trees, separate))
+            results.append(one_size(size, network))
+        return jax.tree.map(lambda *values: jnp.stack(values), *results)
+
+    def gradients(trees, teacher, x, y):
+        if mesh is None:
+            return local_gradients(trees, teacher, x, y)
+
+        def on_each_device(trees, teacher, x, y):
+            # Varying over the devices, or JAX would add up the gradients of every micro-batch.
+            trees, teacher = jax.lax.pcast((trees, teacher), DATA_AXIS, to="varying")
+            return jax.lax.pmean(local_gradients(trees, teacher, x, y), DATA_AXIS)
+
+        shares = jax.P(None, DATA_AXIS)
+        return jax.shard_map(
+            on_each_device,
+            mesh=mesh,
+            in_specs=(jax.P(), jax.P(), shares, shares),
+            out_specs=jax.P(),
+        )(trees, teacher, x, y)
+
     def update(state, step, key, images, indices, teacher, phase):
         width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
         full = jnp.array([hypernetwork.full_widths], jnp.int32)
@@ -613,39 +743,10 @@ def inr_update(
 
         x = preprocessing.train(data_key, images.images[indices])
         y = images.labels[indices]
-        # [sizes, micro-batches, images, ...], or one batch that all sizes share.
+        # [sizes, images, ...], or one batch that all sizes share.
         batches = 1 if recipe.share_images else recipe.num_sizes
-        x, y = jax.tree.map(
-            lambda a: a.reshape(batches, recipe.batch_size // micro, micro, *a.shape[1:]), (x, y)
-        )
-        targets = jnp.zeros((*y.shape, 0))
-        if recipe.distillation_weight:
-            tree = teacher
-            if recipe.distill_from == "full":
-                tree = jax.tree.map(lambda a: a[0], trees)
-            logits = loop(lambda a: resnet.apply(spec, tree, a), x.reshape(-1, *x.shape[2:]))
-            targets = logits.reshape(*y.shape, -1)
-
-        def one_size(size, network):
-            tree, batch = size
-            if recipe.share_images:
-                batch = jax.tree.map(lambda a: a[0], (x, y, targets))
-
-            def one_batch(batch):
-                return jax.grad(network_loss, has_aux=True)(tree, *batch, network)
-
-            return jax.tree.map(lambda a: jnp.mean(a, axis=0), loop(one_batch, batch))
-
-        separate = None if recipe.share_images else (x, y, targets)
-        if unroll:
-            # Of what is written out, the smallest size can run at its own shapes.
-            results = []
-            for n, network in enumerate(networks):
-                size = jax.tree.map(lambda a, n=n: a[n], (trees, separate))
-                results.append(one_size(size, network))
-            tree_grads, found = jax.tree.map(lambda *values: jnp.stack(values), *results)
-        else:
-            tree_grads, found = jax.lax.map(lambda size: one_size(size, None), (trees, separate))
+        x, y = jax.tree.map(lambda a: a.reshape(batches, recipe.batch_size, *a.shape[1:]), (x, y))
+        tree_grads, found = gradients(trees, teacher, x, y)
         (grads,) = pull_back((tree_grads, jnp.ones(())))
         grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
 
@@ -750,13 +851,21 @@ def default_steps_per_call() -> int:
     return 1 if jax.default_backend() == "cpu" else 50
 
 
-def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> Callable:
+def chunked(
+    update: Callable,
+    *,
+    images_per_step: int,
+    steps_per_call: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable:
     """`call(state, first, last, key, images, order, offset, *rest)` runs steps first..last - 1.
 
     One jitted function with donated state and no host synchronisation inside. `order` is the
     epoch's permutation and `offset` the position of step `first` in it. Returns the new state, the
     metrics of the last step, and the first step with a non-finite loss or gradient (-1 if none).
+    With a `mesh`, all of these lie on each of its devices.
     """
+    everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
 
     def one(state, step, position, key, images, order, rest):
         indices = jax.lax.dynamic_slice(order, (position,), (images_per_step,))
@@ -773,7 +882,7 @@ def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> C
             state, metrics, finite = one(state, first, offset, key, images, order, rest)
             return state, metrics, jnp.where(finite, -1, first)
 
-        return jax.jit(call_one, donate_argnums=0)
+        return jax.jit(call_one, donate_argnums=0, out_shardings=everywhere)
 
     def call(state, first, last, key, images, order, offset, *rest):
         shapes = jax.eval_shape(lambda s: one(s, first, offset, key, images, order, rest)[1], state)
@@ -788,7 +897,7 @@ def chunked(update: Callable, *, images_per_step: int, steps_per_call: int) -> C
 
         return jax.lax.fori_loop(first, last, body, (state, metrics, jnp.int32(-1)))
 
-    return jax.jit(call, donate_argnums=0)
+    return jax.jit(call, donate_argnums=0, out_shardings=everywhere)
 
 
 def run_steps(
@@ -804,8 +913,11 @@ def run_steps(
     every: Sequence[int],
     after: Callable[[int, TrainState, dict[str, float]], None],
     rest: tuple = (),
+    mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
     """Runs steps `start`..`stop` - 1 of `call` (see `chunked`) and returns the state.
+
+    `mesh` is that of `call`; the state lies on all of its devices, to begin with wherever it is.
 
     Calls end at epochs, at multiples of `steps_per_call` and of each entry of `every`, so that
     where a run was interrupted has no influence on where its calls begin. `after(step, state,
@@ -826,10 +938,11 @@ def run_steps(
     epoch_order = jax.jit(data.epoch_order, static_argnums=2)
     epoch, order = -1, None
     step = start
+    state, step_key, images, rest = replicate((state, step_key, images, rest), mesh)
     while step < stop:
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            order = epoch_order(order_key, epoch, num_images)
+            order = replicate(epoch_order(order_key, epoch, num_images), mesh)
         last = min(stop, *(step - step % n + n for n in strides))
         if steps_per_call == 1:
             last = step + 1
@@ -844,6 +957,7 @@ def run_steps(
             np.int32(offset),
             *rest,
         )
+        metrics, bad = jax.device_get((metrics, bad))  # the only time that the host waits
         values = {name: float(value) for name, value in metrics.items()}
         if int(bad) >= 0:
             raise NonFiniteLossError(

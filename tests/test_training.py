@@ -591,6 +591,37 @@ def test_inr_steps_in_chunks_end_at_the_same_parameters(call, looped_call, param
     assert_trees_close(ends[1].opt_state, ends[0].opt_state, rtol=1e-2, atol=1e-4)
 
 
+def chunk_arguments(params, backbone):
+    """What `looped_call` takes for two steps, on the device."""
+    phase = one_phase(2, stage=3)
+    state = training.start_phase(params, FAMILY, RECIPE, phase)
+    rest = backbone, training.phase_inputs(FAMILY, RECIPE, phase)
+    order = jnp.arange(NUM_IMAGES)
+    steps = np.int32(0), np.int32(2), jax.random.key(5), random_images(), order, np.int32(0)
+    return jax.device_put((state, *steps, *rest))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_chunk_of_steps_lowers_for_accelerators_and_donates_its_state(
+    looped_call, params, backbone, platform
+):
+    args = chunk_arguments(params, backbone)
+    text = looped_call.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(args[0]))
+    for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
+        assert word not in text
+
+
+def test_a_chunk_of_steps_moves_nothing_between_host_and_device(looped_call, params, backbone):
+    looped_call(*chunk_arguments(params, backbone))  # compiles
+    args = chunk_arguments(params, backbone)
+    with jax.transfer_guard("disallow"):
+        state, _, bad = looped_call(*args)
+    assert int(bad) == -1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(args[0]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 # --- fit -------------------------------------------------------------------------------------
 
 

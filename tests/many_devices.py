@@ -1,0 +1,120 @@
+"""A few steps of each kind of training on one and on eight devices; `test_devices.py` starts it.
+
+    python tests/many_devices.py FOLDER
+
+A process has the devices it starts with, so that this is a program of its own. It writes
+states.npz, lowered.json and a checkpoint into FOLDER.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+NUM_DEVICES = 8
+CASES = ("looped", "unrolled", "fit", "teacher")
+NUM_STEPS = 3
+
+
+def main(folder):
+    import jax
+    import numpy as np
+    import test_training as tiny
+
+    from neumeta_jax import hypernetwork as hyper, training
+    from neumeta_jax.checkpoint import Checkpoints
+
+    assert jax.device_count() == NUM_DEVICES, jax.devices()
+    looped = dataclasses.replace(tiny.RECIPE, batch_size=8)
+    recipes = {
+        "looped": looped,
+        # Everything that moves images about: on one device it takes four micro-batches.
+        "unrolled": dataclasses.replace(
+            looped,
+            share_images=True,
+            micro_batch=2,
+            sandwich=True,
+            mode="at_once",
+            distill_from="full",
+        ),
+        "fit": dataclasses.replace(looped, fit_steps=NUM_STEPS),
+        "teacher": training.TeacherRecipe(batch_size=8, learning_rate=0.05),
+    }
+    backbone = tiny.random_backbone(tiny.SPEC)
+    images = tiny.random_images()
+    params = hyper.init(jax.random.key(1), tiny.FAMILY, backbone, alpha=0.7)
+
+    def run(case, devices):
+        recipe = recipes[case]
+        mesh = training.data_mesh(recipe, devices=devices)
+        options = {"steps_per_call": 1 if case == "unrolled" else 2, "mesh": mesh, "rest": ()}
+        if case == "teacher":
+            update = training.teacher_update(tiny.SPEC, recipe, tiny.PREPROCESSING, 10, mesh=mesh)
+            state = training.teacher_init(jax.random.key(0), tiny.SPEC, recipe, 10)
+            options["images_per_step"] = recipe.batch_size
+        else:
+            kind = "fit" if case == "fit" else "train"
+            phase = training.Phase(case, kind, 0, 10, 2, (), 0, 3)
+            update = training.fit_update(tiny.FAMILY, recipe)
+            if kind == "train":
+                update = training.inr_update(
+                    tiny.FAMILY,
+                    recipe,
+                    tiny.PREPROCESSING,
+                    unroll=case == "unrolled",
+                    mesh=mesh,
+                )
+            state = training.start_phase(params, tiny.FAMILY, recipe, phase)
+            inputs = training.phase_inputs(tiny.FAMILY, recipe, phase)
+            options |= {"images_per_step": recipe.images_per_step, "rest": (backbone, inputs)}
+        call = training.chunked(
+            update,
+            images_per_step=options["images_per_step"],
+            steps_per_call=options["steps_per_call"],
+            mesh=mesh,
+        )
+        state = training.run_steps(
+            call,
+            state,
+            start=0,
+            stop=NUM_STEPS,
+            key=jax.random.key(9),
+            images=images,
+            every=(1,),
+            after=lambda *_: None,
+            **options,
+        )
+        return call, state, mesh, options
+
+    states, lowered = {}, {}
+    for case in CASES:
+        for devices in (jax.devices()[:1], jax.devices()):
+            call, state, mesh, options = run(case, devices)
+            for name, value in tiny.leaves(state).items():
+                states[f"{case}/{len(devices)}/{name}"] = value
+            lowered[f"{case}/{len(devices)}/programs"] = call._cache_size()
+        # The last one ran on all devices.
+        lowered[f"{case}/replicated"] = all(
+            leaf.sharding.is_fully_replicated and len(leaf.devices()) == NUM_DEVICES
+            for leaf in jax.tree.leaves(state)
+        )
+        args = training.replicate(
+            (jax.random.key(0), images, np.arange(tiny.NUM_IMAGES, dtype=np.int32)), mesh
+        )
+        rest = training.replicate(options["rest"], mesh)
+        traced = call.trace(state, np.int32(0), np.int32(2), *args, np.int32(0), *rest)
+        for platform in ("tpu", "cuda"):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            lowered[f"{case}/{platform}/donated"] = text.count("jax.buffer_donor") + text.count(
+                "tf.aliasing_output"
+            )
+        lowered[f"{case}/leaves"] = len(jax.tree.leaves(state))
+        lowered[f"{case}/all_reduces"] = traced.lower().as_text().count("stablehlo.all_reduce")
+        if case == "looped":
+            Checkpoints(folder / "checkpoints").save(NUM_STEPS, state)
+    np.savez(folder / "states.npz", **states)
+    (folder / "lowered.json").write_text(json.dumps(lowered, indent=1))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

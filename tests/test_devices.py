@@ -1,0 +1,160 @@
+"""Training on several devices, and programs for devices that are not here."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import many_devices
+import numpy as np
+import pytest
+
+from neumeta_jax import hypernetwork as hyper, resnet, training
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.checkpoint import Checkpoints
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.inr import INR_KINDS, Grid, make_inr
+from neumeta_jax.training import InrRecipe, TeacherRecipe
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+PLATFORMS = ("tpu", "cuda")
+
+
+def start(*args, num_devices):
+    """Runs a Python program with this many virtual CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("devices")
+    done = start(many_devices.__file__, folder, num_devices=many_devices.NUM_DEVICES)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "lowered.json").read_text())
+
+
+def states(folder, case, num_devices):
+    saved = np.load(folder / "states.npz")
+    prefix = f"{case}/{num_devices}/"
+    return {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("case", many_devices.CASES)
+def test_eight_devices_end_where_one_does(folder, case):
+    """Parameters and the optimizer's state, augmentation included, to rounding in float32."""
+    one, eight = (states(folder, case, n) for n in (1, many_devices.NUM_DEVICES))
+    assert list(one) == list(eight)
+    for name, value in one.items():
+        scale = np.abs(value).max(initial=0.0)
+        np.testing.assert_allclose(
+            eight[name], value, rtol=0, atol=2e-5 * scale + 1e-12, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("case", many_devices.CASES)
+def test_the_state_stays_on_all_devices_and_one_program_serves_all_steps(found, case):
+    assert found[f"{case}/replicated"]
+    assert found[f"{case}/1/programs"] == found[f"{case}/{many_devices.NUM_DEVICES}/programs"] == 1
+
+
+def test_gradients_are_summed_over_devices_once_per_step(found):
+    """Not once per micro-batch; the fit phase looks at no images and has nothing to sum."""
+    tree = resnet.param_shapes(SPEC)
+    tensors = len(jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple)))
+    metrics = 4
+    for case in ("looped", "unrolled"):
+        assert found[f"{case}/all_reduces"] == tensors + metrics
+    assert found["fit/all_reduces"] == 0
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("case", many_devices.CASES)
+def test_steps_on_many_devices_lower_for_accelerators_with_donated_state(found, case, platform):
+    assert found[f"{case}/{platform}/donated"] == found[f"{case}/leaves"]
+
+
+def test_a_checkpoint_of_eight_devices_is_continued_on_one(folder):
+    assert jax.device_count() == 1
+    family = Hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
+
+    def fresh(key):
+        params = hyper.init(key, family, resnet.init_params(key, SPEC))
+        return training.TrainState(params, training.inr_optimizer(InrRecipe()).init(params))
+
+    template = jax.eval_shape(fresh, jax.random.key(0))
+    restored = Checkpoints(folder / "checkpoints").restore(template)
+    assert restored is not None
+    step, state = restored
+    assert step == many_devices.NUM_STEPS
+    wanted = states(folder, "looped", many_devices.NUM_DEVICES)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        assert np.array_equal(leaf, wanted[jax.tree_util.keystr(path)])
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe, count, message",
+    [
+        (InrRecipe(batch_size=32), 3, "train.batch_size must be a multiple of the 3 devices"),
+        (TeacherRecipe(batch_size=128), 7, "teacher.batch_size must be a multiple of the 7"),
+        (
+            InrRecipe(batch_size=48, micro_batch=16),
+            2,
+            "share of the batch, 24 of 48 images, got 16",
+        ),
+    ],
+)
+def test_a_batch_that_devices_cannot_share_equally_is_refused(recipe, count, message):
+    with pytest.raises(ValueError, match=message) as error:
+        training.data_mesh(recipe, devices=jax.devices() * count)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_a_single_device_needs_no_mesh():
+    assert training.data_mesh(InrRecipe(batch_size=31), devices=jax.devices()) is None
+
+
+def test_a_run_is_refused_before_it_starts_where_the_batch_does_not_divide(tmp_path):
+    workdir = tmp_path / "run"
+    config = "--config=configs/digits.py:smoke"
+    done = start("train.py", config, f"--workdir={workdir}", num_devices=3)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: teacher.batch_size must be a multiple of the 3 devices")
+    assert done.stderr.count("\n") == 1
+    assert not workdir.exists()
+
+
+# --- programs for devices that are not here --------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("kind", sorted(INR_KINDS))
+def test_generation_lowers_for_accelerators(kind, platform):
+    inr = make_inr(kind)
+    family = Hypernetwork(SPEC, generated_blocks(SPEC), inr)
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda key: hyper.init(key, family, resnet.init_params(key, SPEC)), key)
+
+    def generate(params, widths, key):
+        return hyper.generate(family, params, widths, key=key, num_samples=3, dtype="bfloat16")
+
+    traced = jax.jit(generate).trace(params, np.array(family.full_widths), key)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "bf16" in text and "callback" not in text
