@@ -10,6 +10,7 @@ that was interrupted ends with the same bits as one that was not.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ DATA_AXIS = "data"
 
 
 def data_mesh(
-    *recipes: "TeacherRecipe | InrRecipe", devices: Sequence[jax.Device] | None = None
+    *recipes: "TeacherRecipe | InrRecipe", devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh | None:
     """A mesh whose axis "data" shares out the batches of `recipes`; None for a single device.
 
@@ -167,7 +168,8 @@ def teacher_init(
 ) -> TrainState:
     """State whose `params` are the linen variables {"params", "batch_stats"}."""
     variables = jax.jit(resnet.init_variables, static_argnums=1)(key, spec)
-    return TrainState(variables, _teacher_optimizer(recipe, num_steps).init(variables["params"]))
+    optimizer = _teacher_optimizer(recipe, num_steps)
+    return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
 
 
 def teacher_update(
@@ -484,7 +486,12 @@ def start_phase(
         new = jnp.array(phase.new_blocks)
         alpha = params["alpha"].at[new].set(recipe.alpha_init)
         params = {**params, "inr": inr_params, "alpha": alpha}
-    # Copies, because the step donates its buffers and the trees may share leaves.
+    return _fresh_state(params, recipe)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # else it is a hundred programs of one line each
+def _fresh_state(params: Params, recipe: InrRecipe) -> TrainState:
+    """A state in buffers of its own, because the step donates them and trees may share leaves."""
     params = jax.tree.map(jnp.array, params)
     average = jax.tree.map(jnp.array, params) if recipe.ema_decay else None
     return TrainState(params, inr_optimizer(recipe).init(params), average)
@@ -662,6 +669,9 @@ def inr_update(
         terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
         return loss, {"network_loss": loss, **terms}
 
+    # Traced once for all that is written out; XLA inlines it.
+    network_gradient = jax.jit(jax.grad(network_loss, has_aux=True), static_argnums=4)
+
     def local_gradients(trees, teacher, x, y):
         """Mean gradients of the networks' losses with respect to their weights, and the terms.
 
@@ -684,7 +694,7 @@ def inr_update(
                 batch = jax.tree.map(lambda a: a[0], (x, y, targets))
 
             def one_batch(batch):
-                return jax.grad(network_loss, has_aux=True)(tree, *batch, network)
+                return network_gradient(tree, *batch, network)
 
             return jax.tree.map(lambda a: jnp.mean(a, axis=0), loop(one_batch, batch))
 

@@ -329,6 +329,15 @@ def test_a_phase_starts_with_a_fresh_optimiser_in_buffers_of_its_own(params):
     assert not old & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
 
 
+def test_no_two_parts_of_a_fresh_state_share_a_buffer(params):
+    """The step donates all of them, and a buffer can be donated once."""
+    recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
+    phase = Phase("x", "train", 0, 5, 1, (), 0, 1)
+    state = jax.tree.leaves(training.start_phase(params, FAMILY, recipe, phase))
+    state = [leaf for leaf in state if leaf.size]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in state}) == len(state)
+
+
 # --- the optimiser ---------------------------------------------------------------------------
 
 
@@ -366,7 +375,6 @@ def test_muon_makes_the_singular_values_of_an_inrs_matrices_about_equal(inr, lea
         update = update[name]
     values = jnp.linalg.svd(matrix(update), compute_uv=False)
     assert values[0] < 2 * values[-1]
-    # A square root, because a tall and a wide matrix have the same number of singular values.
     assert rms(matrix(update)) == pytest.approx(0.2 * recipe.learning_rate, rel=0.2)
 
 
