@@ -10,12 +10,11 @@ import logging
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
@@ -23,6 +22,10 @@ from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.resnet import Params
+
+# Orbax takes a quarter of the time of all imports. A run that starts needs it at its first save.
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 INR_FILE = "inr.safetensors"
 FORMAT = "neumeta-jax 1"
@@ -137,7 +140,9 @@ class Checkpoints:
     directory: pathlib.Path
     keep: int = 2
 
-    def _manager(self) -> ocp.CheckpointManager:
+    def _manager(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp
+
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self.keep, enable_async_checkpointing=False, create=True
         )
@@ -152,6 +157,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any) -> None:
         """Saves the pytree `state` under `step` and then drops what is older than `keep` saves."""
+        import orbax.checkpoint as ocp
+
         with self._manager() as manager:
             if step in manager.all_steps():
                 manager.delete(step)  # a damaged one that a resumed run has reached again
@@ -176,6 +183,10 @@ class Checkpoints:
             ValueError: if there are checkpoints and none is intact.
         """
         steps = self.steps()
+        if not steps:
+            return None
+        import orbax.checkpoint as ocp
+
         # Not the devices that it was saved from, which this process may not have.
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
@@ -203,9 +214,7 @@ class Checkpoints:
                 continue
             # Orbax commits arrays to a device, which would compile every program a second time.
             return step, jax.tree.map(lambda x: jnp.array(np.asarray(x)), restored["state"])
-        if steps:
-            raise ValueError(
-                f"{self.directory} holds checkpoints of steps {steps}, but none of them is intact; "
-                "move the directory away to start over."
-            )
-        return None
+        raise ValueError(
+            f"{self.directory} holds checkpoints of steps {steps}, but none of them is intact; "
+            "move the directory away to start over."
+        )

@@ -239,11 +239,15 @@ def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[f
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX was told where to."""
+    """Keeps compiled programs in the user's cache folder, unless JAX was told where to.
+
+    All of them: a start compiles dozens of small ones, which together take as long as a large one.
+    """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "neumeta-jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def phase_key(experiment: Experiment, number: int) -> jax.Array:
@@ -621,7 +625,9 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
         variables = import_teacher(experiment, experiment.teacher_file)
     else:
         variables = train_teacher(workdir, experiment, splits)
-    images, labels = splits.validation_images, splits.validation_labels
+    # As many as are looked at during training: thrice the whole split takes longer than all else.
+    images = splits.validation_images[: experiment.progress_images]
+    labels = splits.validation_labels[: experiment.progress_images]
     if experiment.teacher_file and len(labels):
         print("teacher: it may have been trained on images of the validation split", flush=True)
     backbone = fold_and_order(experiment, variables, images, labels, splits.train_images)
@@ -643,26 +649,33 @@ def train_inr(
     if not phases:
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     total = phases[-1].stop
-    moments = None
-    if hypernetwork.inr.needs_moments:
-        moments = measure_moments(experiment, backbone, splits.train_images)
-    params = jax.jit(
-        functools.partial(
-            hyper.init, alpha=recipe.alpha_init, from_backbone=recipe.block_init == "teacher"
-        ),
-        static_argnums=1,
-    )(phase_key(experiment, 1), hypernetwork, backbone, moments=moments)
-    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
-    optimizer = training.inr_optimizer(recipe)
-    template = jax.eval_shape(
-        lambda p: training.TrainState(p, optimizer.init(p), p if recipe.ema_decay else None), params
+    initialise = functools.partial(
+        hyper.init,
+        hypernetwork=hypernetwork,
+        alpha=recipe.alpha_init,
+        from_backbone=recipe.block_init == "teacher",
     )
+    optimizer = training.inr_optimizer(recipe)
+
+    def first_state(key, backbone):
+        params = initialise(key, backbone=backbone)
+        return training.TrainState(
+            params, optimizer.init(params), params if recipe.ema_decay else None
+        )
+
+    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
+    key = phase_key(experiment, 1)
     start, state = 0, None
-    restored = saved.restore(template)
+    restored = saved.restore(jax.eval_shape(first_state, key, backbone))
     if restored:
         start, state = restored
         params = state.result
         print(f"INR: continuing from step {start} of {total}", flush=True)
+    else:
+        moments = None
+        if hypernetwork.inr.needs_moments:
+            moments = measure_moments(experiment, backbone, splits.train_images)
+        params = jax.jit(initialise)(key, backbone=backbone, moments=moments)
     workdir.metrics.rewind("inr", start)
 
     steps_per_call = training.default_steps_per_call()

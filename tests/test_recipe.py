@@ -702,3 +702,56 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
         found = without(params)
         np.testing.assert_array_equal(np.argmax(found, -1), np.argmax(logits, -1))
         np.testing.assert_allclose(found, logits, rtol=1e-2, atol=1e-2)
+
+
+# --- how a second process starts -------------------------------------------------------------
+
+
+def test_every_program_is_kept_in_the_cache_however_small(monkeypatch):
+    kept = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in kept}
+    try:
+        lab.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == before[kept[0]]  # JAX was told where to
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+        assert jax.config.jax_persistent_cache_min_entry_size_bytes == 0
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+        lab.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "/caches/neumeta-jax"
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
+    config = load_script("configs/digits").get_config("smoke").to_dict()
+    config["inr"] = {"kind": "projection"}
+    dataset, splits = lab.load_data(config)
+    experiment = lab.from_config(config, dataset)
+    backbone = resnet.init_params(jax.random.key(0), experiment.spec)
+    stop = training.phases(
+        experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
+    )[-1].stop
+    found = []
+
+    def restore(self, template):
+        found.append(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), template))
+        return stop, found[0]
+
+    def refuse(*args):
+        raise AssertionError("it measures moments again")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
+    monkeypatch.setattr(lab, "measure_moments", refuse)
+    params = lab.train_inr(lab.Workdir(tmp_path), experiment, splits, backbone)
+    assert params is found[0].params
+
+
+def test_importing_the_library_leaves_orbax_for_the_first_checkpoint():
+    program = "import sys, neumeta_jax.experiment; assert 'orbax.checkpoint' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
