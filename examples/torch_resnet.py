@@ -1,7 +1,7 @@
 """An exported state_dict in PyTorch: a CIFAR ResNet whose blocks take their hidden widths.
 
     python -m neumeta_jax.export --workdir=DIR --width=0.5 --format=torch --out=half.pt
-    python -c "from torch_resnet import load; print(load('half.pt'))"
+    PYTHONPATH=examples python -c "from torch_resnet import load; print(load('half.pt'))"
 
 The names are those of chenyaofo/pytorch-cifar-models; at full width its own classes serve as well.
 Images are NCHW and normalised. Only this file needs PyTorch.

@@ -37,6 +37,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from absl import flags
 
 from neumeta_jax import (
@@ -740,9 +741,10 @@ def export(
                 partial.write_bytes(model.SerializeToString(deterministic=True))
             else:
                 partial.write_bytes(to_stablehlo(spec, params, normalization=baked))
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UsageError(
-                f"{path} must be writable, but: {error.strerror}; choose another --out."
+                f"{path} must be writable, but: {reason}; choose another --out."
             ) from None
         found = logits_of_file(
             partial, images, format=format, normalization=normalization, normalize=normalize
@@ -756,6 +758,7 @@ def export(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        partial.with_name(f"{partial.name}.partial").unlink(missing_ok=True)  # of save_tree
     return equivalence
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import safetensors.numpy
 
 from neumeta_jax import (
     checkpoint,
@@ -349,9 +350,10 @@ def test_a_network_that_is_not_finite_is_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", ["onnx", "safetensors"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, format):
     spec, params, normalization, images = network("projection")
-    path = tmp_path / "net.onnx"
+    path = tmp_path / "net"
     path.write_text("older")
 
     def disk_full(self, content):
@@ -359,11 +361,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
             file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
+    def disk_full_too(tensors, filename, metadata=None):
+        filename.touch()
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+
     monkeypatch.setattr(pathlib.Path, "write_bytes", disk_full)
+    monkeypatch.setattr(safetensors.numpy, "save_file", disk_full_too)
     with pytest.raises(command_line.UsageError, match="No space left on device") as error:
-        export.export(path, spec, params, images, format="onnx", normalization=normalization)
+        export.export(path, spec, params, images, format=format, normalization=normalization)
     assert is_one_sentence(error)
-    assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
     assert path.read_text() == "older"
 
 
