@@ -154,6 +154,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.max_width_ratio = 1.0
     config.train.sandwich = True
     config.train.per_block_widths = 0.0
+    config.train.skip_blocks = 0.0
+    config.train.max_skipped = 0.5
+    config.train.skip_order = "random"
 
     config.eval.split = "validation"
     config.eval.width_ratios = (1.0, 0.75, 0.5, 0.33, 0.25)

@@ -11,6 +11,7 @@ that was interrupted ends with the same bits as one that was not.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import optax
 import optax.contrib
 
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet
-from neumeta_jax.architecture import widths_at
+from neumeta_jax.architecture import NUM_STAGES, widths_at
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.resnet import Params
 
@@ -225,6 +226,7 @@ FIT_WIDTHS = ("full", "random")
 WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
+SKIP_ORDERS = ("last", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +260,10 @@ class InrRecipe:
             Huang, arXiv 1903.05134).
         per_block_widths: share of the random sizes that draw one ratio for each block instead of
             one for the network.
+        skip_blocks: share of the random sizes that skip blocks, so that depth varies too: in each
+            stage a number drawn uniformly from 0 to `max_skipped` of its generated blocks.
+        max_skipped: share of a stage's generated blocks, rounded, half of one upwards.
+        skip_order: which blocks those are: the "last" ones of the stage, or "random" ones.
         noise: whether training adds coordinate noise (its size belongs to the INR).
         ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
         distill_from: whose logits are the soft labels: the folded "teacher"'s, or those of the
@@ -290,6 +296,9 @@ class InrRecipe:
     max_width_ratio: float = 1.0
     sandwich: bool = False
     per_block_widths: float = 0.0
+    skip_blocks: float = 0.0
+    max_skipped: float = 0.5
+    skip_order: str = "random"
     noise: bool = True
     ce_weight: float = 100.0
     norm_weight: float = 1e-3
@@ -317,6 +326,7 @@ class InrRecipe:
             ("fit_widths", FIT_WIDTHS),
             ("distill_from", DISTILL_FROM),
             ("warmup_phases", WARMUP_PHASES),
+            ("skip_order", SKIP_ORDERS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
@@ -339,6 +349,11 @@ class InrRecipe:
             raise ValueError(
                 "per_block_widths must lie in [0, 1] and ema_decay in [0, 1), got "
                 f"{self.per_block_widths} and {self.ema_decay}."
+            )
+        if not (0 <= self.skip_blocks <= 1 and 0 <= self.max_skipped <= 1):
+            raise ValueError(
+                "skip_blocks and max_skipped must lie in [0, 1], got "
+                f"{self.skip_blocks} and {self.max_skipped}."
             )
         if min(self.epochs, self.final_epochs, self.warmup_epochs, self.fit_steps) < 0:
             raise ValueError("epochs, final_epochs, warmup_epochs and fit_steps must not be < 0.")
@@ -555,7 +570,8 @@ def sample_widths(
 ) -> jax.Array:
     """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range.
 
-    With `recipe.sandwich` the first row holds the smallest widths of the range.
+    A share of `recipe.skip_blocks` of the rows has zeros, for skipped blocks. With `recipe.sandwich`
+    the first row holds the smallest widths of the range, at full depth.
     """
     full = jnp.array(hypernetwork.full_widths, jnp.float32)
     # One draw for all: a ratio for each block, and whether a network has one for each.
@@ -565,9 +581,35 @@ def sample_widths(
     low, high = recipe.min_width_ratio, recipe.max_width_ratio
     ratios = low + (high - low) * draws
     widths = jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
+    if recipe.skip_blocks:
+        skipped = _sample_skipped(jax.random.fold_in(key, 1), hypernetwork, recipe, num)
+        widths = jnp.where(skipped, 0, widths)
     if recipe.sandwich and num:
         widths = widths.at[0].set(jnp.array(smallest_widths(hypernetwork, recipe)))
     return widths
+
+
+def _sample_skipped(key, hypernetwork, recipe, num):
+    """bool[num, num_blocks]: which blocks each network skips."""
+    blocks = [hypernetwork.spec.blocks[n] for n in hypernetwork.blocks]
+    # One draw for all: whether to skip, how many in each stage, and an order of the blocks.
+    draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + len(blocks)))
+    skips = draws[:, 0] < recipe.skip_blocks
+    skipped = jnp.zeros((num, len(blocks)), bool)
+    for stage in range(1, NUM_STAGES + 1):
+        members = [p for p, b in enumerate(blocks) if b.stage == stage and b.skippable]
+        if not members:
+            continue
+        positions = jnp.array(members)
+        most = math.floor(recipe.max_skipped * len(members) + 0.5)
+        count = jnp.floor(draws[:, stage] * (most + 1))
+        score = draws[:, 1 + NUM_STAGES + positions]
+        if recipe.skip_order == "last":
+            score = jnp.broadcast_to(-positions, score.shape)
+        place = jnp.argsort(jnp.argsort(score, axis=1), axis=1)
+        chosen = skips[:, None] & (place < count[:, None])
+        skipped = skipped.at[:, positions].set(chosen)
+    return skipped
 
 
 def smallest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
@@ -801,7 +843,7 @@ def fit_update(
         width_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
         widths, target = full, teacher
         if recipe.fit_widths == "random":
-            free = dataclasses.replace(recipe, sandwich=False)
+            free = dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0)
             drawn = sample_widths(width_key, hypernetwork, free, 1)[0]
             widths = jnp.where(step % 2 == 0, full, drawn)
             target = {

@@ -161,7 +161,8 @@ def test_phases_without_steps_are_left_out():
 
 
 @pytest.mark.parametrize(
-    "field", ["mode", "block_init", "learned", "schedule", "fit_widths", "warmup_phases"]
+    "field",
+    ["mode", "block_init", "learned", "schedule", "fit_widths", "warmup_phases", "skip_order"],
 )
 def test_a_recipe_refuses_an_unknown_choice_and_lists_the_known_ones(field):
     with pytest.raises(ValueError, match=f"{field} must be one of .*, got 'upside'") as error:
@@ -187,6 +188,14 @@ def test_a_recipe_refuses_a_trained_range_that_is_none(low, high):
 def test_a_recipe_refuses_counts_below_one(fields, given):
     with pytest.raises(ValueError, match=given) as error:
         InrRecipe(**fields)
+    assert is_one_sentence(error)
+
+
+@pytest.mark.parametrize("field", ["skip_blocks", "max_skipped"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_a_recipe_refuses_shares_of_blocks_outside_0_to_1(field, value):
+    with pytest.raises(ValueError, match=rf"skip_blocks and max_skipped .* got .*{value}") as error:
+        InrRecipe(**{field: value})
     assert is_one_sentence(error)
 
 
@@ -278,6 +287,48 @@ def test_the_sandwich_draws_the_smallest_widths_first_and_the_rest_at_random():
     np.testing.assert_array_equal(sandwich[0], family.widths(0.5))
     np.testing.assert_array_equal(sandwich[1:], plain[1:])
     assert training.sample_widths(key, family, InrRecipe(sandwich=True), 0).shape == (0, 5)
+
+
+@pytest.mark.parametrize("order", training.SKIP_ORDERS)
+def test_a_share_of_the_random_sizes_skips_blocks_up_to_a_share_of_each_stage(order):
+    spec = cifar_resnet(32, num_classes=5, stage_widths=(16, 32, 64), image_size=8)
+    family = Hypernetwork(spec, generated_blocks(spec), Grid())
+    stages = np.array([spec.blocks[n].stage for n in family.blocks])  # 4, 4 and 3 blocks
+    recipe = InrRecipe(skip_blocks=0.6, max_skipped=0.5, skip_order=order)
+    skipped = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 4000)) == 0
+    for stage in (1, 2, 3):
+        members = skipped[:, stages == stage]
+        counts = np.bincount(members.sum(1), minlength=4) / len(members)
+        # 0, 1 or 2 blocks are equally likely in the 60 % that skip; half of 3 is rounded up.
+        np.testing.assert_allclose(counts, [0.6, 0.2, 0.2, 0], atol=0.03)
+        share = members.mean(0)
+        if order == "last":
+            np.testing.assert_allclose(share[-2:], [0.2, 0.4], atol=0.03)
+            assert not share[:-2].any()
+        else:
+            np.testing.assert_allclose(share, 0.6 / members.shape[1], atol=0.03)
+    # Stages are independent of each other.
+    assert np.mean(skipped.sum(1) == 6) == pytest.approx(0.6 / 27, abs=0.01)
+
+
+def test_skipping_leaves_the_other_draws_and_the_smallest_size_alone():
+    family = wide_family()
+    key = jax.random.key(3)
+    plain = np.asarray(training.sample_widths(key, family, InrRecipe(sandwich=True), 50))
+    recipe = InrRecipe(sandwich=True, skip_blocks=1.0, max_skipped=1.0)
+    skipping = np.asarray(training.sample_widths(key, family, recipe, 50))
+    np.testing.assert_array_equal(skipping[0], plain[0])
+    assert (skipping == 0).any()
+    np.testing.assert_array_equal(skipping, np.where(skipping == 0, 0, plain))
+
+
+def test_blocks_that_change_the_shape_are_never_skipped():
+    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 8, 16), image_size=8)
+    family = Hypernetwork(spec, generated_blocks(spec, "all"), Grid())
+    recipe = InrRecipe(skip_blocks=1.0, max_skipped=1.0)
+    skipped = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 500)) == 0
+    skippable = np.array([block.skippable for block in spec.blocks])
+    np.testing.assert_array_equal(skipped.any(0), skippable)
 
 
 # --- starting a phase ------------------------------------------------------------------------
