@@ -570,8 +570,8 @@ def sample_widths(
 ) -> jax.Array:
     """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range.
 
-    A share of `recipe.skip_blocks` of the rows has zeros, for skipped blocks. With `recipe.sandwich`
-    the first row holds the smallest widths of the range, at full depth.
+    A share of `recipe.skip_blocks` of the rows has zeros, for skipped blocks. With
+    `recipe.sandwich` the first row holds the smallest widths of the range, at full depth.
     """
     full = jnp.array(hypernetwork.full_widths, jnp.float32)
     # One draw for all: a ratio for each block, and whether a network has one for each.
