@@ -163,7 +163,8 @@ class _Job:
 
     Attributes:
         container: shapes of the forward pass.
-        drawn_at: shapes of the generation; of `container`, or larger for the sake of its noise.
+        drawn_at: shapes of the generation, which buckets share, and with them its program. Noise
+            depends on them.
     """
 
     hypernetwork: Hypernetwork
@@ -201,18 +202,17 @@ def _over_networks(job: _Job, function, *arguments):
 
 
 def _network(job: _Job, params, widths, key):
-    blocks = job.hypernetwork.blocks
-    tree = hyper.generate(
+    return hyper.generate(
         job.hypernetwork, params, widths, spec=job.drawn_at, key=key, num_samples=job.num_samples
     )
-    _, tree = resnet.slice_params(
-        job.drawn_at, tree, blocks, [job.container.hidden_widths[n] for n in blocks]
-    )
-    return tree
 
 
 def _score(job: _Job, tree, images, labels):
     """(number correct, what was asked for of each image) of one network on one batch."""
+    blocks = job.hypernetwork.blocks
+    _, tree = resnet.slice_params(
+        job.drawn_at, tree, blocks, [job.container.hidden_widths[n] for n in blocks]
+    )
     logits = resnet.apply(job.container, tree, job.preprocessing.evaluate(images))
     predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     found = {}
@@ -225,7 +225,7 @@ def _score(job: _Job, tree, images, labels):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate_chunk(job: _Job, params, widths, key):
-    """The trees of int[chunk, blocks] widths, stacked along a leading axis."""
+    """The trees of int[chunk, blocks] widths at `drawn_at`, stacked along a leading axis."""
 
     def generate(params, widths, key):
         return _over_networks(job, lambda row: _network(job, params, row, key), widths)
@@ -325,7 +325,9 @@ def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batch
             job, params, widths, key, data.images[:num_batches], data.labels[:num_batches]
         )
         return correct, [found]
-    trees = _generate_chunk(job, params, widths, key)
+    # What the scores need does not concern the generation: buckets share its program.
+    drawing = dataclasses.replace(job, container=job.drawn_at, predictions=False, per_image=None)
+    trees = _generate_chunk(drawing, params, widths, key)
     correct = np.zeros((len(widths), job.shards("data")), np.int32)
     parts = []
     for number in range(num_batches):
@@ -484,7 +486,7 @@ def evaluate_grid(
     preprocessing: Preprocessing,
     *,
     strategy: str = "auto",
-    max_buckets: int = 8,
+    max_buckets: int = 7,
     config_batch: int = 8,
     batch_size: int = 1000,
     num_samples: int = 1,
@@ -498,9 +500,9 @@ def evaluate_grid(
     """Evaluates the networks of hidden `widths` int[N, blocks] on all images.
 
     Networks are put into at most `max_buckets` buckets (see `buckets.make_buckets`), each compiled
-    once and dense inside; fewer where another shape would save less than its compilation takes.
-    Images are transferred once. Equal rows are evaluated once. The strategies differ in speed and
-    not in what they compute:
+    once and dense inside, beside one program that generates for all of them; fewer where another
+    shape would save less than its compilation takes. Images are transferred once. Equal rows are
+    evaluated once. The strategies differ in speed and not in what they compute:
 
         loop   one network at a time, one call for each batch of images
         map    all networks of a bucket, one after another, in one call
@@ -582,7 +584,7 @@ def evaluate_grid(
         container=spec,
         drawn_at=spec,
     )
-    jobs = [_at_bucket(job, bucket, distinct, noisy=key is not None) for bucket in found_buckets]
+    jobs = [_at_bucket(job, bucket, distinct) for bucket in found_buckets]
     reason = "asked for"
     if strategy == "auto":
         work = len(images) * sum(morph(spec, blocks, row).num_macs for row in distinct.tolist())
@@ -636,14 +638,12 @@ def evaluate_grid(
     )
 
 
-def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray, *, noisy: bool) -> _Job:
+def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray) -> _Job:
     """`job` with the shapes of `bucket`; `widths` are those of all networks."""
     spec, blocks = job.hypernetwork.spec, job.hypernetwork.blocks
     full = np.array(job.hypernetwork.full_widths)
-    drawn = np.maximum(bucket.container, 1)
-    if noisy:  # the noise depends on the shape that it is drawn at
-        within = np.all(np.array(bucket.container) <= full)
-        drawn = full if within else np.maximum(widths.max(axis=0), full)
+    within = np.all(np.array(bucket.container) <= full)
+    drawn = full if within else np.maximum(widths.max(axis=0), full)
     return dataclasses.replace(
         job,
         container=morph(spec, blocks, bucket.container),
