@@ -257,7 +257,8 @@ class InrRecipe:
         num_random_sizes: sizes per step beside the full width.
         min_width_ratio, max_width_ratio: trained range; ratios are drawn uniformly from it.
         sandwich: the first of the random sizes is always the smallest of the trained range (Yu and
-            Huang, arXiv 1903.05134).
+            Huang, arXiv 1903.05134). With `skip_blocks` the second one is the shallowest network at
+            full width.
         per_block_widths: share of the random sizes that draw one ratio for each block instead of
             one for the network.
         skip_blocks: share of the random sizes that skip blocks, so that depth varies too: in each
@@ -571,7 +572,8 @@ def sample_widths(
     """int32[num, num_blocks] hidden widths at ratios drawn uniformly from the trained range.
 
     A share of `recipe.skip_blocks` of the rows has zeros, for skipped blocks. With
-    `recipe.sandwich` the first row holds the smallest widths of the range, at full depth.
+    `recipe.sandwich` the first row holds the smallest widths of the range, at full depth, and
+    where blocks are skipped the second one the shallowest network, at full width.
     """
     full = jnp.array(hypernetwork.full_widths, jnp.float32)
     # One draw for all: a ratio for each block, and whether a network has one for each.
@@ -584,24 +586,38 @@ def sample_widths(
     if recipe.skip_blocks:
         skipped = _sample_skipped(jax.random.fold_in(key, 1), hypernetwork, recipe, num)
         widths = jnp.where(skipped, 0, widths)
-    if recipe.sandwich and num:
-        widths = widths.at[0].set(jnp.array(smallest_widths(hypernetwork, recipe)))
+    if recipe.sandwich:
+        for row, fixed in enumerate(_sandwich(hypernetwork, recipe)[:num]):
+            widths = widths.at[row].set(jnp.array(fixed))
     return widths
+
+
+def _sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, ...]]:
+    """The widths that a step with `recipe.sandwich` has in place of its first random ones."""
+    found = [smallest_widths(hypernetwork, recipe)]
+    if recipe.skip_blocks:
+        found.append(shallowest_widths(hypernetwork, recipe))
+    return found
+
+
+def _stages(hypernetwork, recipe):
+    """(stage, positions of its generated blocks that can be skipped, how many of them may be)."""
+    blocks = [hypernetwork.spec.blocks[n] for n in hypernetwork.blocks]
+    for stage in range(1, NUM_STAGES + 1):
+        members = [p for p, b in enumerate(blocks) if b.stage == stage and b.skippable]
+        if members:
+            yield stage, members, math.floor(recipe.max_skipped * len(members) + 0.5)
 
 
 def _sample_skipped(key, hypernetwork, recipe, num):
     """bool[num, num_blocks]: which blocks each network skips."""
-    blocks = [hypernetwork.spec.blocks[n] for n in hypernetwork.blocks]
+    num_blocks = len(hypernetwork.blocks)
     # One draw for all: whether to skip, how many in each stage, and an order of the blocks.
-    draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + len(blocks)))
+    draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + num_blocks))
     skips = draws[:, 0] < recipe.skip_blocks
-    skipped = jnp.zeros((num, len(blocks)), bool)
-    for stage in range(1, NUM_STAGES + 1):
-        members = [p for p, b in enumerate(blocks) if b.stage == stage and b.skippable]
-        if not members:
-            continue
+    skipped = jnp.zeros((num, num_blocks), bool)
+    for stage, members, most in _stages(hypernetwork, recipe):
         positions = jnp.array(members)
-        most = math.floor(recipe.max_skipped * len(members) + 0.5)
         count = jnp.floor(draws[:, stage] * (most + 1))
         score = draws[:, 1 + NUM_STAGES + positions]
         if recipe.skip_order == "last":
@@ -610,6 +626,15 @@ def _sample_skipped(key, hypernetwork, recipe, num):
         chosen = skips[:, None] & (place < count[:, None])
         skipped = skipped.at[:, positions].set(chosen)
     return skipped
+
+
+def shallowest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
+    """Full widths without the last blocks of each stage, as many as `max_skipped` allows."""
+    widths = list(hypernetwork.full_widths)
+    for _, members, most in _stages(hypernetwork, recipe):
+        for position in members[len(members) - most :]:
+            widths[position] = 0
+    return tuple(widths)
 
 
 def smallest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
@@ -684,8 +709,9 @@ def inr_update(
 
     # The widths of each size that are the same in every step, None where they are drawn.
     networks: list[tuple[int, ...] | None] = [None] * recipe.num_sizes
-    if recipe.sandwich and recipe.num_random_sizes and recipe.mode == "at_once":
-        networks[1] = smallest_widths(hypernetwork, recipe)
+    if recipe.sandwich and recipe.mode == "at_once":
+        fixed = _sandwich(hypernetwork, recipe)[: recipe.num_random_sizes]
+        networks[1 : 1 + len(fixed)] = fixed
 
     def loop(function, values):
         """`function` of each entry of the leading axis of `values`, stacked."""
@@ -743,7 +769,7 @@ def inr_update(
         separate = None if recipe.share_images else (x, y, targets)
         if not unroll:
             return jax.lax.map(lambda size: one_size(size, None), (trees, separate))
-        # Of what is written out, the smallest size can run at its own shapes.
+        # Of what is written out, sizes that are always the same can run at their own shapes.
         results = []
         for n, network in enumerate(networks):
             size = jax.tree.map(lambda a, n=n: a[n], (trees, separate))

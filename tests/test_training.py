@@ -318,8 +318,20 @@ def test_skipping_leaves_the_other_draws_and_the_smallest_size_alone():
     recipe = InrRecipe(sandwich=True, skip_blocks=1.0, max_skipped=1.0)
     skipping = np.asarray(training.sample_widths(key, family, recipe, 50))
     np.testing.assert_array_equal(skipping[0], plain[0])
-    assert (skipping == 0).any()
-    np.testing.assert_array_equal(skipping, np.where(skipping == 0, 0, plain))
+    np.testing.assert_array_equal(skipping[1], training.shallowest_widths(family, recipe))
+    assert (skipping[2:] == 0).any()
+    np.testing.assert_array_equal(skipping[2:], np.where(skipping == 0, 0, plain)[2:])
+
+
+def test_the_shallowest_network_has_full_widths_and_lacks_the_last_blocks_of_each_stage():
+    family = wide_family()  # blocks 1 and 2 of the first two stages, 1 of the third
+    for share, wanted in (
+        (0.0, (16, 16, 32, 32, 64)),
+        (0.5, (16, 0, 32, 0, 0)),
+        (1.0, (0, 0, 0, 0, 0)),
+    ):
+        recipe = InrRecipe(skip_blocks=1.0, max_skipped=share)
+        assert training.shallowest_widths(family, recipe) == wanted
 
 
 def test_blocks_that_change_the_shape_are_never_skipped():
