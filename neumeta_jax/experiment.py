@@ -581,7 +581,7 @@ def fold_and_order(
     if experiment.channel_order == "smoothness":
         params, _ = smoothing.smooth(params, spec)
     else:
-        moments = measure_moments(experiment, params, train_images)
+        moments = jax.device_get(measure_moments(experiment, params, train_images))
         params, _ = smoothing.by_importance(params, spec, moments)
     after = smoothing.total_variation(params, spec)
     report |= {"total variation before": before, "total variation after": after}
@@ -596,8 +596,11 @@ def fold_and_order(
 
 def measure_moments(
     experiment: Experiment, params: Params, images: np.ndarray
-) -> dict[str, np.ndarray]:
-    """`resnet.hidden_moments` of all blocks over the first 2,000 `images`, uint8 NHWC."""
+) -> dict[str, jax.Array]:
+    """`resnet.hidden_moments` of all blocks over the first 2,000 `images`, uint8 NHWC.
+
+    Does not wait for the device, so that the caller can trace what comes next meanwhile.
+    """
     spec = experiment.spec
     chosen = images[:NUM_MOMENT_IMAGES]
     blocks = range(len(spec.blocks))
@@ -610,7 +613,8 @@ def measure_moments(
     batch_size = min(experiment.eval_batch_size, len(chosen))
     batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out
     found = [measure(params, chosen[start : start + batch_size]) for start in batches]
-    return jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
+    mean = jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *trees))
+    return mean(*found)
 
 
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
