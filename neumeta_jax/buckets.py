@@ -80,6 +80,48 @@ def make_buckets(
     return sorted(buckets, key=lambda bucket: bucket.members[0])
 
 
+def fill_containers(
+    spec: ResNetSpec,
+    blocks: Sequence[int],
+    widths: np.ndarray,
+    containers: Sequence[Sequence[int]],
+) -> list[Bucket]:
+    """Each network in the cheapest of the given `containers` that holds it; empty ones left out.
+
+    Args:
+        spec, blocks: the full-size network and the positions of the blocks that vary.
+        widths: int[rows, blocks], hidden widths; 0 = block skipped.
+        containers: hidden widths, as many as there are blocks in each.
+
+    Raises:
+        ValueError: if a network is held by none.
+    """
+    rows = np.asarray(widths, np.int64)
+    shapes = np.array(containers, np.int64).reshape(-1, len(blocks))
+    costs = container_macs(spec, blocks, rows, shapes)
+    lost = np.flatnonzero(np.isinf(costs).all(axis=1)) if len(shapes) else np.arange(len(rows))
+    if len(lost):
+        raise ValueError(
+            f"Each network must fit into one of the {len(shapes)} containers, but the one of row "
+            f"{lost[0]}, {rows[lost[0]].tolist()}, fits into none; add a larger one."
+        )
+    chosen = np.argmin(costs, axis=1)
+    buckets = [
+        Bucket(tuple(shape.tolist()), tuple(np.flatnonzero(chosen == number).tolist()))
+        for number, shape in enumerate(shapes)
+    ]
+    return sorted((b for b in buckets if b.members), key=lambda bucket: bucket.members[0])
+
+
+def container_macs(
+    spec: ResNetSpec, blocks: Sequence[int], widths: np.ndarray, containers: np.ndarray
+) -> np.ndarray:
+    """float64[rows, containers], multiply-adds of a row in a container; inf if it does not fit."""
+    fixed, per_channel = _linear_macs(spec, blocks)
+    fits = np.all(np.asarray(widths)[:, None] <= containers[None], axis=2)
+    return np.where(fits, fixed + containers @ per_channel, np.inf)
+
+
 def _linear_macs(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[int, np.ndarray]:
     """(multiply-adds without any hidden channel, those of each hidden channel int[blocks])."""
     ones = np.ones(len(blocks), np.int64)

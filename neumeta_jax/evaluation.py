@@ -25,7 +25,7 @@ from neumeta_jax.architecture import (
     morph,
     widths_at,
 )
-from neumeta_jax.buckets import Bucket, make_buckets
+from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.training import Preprocessing
 
@@ -307,10 +307,10 @@ def _place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh |
     return _Data(jax.device_put(images, where), jax.device_put(labels, where))
 
 
-def _chunk_size(job: _Job, number: int, config_batch: int) -> int:
-    """How many of a bucket's `number` networks go into one call."""
+def _chunk_size(job: _Job, number: int, config_batch: int, *, fixed: bool = False) -> int:
+    """How many of a bucket's `number` networks go into one call; `fixed` leaves `number` out."""
     shards = job.shards("configs")
-    share = -(-number // shards)
+    share = config_batch if fixed else -(-number // shards)
     if job.strategy == "loop":
         share = 1
     elif job.strategy == "vmap":
@@ -384,7 +384,7 @@ def _choose_strategy(
         widths: int[n, blocks], its members.
         work: multiply-adds of the whole call.
     """
-    worth = _PROBE_FROM_COMPILATIONS * _macs_per_compilation(data)
+    worth = _PROBE_FROM_COMPILATIONS * compilation_macs(data.platform)
     if len(widths) == 1 or work < worth:
         reason = (
             f"{work:.1e} multiply-adds and {len(widths)} networks of one shape are not worth a "
@@ -418,8 +418,9 @@ def _choose_strategy(
     return chosen, reason
 
 
-def _macs_per_compilation(data: _Data) -> float:
-    return _MACS_PER_COMPILATION.get(data.platform, _MACS_PER_COMPILATION_ELSEWHERE)
+def compilation_macs(platform: str) -> float:
+    """Multiply-adds in the time in which the programs of one shape compile, roughly."""
+    return _MACS_PER_COMPILATION.get(platform, _MACS_PER_COMPILATION_ELSEWHERE)
 
 
 def _check_grid(hypernetwork: Hypernetwork, widths) -> np.ndarray:
@@ -487,6 +488,7 @@ def evaluate_grid(
     *,
     strategy: str = "auto",
     max_buckets: int = 7,
+    containers: Sequence[Sequence[int]] | None = None,
     config_batch: int = 8,
     batch_size: int = 1000,
     num_samples: int = 1,
@@ -523,6 +525,9 @@ def evaluate_grid(
         preprocessing: normalisation of the images, and the type to compute in.
         strategy: one of `STRATEGIES`.
         max_buckets: how many shapes may be compiled.
+        containers: hidden widths of shapes to use instead of such as fit these networks best; each
+            network is evaluated at the cheapest that holds it. Later calls with the same ones, the
+            same number of images and an explicit strategy compile nothing that an earlier call has.
         config_batch: networks per call of "vmap", on each share of the devices.
         batch_size: images per call.
         num_samples: noisy weight samples to average; more than 1 needs `key`.
@@ -552,6 +557,9 @@ def evaluate_grid(
             "max_buckets, config_batch and batch_size must be at least 1, got "
             f"{max_buckets=}, {config_batch=}, {batch_size=}."
         )
+    if containers is not None:
+        containers = [tuple(row) for row in _check_grid(hypernetwork, containers).tolist()]
+        fill_containers(spec, blocks, widths, containers)  # refuses what none of them holds
     hyper.check_num_samples(num_samples, key)
     mesh = _check_mesh(mesh)
 
@@ -564,14 +572,17 @@ def evaluate_grid(
     data = _place(images, labels, batch_size, mesh)
     params = jax.device_put(dict(params), None if mesh is None else NamedSharding(mesh, P()))
     if macs_per_compilation is None:
-        macs_per_compilation = _macs_per_compilation(data)
-    found_buckets = _buckets(
-        hypernetwork,
-        distinct,
-        noisy=key is not None,
-        max_buckets=max_buckets,
-        macs_per_bucket=macs_per_compilation / len(images),
-    )
+        macs_per_compilation = compilation_macs(data.platform)
+    if containers is None:
+        found_buckets = _buckets(
+            hypernetwork,
+            distinct,
+            noisy=key is not None,
+            max_buckets=max_buckets,
+            macs_per_bucket=macs_per_compilation / len(images),
+        )
+    else:
+        found_buckets = fill_containers(spec, blocks, distinct, containers)
 
     job = _Job(
         hypernetwork=hypernetwork,
@@ -609,7 +620,8 @@ def evaluate_grid(
                     on_result(row, result[0] / len(images))
 
     for job, bucket in zip(jobs, found_buckets, strict=True):
-        size = _chunk_size(job, len(bucket.members), config_batch)
+        fixed = containers is not None
+        size = _chunk_size(job, len(bucket.members), config_batch, fixed=fixed)
         for start in range(0, len(bucket.members), size):
             members = list(bucket.members[start : start + size])
             chunk = distinct[members + members[-1:] * (size - len(members))]

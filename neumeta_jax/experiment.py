@@ -270,11 +270,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "devices": kind}
 
 
-def _differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
+def differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
+    """What differs between two trees of JSON values: "name (saved 1, given 2)"."""
     if isinstance(saved, Mapping) and isinstance(given, Mapping):
         found = []
         for name in sorted(set(saved) | set(given)):
-            found += _differences(
+            found += differences(
                 saved.get(name, "absent"), given.get(name, "absent"), f"{prefix}{name}."
             )
         return found
@@ -318,7 +319,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the fields that differ, if another config made `path`."""
-    differing = _differences(read_config(path), json.loads(json.dumps(config)))
+    differing = differences(read_config(path), json.loads(json.dumps(config)))
     if differing:
         raise UsageError(
             f"{path} was written by another config; these fields differ: {', '.join(differing)}; "
@@ -326,7 +327,8 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
         )
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` to `path`, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
@@ -361,8 +363,8 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         if (path / "config.json").exists():
             check_same_config(path, config)
         else:
-            _write_json(path / "config.json", config)
-        _write_json(path / "versions.json", versions())
+            write_json(path / "config.json", config)
+        write_json(path / "versions.json", versions())
         workdir = Workdir(path)
 
         def request_stop(signum, frame):
@@ -784,7 +786,7 @@ def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pat
     return path
 
 
-def _evaluation_split(splits: data.Splits, split: str) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_split(splits: data.Splits, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of "test" or "validation", which must have some."""
     images = splits.test_images if split == "test" else splits.validation_images
     labels = splits.test_labels if split == "test" else splits.validation_labels
@@ -846,7 +848,7 @@ def evaluate_and_write(
     the others are added.
     """
     known = {} if known is None else known
-    images, labels = _evaluation_split(splits, split)
+    images, labels = evaluation_split(splits, split)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
     print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
@@ -889,7 +891,7 @@ def evaluate_and_write(
         where=dip.where,
         versions=versions(),
     )
-    _write_json(workdir / "sweep.json", document)
+    write_json(workdir / "sweep.json", document)
     plotting.plot_sweep(
         workdir / "sweep.png",
         sweep,
@@ -934,7 +936,7 @@ def evaluate_random_ratios(
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
     (its ratio or null), "split", "versions"}. `known` is that of `evaluate_and_write`.
     """
-    images, labels = _evaluation_split(splits, split)
+    images, labels = evaluation_split(splits, split)
     print(f"\n{len(ratios)} widths at random from the trained range, {split} split")
     rows = _evaluate(
         experiment,
@@ -958,7 +960,7 @@ def evaluate_random_ratios(
         "split": split,
         "versions": versions(),
     }
-    _write_json(workdir / "random_ratios.json", document)
+    write_json(workdir / "random_ratios.json", document)
     print(f"wrote {workdir / 'random_ratios.json'}")
     return rows
 

@@ -3,7 +3,8 @@
 import csv
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -271,6 +272,72 @@ def plot_weight_slices(
     _save(figure, path)
     header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
     _save_csv(path, header, table)
+
+
+_AXES = {
+    "num_macs": (1e-6, "multiply-adds (millions)"),
+    "num_params": (1e-3, "parameters (thousands)"),
+    "latency_ms": (1.0, "latency (ms, estimated from measured networks)"),
+}
+
+
+def plot_search(
+    path: str | os.PathLike,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    column: str,
+    limit: float,
+    winner: Sequence[int],
+) -> None:
+    """Writes a PNG of all networks that a search has evaluated, and their numbers.
+
+    The CSV beside it has a column for each entry of the rows, a list with spaces between.
+
+    Args:
+        path: as in `plot_against_macs`.
+        rows: for each network "widths", "accuracy" in [0, 1], "uniform", "front" and what `column`
+            names.
+        title: figure title.
+        column: the horizontal axis, "num_macs", "num_params" or "latency_ms".
+        limit: the budget, in the unit of the column.
+        winner: the widths of the network that was chosen.
+    """
+    scale, label = _AXES[column]
+    figure = _figure(6.4, 4.4)
+    axis = figure.subplots()
+
+    def points(some):
+        return [scale * row[column] for row in some], [100 * row["accuracy"] for row in some]
+
+    others = [row for row in rows if not row["uniform"]]
+    axis.scatter(*points(others), color="0.7", s=9, label="evaluated", zorder=1)
+    uniform = sorted((row for row in rows if row["uniform"]), key=lambda row: row[column])
+    if uniform:
+        style = {"color": UNSEEN, "marker": "D", "markersize": 4, "linewidth": 1}
+        axis.plot(*points(uniform), label="uniform", zorder=2, **style)
+    front = sorted((row for row in rows if row["front"]), key=lambda row: row[column])
+    style = {"color": TRAINED, "drawstyle": "steps-post", "linewidth": 1.4}
+    axis.plot(*points(front), label="front", zorder=3, **style)
+    chosen = [row for row in rows if list(row["widths"]) == list(winner)]
+    if chosen:
+        style = {"color": TRAINED, "marker": "*", "s": 130, "edgecolor": "white"}
+        axis.scatter(*points(chosen), label="chosen", zorder=4, **style)
+    largest = max(row[column] for row in rows)
+    if limit <= 1.5 * largest:  # else it would squeeze the points
+        axis.axvline(scale * limit, color="0.3", linestyle="--", linewidth=1, label="budget")
+    _restrain(axis)
+    axis.set_xlabel(label)
+    axis.set_ylabel("validation accuracy (%)")
+    _legend_below(figure, axis, columns=5)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+    names = list(rows[0])
+    table = [
+        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
+        for row in rows
+    ]
+    _save_csv(path, names, table)
 
 
 # --- what the figures share ------------------------------------------------------------------

@@ -1,0 +1,937 @@
+"""The most accurate network of a trained family under a budget.
+
+    python -m neumeta_jax.search --workdir=/tmp/resnet20 --max_macs=30e6
+    python -m neumeta_jax.search --workdir=/tmp/resnet20 --max_params=200e3 --max_latency_ms=2
+    python -m neumeta_jax.search --workdir=/tmp/resnet20 --max_macs=30e6 --width_multiple=8 --depth
+
+Every generated block has a hidden width of its own. The search is evolutionary, as that of
+Once-for-all (Cai et al. 2020, arXiv 1908.09791, section 3.4): the best quarter of a population's
+size are parents, half of the children are mutated and half crossed, and none breaks a budget. It
+differs in two ways. Accuracies are measured, not predicted, since a network is generated in a
+fraction of its forward pass and needs no calibration; and what a child breaks is repaired by
+narrowing, what it leaves of the budget is used up in half of the cases, so that few children are
+thrown away and the edge of the budget, where the best ones lie, is searched. Age plays no role as
+it does in regularised evolution (Real et al. 2019): it guards against lucky evaluations, but here a
+network gets the same accuracy whenever it is evaluated.
+
+What it has to guard against is the best of a thousand on the same images: the finalists, the best
+20 and the best five uniform networks (one ratio for all blocks), are evaluated on the entire
+validation split, which decides. The uniform networks within the budget are in the first population,
+so that on this split the winner is at least as good as they are. The test split is read for the
+winner and the best uniform network only.
+
+The folder --out holds best.json (for `eval.py --spec` and `export --spec`), pareto.json, pareto.csv
+and pareto.png (all networks that were evaluated), and candidates.json, from which the same command
+continues after an interruption or with a larger --num_candidates.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from neumeta_jax import (
+    architecture,
+    checkpoint,
+    command_line,
+    evaluation,
+    experiment as lab,
+    plotting,
+    resnet,
+)
+from neumeta_jax.architecture import ResNetSpec, morph
+from neumeta_jax.buckets import container_macs, make_buckets
+from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.morphs import morph_to_dict, note_range
+from neumeta_jax.progress import format_seconds
+
+Widths = tuple[int, ...]
+
+PARENTS = 0.25  # of a population (Cai et al. 2020)
+MUTATED_BLOCKS = 0.1  # of the blocks of a child, at least one (Cai et al. 2020)
+MUTATION_STEP = 0.2  # standard deviation, as a share of a block's choices
+SKIP_RATE = 0.2  # of the mutations of a block that may be skipped
+NUM_FINALISTS = 20
+NUM_UNIFORM_FINALISTS = 5
+MAX_UNIFORM = 64
+MAX_CONTAINERS = 16
+LATENCY_WIDTHS = 6  # measured for each shape of blocks, straight lines between
+STATE_FILE = "candidates.json"
+
+
+# --- which networks --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The networks to choose from.
+
+    Attributes:
+        spec, blocks: the full-size network and the positions of the blocks that vary.
+        choices: hidden widths of each block, increasing; 0 = skipped.
+
+    A network is a tuple of `genes`, the numbers of its blocks' widths in `choices`.
+    """
+
+    spec: ResNetSpec
+    blocks: tuple[int, ...]
+    choices: tuple[Widths, ...]
+
+    def widths(self, genes: Sequence[int]) -> Widths:
+        return tuple(self.choices[b][gene] for b, gene in enumerate(genes))
+
+    def genes(self, widths: Sequence[int]) -> list[int]:
+        pairs = zip(self.choices, widths, strict=True)
+        return [choices.index(width) for choices, width in pairs]
+
+    @property
+    def size(self) -> int:
+        return math.prod(len(choices) for choices in self.choices)
+
+
+def make_space(
+    spec: ResNetSpec,
+    blocks: Sequence[int],
+    *,
+    low: float,
+    high: float,
+    multiple: int = 1,
+    depth: bool = False,
+) -> Space:
+    """Every block between `low` and `high` of its full width, in multiples of `multiple`.
+
+    With `depth`, blocks that do not change the shape of the residual stream may be skipped.
+
+    Raises:
+        ValueError: for ratios out of range or exchanged, or a block without any such width.
+    """
+    if architecture.check_width_ratio(low) > architecture.check_width_ratio(high):
+        raise UsageError(f"--min_ratio must not exceed --max_ratio, got {low} and {high}.")
+    if multiple < 1:
+        raise UsageError(f"--width_multiple must be at least 1, got {multiple}.")
+    lowest = architecture.widths_at(spec, blocks, low)
+    highest = architecture.widths_at(spec, blocks, high)
+    choices = []
+    for n, first, last in zip(blocks, lowest, highest, strict=True):
+        allowed = tuple(range(-(-first // multiple) * multiple, last + 1, multiple))
+        if not allowed:
+            raise UsageError(
+                f"{spec.blocks[n].name} takes hidden widths from {first} to {last}, of which none "
+                f"is a multiple of {multiple}; use a smaller --width_multiple or other ratios."
+            )
+        choices.append(((0,) if depth and spec.blocks[n].skippable else ()) + allowed)
+    return Space(spec, tuple(blocks), tuple(choices))
+
+
+def _nearest(choices: Sequence[int], width: int) -> int:
+    """Of two as near the larger."""
+    return min(choices, key=lambda choice: (abs(choice - width), -choice))
+
+
+def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
+    """Every network of `space` whose blocks keep one ratio from `low` to `high`, by size.
+
+    Each width is the nearest allowed one to the ratio's.
+    """
+    full = [space.spec.hidden_widths[n] for n in space.blocks]
+    # All ratios at which a width changes.
+    steps = {
+        (width - 0.5) / whole + 1e-9
+        for whole in set(full)
+        for width in range(1, math.ceil(high * whole) + 1)
+    }
+    found = {}
+    for ratio in sorted({low, high} | {step for step in steps if low < step < high}):
+        widths = architecture.widths_at(space.spec, space.blocks, ratio)
+        pairs = zip(space.choices, widths, strict=True)
+        found[tuple(_nearest([c for c in choices if c], width) for choices, width in pairs)] = None
+    return list(found)
+
+
+# --- budgets ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Something that adds up over the blocks, and its budget.
+
+    Attributes:
+        name: of the flag, without "max_".
+        limit: the budget, or None for something that is only reported.
+        fixed: what the rest of the network costs.
+        tables: of each block, the cost of each of its choices.
+    """
+
+    name: str
+    limit: float | None
+    fixed: float
+    tables: tuple[tuple[float, ...], ...]
+
+    def total(self, genes: Sequence[int]) -> float:
+        return self.fixed + sum(table[g] for table, g in zip(self.tables, genes, strict=True))
+
+    def allows(self, genes: Sequence[int]) -> bool:
+        return self.limit is None or self.total(genes) <= self.limit
+
+
+def count_cost(space: Space, name: str, limit: float | None) -> Cost:
+    """The cost "macs" (multiply-adds of an image) or "params" (parameters), exactly."""
+    attribute = f"num_{name}"
+    thin = morph(space.spec, space.blocks, [1] * len(space.blocks))
+    fixed = getattr(thin, attribute) - sum(getattr(thin.blocks[n], attribute) for n in space.blocks)
+    tables = tuple(
+        tuple(
+            getattr(dataclasses.replace(space.spec.blocks[n], hidden_width=width), attribute)
+            for width in choices
+        )
+        for n, choices in zip(space.blocks, space.choices, strict=True)
+    )
+    return Cost(name, limit, fixed, tables)
+
+
+def measure_latency(spec: ResNetSpec, *, batch: int, dtype: str, seconds: float = 0.3) -> float:
+    """Milliseconds of one forward pass of the dense network on this device, jitted, the median.
+
+    Args:
+        spec: the network's own shapes; its weights are drawn at random.
+        batch: images per pass.
+        dtype: of the images.
+        seconds: for how long to repeat it after compilation; at least 10 times.
+    """
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(0.05 * rng.normal(size=shape), jnp.float32),
+        resnet.param_shapes(spec),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    images = jnp.ones((batch, spec.image_size, spec.image_size, spec.channels), dtype)
+    network = jax.jit(lambda params, images: resnet.apply(spec, params, images))
+    jax.block_until_ready(network(params, images))
+    times: list[float] = []
+    while len(times) < 10 or sum(times) < seconds:
+        started = time.perf_counter()
+        jax.block_until_ready(network(params, images))
+        times.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(times))
+
+
+def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], float]) -> Cost:
+    """Latency as a sum over the blocks, from a few networks measured whole.
+
+    Blocks of one shape share a table: the network is measured with all of them at one width and the
+    others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
+    of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
+
+    Args:
+        space: the networks.
+        limit: in milliseconds.
+        measure: milliseconds of the network of these widths.
+    """
+    largest = [choices[-1] for choices in space.choices]
+    whole = measure(tuple(largest))
+    shapes: dict[tuple, list[int]] = {}
+    for position, n in enumerate(space.blocks):
+        shape = dataclasses.replace(space.spec.blocks[n], stage=0, index=0, hidden_width=0)
+        shapes.setdefault((shape, space.choices[position]), []).append(position)
+    tables = [np.zeros(len(choices)) for choices in space.choices]
+    for (_, choices), positions in shapes.items():
+        picked = np.unique(np.linspace(0, len(choices) - 1, LATENCY_WIDTHS).round().astype(int))
+        if choices[0] == 0 and len(choices) > 1:
+            picked = np.unique([*picked, 1])  # skipping is no straight line
+        saved = []
+        for number in picked[:-1]:
+            widths = list(largest)
+            for position in positions:
+                widths[position] = choices[number]
+            saved.append((measure(tuple(widths)) - whole) / len(positions))
+        # Noise must not make a wider block cheaper.
+        known = np.minimum.accumulate([0.0, *saved[::-1]])[::-1]
+        x = [choices[number] for number in picked]
+        for position in positions:
+            tables[position] = np.interp(choices, x, known)
+    # Exact at both ends.
+    smallest = measure(tuple(choices[0] for choices in space.choices))
+    total = sum(table[0] for table in tables)
+    scale = max(whole - smallest, 0.0) / -total if total else 0.0
+    scaled = tuple(tuple((scale * table).tolist()) for table in tables)
+    return Cost("latency_ms", limit, max(whole, smallest), scaled)
+
+
+def check_budgets(space: Space, costs: Sequence[Cost]) -> None:
+    """Raises ValueError, saying what is possible, if the smallest network breaks a budget."""
+    smallest = [0] * len(space.choices)
+    largest = [len(choices) - 1 for choices in space.choices]
+    for cost in costs:
+        if not cost.allows(smallest):
+            raise UsageError(
+                f"--max_{cost.name} must be at least {_amount(cost, cost.total(smallest))}, got "
+                f"{_amount(cost, cost.limit)}; the networks to choose from have "
+                f"{_amount(cost, cost.total(smallest))} to {_amount(cost, cost.total(largest))}, "
+                "a smaller --min_ratio or --depth allows smaller ones."
+            )
+
+
+def _amount(cost: Cost, value: float | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3f}" if cost.name == "latency_ms" else f"{value:,.0f}"
+
+
+# --- evolution -------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """A network that was evaluated: its accuracy in [0, 1] and when."""
+
+    widths: Widths
+    accuracy: float
+    generation: int
+
+
+def first_population(
+    space: Space, costs: Sequence[Cost], uniform: Sequence[Widths], size: int, seed: int
+) -> list[Widths]:
+    """The uniform networks, and at least half of `size` at random, all within the budgets."""
+    rng = np.random.default_rng([seed, 0])
+    allowed = [w for w in uniform if all(cost.allows(space.genes(w)) for cost in costs)]
+    if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
+        picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
+        allowed = [allowed[n] for n in picked]
+    population = dict.fromkeys(allowed)
+    wanted = len(population) + max(size - len(population), size // 2)
+    _add(population, wanted, (), lambda: _random_genes(space, costs, rng), space)
+    return list(population)
+
+
+def next_population(
+    space: Space,
+    costs: Sequence[Cost],
+    archive: Sequence[Candidate],
+    size: int,
+    seed: int,
+    generation: int,
+) -> list[Widths]:
+    """Up to `size` networks that were not evaluated yet; fewer only where hardly any are left.
+
+    Depends on `archive`, `seed` and `generation` alone.
+    """
+    rng = np.random.default_rng([seed, generation])
+    macs = count_cost(space, "macs", None)
+    ranked = sorted(archive, key=lambda c: (-c.accuracy, macs.total(space.genes(c.widths))))
+    parents = [space.genes(c.widths) for c in ranked[: max(2, round(PARENTS * size))]]
+
+    def child() -> list[int]:
+        first = parents[rng.integers(len(parents))]
+        if rng.random() < 0.5:
+            genes = _mutated(space, first, rng)
+        else:
+            second = parents[rng.integers(len(parents))]
+            genes = [int(rng.choice(pair)) for pair in zip(first, second, strict=True)]
+        return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+
+    population: dict[Widths, None] = {}
+    seen = {candidate.widths for candidate in archive}
+    _add(population, size, seen, child, space)
+    # Parents that are all alike have few children.
+    _add(population, size, seen, lambda: _random_genes(space, costs, rng), space)
+    return list(population)
+
+
+def _add(
+    population: dict[Widths, None],
+    size: int,
+    seen: Collection[Widths],
+    draw: Callable[[], list[int]],
+    space: Space,
+) -> None:
+    """Draws until `population` has `size` networks, or nearly all draws were seen before."""
+    for _ in range(50 * size):
+        if len(population) >= size:
+            break
+        widths = space.widths(draw())
+        if widths not in seen:
+            population[widths] = None
+
+
+def _random_genes(space: Space, costs: Sequence[Cost], rng: np.random.Generator) -> list[int]:
+    genes = []
+    for choices in space.choices:
+        first = int(choices[0] == 0 and len(choices) > 1)
+        skipped = first and rng.random() < SKIP_RATE
+        genes.append(0 if skipped else int(rng.integers(first, len(choices))))
+    return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+
+
+def _mutated(space: Space, genes: Sequence[int], rng: np.random.Generator) -> list[int]:
+    chosen = rng.random(len(genes)) < MUTATED_BLOCKS
+    chosen[rng.integers(len(genes))] = True
+    result = list(genes)
+    for position in np.flatnonzero(chosen):
+        choices = space.choices[position]
+        first = int(choices[0] == 0 and len(choices) > 1)
+        if first and (result[position] == 0 or rng.random() < SKIP_RATE):
+            skipped = result[position] != 0
+            result[position] = 0 if skipped else int(rng.integers(first, len(choices)))
+            continue
+        step = rng.normal() * MUTATION_STEP * len(choices)
+        step = math.copysign(max(1, round(abs(step))), step)
+        result[position] = int(np.clip(result[position] + step, first, len(choices) - 1))
+    return result
+
+
+def _within(
+    space: Space,
+    costs: Sequence[Cost],
+    genes: Sequence[int],
+    rng: np.random.Generator,
+    *,
+    fill: bool,
+) -> list[int]:
+    """`genes` narrowed step by step until they keep the budgets, then widened if `fill`.
+
+    Blocks are skipped only where narrowing all others is not enough.
+    """
+    genes = list(genes)
+    lowest = [int(c[0] == 0 and len(c) > 1) for c in space.choices]
+    while not all(cost.allows(genes) for cost in costs):
+        free = [b for b, gene in enumerate(genes) if gene > lowest[b]]
+        free = free or [b for b, gene in enumerate(genes) if gene > 0]
+        if not free:
+            break  # the smallest network, see check_budgets
+        genes[free[rng.integers(len(free))]] -= 1
+    if fill:
+        free = [b for b, gene in enumerate(genes) if lowest[b] <= gene < len(space.choices[b]) - 1]
+        while free:
+            position = free[rng.integers(len(free))]
+            genes[position] += 1
+            allowed = all(cost.allows(genes) for cost in costs)
+            genes[position] -= not allowed
+            if not allowed or genes[position] == len(space.choices[position]) - 1:
+                free.remove(position)
+    return genes
+
+
+def evolve(
+    space: Space,
+    costs: Sequence[Cost],
+    uniform: Sequence[Widths],
+    evaluate: Callable[[list[Widths]], Sequence[float]],
+    *,
+    num_candidates: int,
+    population: int,
+    seed: int,
+    archive: Sequence[Candidate] = (),
+    on_generation: Callable[[list[Candidate]], bool] = lambda archive: True,
+) -> list[Candidate]:
+    """Evaluates up to `num_candidates` networks, none twice; all of them, in that order.
+
+    Args:
+        space, costs: the networks and their budgets.
+        uniform: networks for the first population; those beyond a budget are left out.
+        evaluate: accuracies in [0, 1] of some networks, in their order.
+        num_candidates: how many, those in `archive` included.
+        population: how many are evaluated between two selections.
+        seed: equal seeds give equal networks.
+        archive: what an earlier call has evaluated, in its order; the search goes on from there.
+        on_generation: called with all networks so far after each population; False ends the search.
+    """
+    archive = list(archive)
+    generation = archive[-1].generation + 1 if archive else 0
+    while len(archive) < num_candidates:
+        if generation:
+            proposed = next_population(space, costs, archive, population, seed, generation)
+        else:
+            proposed = first_population(space, costs, uniform, population, seed)
+        proposed = proposed[: num_candidates - len(archive)]
+        if not proposed:
+            break
+        accuracies = evaluate(proposed)
+        archive += [
+            Candidate(widths, float(accuracy), generation)
+            for widths, accuracy in zip(proposed, accuracies, strict=True)
+        ]
+        generation += 1
+        if not on_generation(archive):
+            break
+    return archive
+
+
+def pareto_front(amounts: Sequence[float], accuracies: Sequence[float]) -> list[bool]:
+    """Which networks no other one equals or beats in both at once; the first of equal ones.
+
+    >>> pareto_front([1, 2, 3, 3], [0.5, 0.4, 0.6, 0.6])
+    [True, False, True, False]
+    """
+    front, best = [False] * len(amounts), -math.inf
+    order = sorted(range(len(amounts)), key=lambda n: (amounts[n], -accuracies[n], n))
+    for n in order:
+        if accuracies[n] > best:
+            front[n], best = True, accuracies[n]
+    return front
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+def add_containers(
+    space: Space,
+    containers: Sequence[Widths],
+    widths: Sequence[Widths],
+    *,
+    macs_per_container: float,
+) -> list[Widths]:
+    """`containers` and those that pay for their compilation in this population already.
+
+    Widths of containers are multiples of a quarter of the full width, so that later populations
+    fit into them too. The first is the largest network, which holds all.
+
+    Args:
+        space: the networks.
+        containers: those that there are.
+        widths: of the population.
+        macs_per_container: multiply-adds of one image that take as long as compiling a shape,
+            divided by the number of images.
+    """
+    spec, blocks = space.spec, space.blocks
+    largest = np.array([choices[-1] for choices in space.choices])
+    found = list(containers) or [tuple(largest.tolist())]
+    step = np.array([max(1, round(spec.hidden_widths[n] / 4)) for n in blocks])
+    rows = np.array(widths)
+    proposed = {
+        tuple(bucket.container): None
+        for bucket in make_buckets(
+            spec,
+            blocks,
+            np.minimum(-(-rows // step) * step, largest),
+            macs_per_bucket=macs_per_container,
+        )
+    }
+    now = container_macs(spec, blocks, rows, np.array(found)).min(axis=1)
+    proposed = [row for row in proposed if row not in found]
+    while proposed and len(found) < MAX_CONTAINERS:
+        costs = container_macs(spec, blocks, rows, np.array(proposed))
+        saved = np.maximum(now[:, None] - costs, 0).sum(axis=0)
+        best = int(np.argmax(saved))
+        if saved[best] <= macs_per_container:
+            break
+        now = np.minimum(now, costs[:, best])
+        found.append(proposed.pop(best))
+    return found
+
+
+# --- what a search leaves in its folder ------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Record:
+    """A search as far as it has come, `candidates.json`.
+
+    Attributes:
+        settings: what its networks and accuracies depend on.
+        archive: the networks that were evaluated.
+        containers: shapes that they were evaluated at.
+        strategy: how, see `evaluation.evaluate_grid`.
+        latencies: milliseconds of networks that were measured.
+        validation, test: accuracies in [0, 1] on the entire splits.
+        seconds: spent on the archive.
+    """
+
+    settings: dict[str, Any]
+    archive: list[Candidate] = dataclasses.field(default_factory=list)
+    containers: list[Widths] = dataclasses.field(default_factory=list)
+    strategy: str = "auto"
+    latencies: dict[Widths, float] = dataclasses.field(default_factory=dict)
+    validation: dict[Widths, float] = dataclasses.field(default_factory=dict)
+    test: dict[Widths, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    def write(self, path: pathlib.Path) -> None:
+        fields = dict(vars(self))
+        fields["archive"] = [candidate._asdict() for candidate in self.archive]
+        for name in ("latencies", "validation", "test"):
+            fields[name] = [[widths, value] for widths, value in fields[name].items()]
+        lab.write_json(path, fields)
+
+
+def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
+    """The search in `path`, or a new one where there is no such file.
+
+    Raises:
+        ValueError: if the file is damaged, or of a search with other settings, naming them.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        return Record(settings)
+    try:
+        fields = json.loads(path.read_text())
+        fields["archive"] = [
+            Candidate(tuple(c["widths"]), c["accuracy"], c["generation"]) for c in fields["archive"]
+        ]
+        fields["containers"] = [tuple(widths) for widths in fields["containers"]]
+        for name in ("latencies", "validation", "test"):
+            fields[name] = {tuple(widths): value for widths, value in fields[name]}
+        record = Record(**fields)
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(
+            f"{path} must hold a search, but it is damaged; remove it to start anew."
+        ) from None
+    differing = lab.differences(record.settings, settings)
+    if differing:
+        raise UsageError(
+            f"{path} is of a search with other settings; these differ: {', '.join(differing)}; use "
+            "the saved values or another --out."
+        )
+    return record
+
+
+def _table(space: Space, costs: Sequence[Cost], uniform: Collection[Widths], record: Record):
+    """A dict for each network that was evaluated, in that order."""
+    axis = next(cost for cost in costs if cost.limit is not None)
+    genes = [space.genes(candidate.widths) for candidate in record.archive]
+    front = pareto_front(
+        [axis.total(some) for some in genes], [candidate.accuracy for candidate in record.archive]
+    )
+    rows = []
+    for candidate, some, on_front in zip(record.archive, genes, front, strict=True):
+        row: dict[str, Any] = {"widths": list(candidate.widths)}
+        row |= {f"num_{c.name}": int(c.total(some)) for c in costs if c.name != "latency_ms"}
+        row |= {c.name: round(c.total(some), 4) for c in costs if c.name == "latency_ms"}
+        row["accuracy"] = candidate.accuracy
+        row["validation_accuracy"] = record.validation.get(candidate.widths)
+        row["generation"] = candidate.generation
+        row["uniform"] = candidate.widths in uniform
+        row["front"] = on_front
+        rows.append(row)
+    return rows
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    def number(name, default, text):
+        flags.DEFINE_float(name, default, text, flag_values=values)
+
+    def integer(name, default, text):
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+
+    def string(name, text):
+        flags.DEFINE_string(name, "", text, flag_values=values)
+
+    def switch(name, default, text):
+        flags.DEFINE_bool(name, default, text, flag_values=values)
+
+    string("workdir", "A work directory of train.py.")
+    string("out", "The folder to write into; default: search in the work directory.")
+    number("max_macs", None, "Budget: multiply-adds of one image, such as 30e6.")
+    number("max_params", None, "Budget: parameters of the dense network.")
+    number("max_latency_ms", None, "Budget: milliseconds of the dense network on this device.")
+    integer("latency_batch", 1, "Images of the pass whose latency counts.")
+    number("min_ratio", None, "Smallest width ratio of a block; default: the smallest trained.")
+    number("max_ratio", None, "Largest width ratio of a block; default: the largest trained.")
+    integer("width_multiple", 1, "Hidden widths are multiples of this, such as 8.")
+    switch("depth", False, "Blocks may be skipped, those that keep the shape of the stream.")
+    integer("num_candidates", 1000, "Networks to evaluate.")
+    integer("population", 50, "Networks between two selections.")
+    integer("num_images", 2000, "Of the validation split, for each candidate.")
+    integer("seed", 0, "Of the search.")
+    number("time_limit", None, "Minutes after which the search ends with what it has.")
+    switch("test", True, "Evaluate the winner and the best uniform network on the test split.")
+    integer("num_samples", None, "Noisy weight samples to average; default: the config's.")
+    flags.DEFINE_enum(
+        "strategy",
+        "auto",
+        evaluation.STRATEGIES,
+        "How networks are evaluated, as in eval.py.",
+        flag_values=values,
+    )
+    string("data_dir", "Where the data lies, if no longer where the run found it.")
+
+
+BUDGETS = ("max_macs", "max_params", "max_latency_ms")
+
+
+def _check_options(options: flags.FlagValues) -> None:
+    if not options.workdir:
+        raise UsageError("A search needs --workdir=DIR; see --help.")
+    given = {name: getattr(options, name) for name in BUDGETS if getattr(options, name) is not None}
+    if not given:
+        raise UsageError(
+            "A search needs a budget; give --max_macs, --max_params or --max_latency_ms."
+        )
+    limits = {**given, **({"time_limit": options.time_limit} if options.time_limit else {})}
+    for name, value in limits.items():
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{name} must be above 0 and finite, got {value:g}.")
+    positive = ("latency_batch", "num_candidates", "num_images")
+    for name, least in (*((name, 1) for name in positive), ("population", 2), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UsageError(f"--{name} must be at least {least}, got {getattr(options, name)}.")
+    if options.num_samples is not None and options.num_samples < 1:
+        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+
+
+def main(argv: Sequence[str]) -> None:
+    config, options = command_line.parse(argv, define_flags, config_required=False)
+    _check_options(options)
+    lab.quiet_logging()
+    lab.enable_compilation_cache()
+    workdir = pathlib.Path(options.workdir)
+    saved = lab.read_config(workdir)
+    if config:
+        lab.check_same_config(workdir, config)
+    hypernetwork, params, _ = checkpoint.load_inr(workdir)
+    low, high = saved["train"]["min_width_ratio"], saved["train"]["max_width_ratio"]
+    low = low if options.min_ratio is None else options.min_ratio
+    high = high if options.max_ratio is None else options.max_ratio
+    space = make_space(
+        hypernetwork.spec,
+        hypernetwork.blocks,
+        low=low,
+        high=high,
+        multiple=options.width_multiple,
+        depth=options.depth,
+    )
+    counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
+    check_budgets(space, counted)
+    if options.data_dir:
+        saved["data"]["dir"] = options.data_dir
+    dataset, splits = lab.load_data(saved)
+    experiment = lab.from_config(saved, dataset)
+    lab.check_same_family(experiment, hypernetwork)
+    lab.evaluation_split(splits, "validation")
+
+    num_samples = options.num_samples or experiment.eval_samples
+    settings = {name: getattr(options, name) for name in (*BUDGETS, "width_multiple", "depth")}
+    settings |= {"min_ratio": low, "max_ratio": high, "num_samples": num_samples}
+    settings |= {name: getattr(options, name) for name in ("population", "num_images", "seed")}
+    if options.max_latency_ms is not None:
+        settings["latency_batch"] = options.latency_batch
+    settings["inr"] = lab.file_digest(workdir / checkpoint.INR_FILE)
+    out = pathlib.Path(options.out or workdir / "search")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out={out} must be a folder, but {error.strerror}; choose another."
+        ) from None
+    record = read_record(out / STATE_FILE, settings)
+    if record.strategy == "auto":
+        record.strategy = options.strategy
+    try:
+        _search(out, experiment, params, splits, space, counted, record, (low, high), options)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped after {len(record.archive)} candidates; the same command continues."
+        ) from None
+
+
+COUNTED = ("macs", "params")
+_UNITS = {"macs": "multiply-adds", "params": "parameters", "latency_ms": "ms"}
+_CPU_BATCH_SIZE = 50  # what the layers pass on stays in the cache; 500 took 1.2 times as long
+
+
+def _search(out, experiment, params, splits, space, counted, record, ratios, options) -> None:
+    """Searches, chooses, and writes what it finds into the folder `out`."""
+    state = out / STATE_FILE
+    dtype = experiment.preprocessing.dtype
+
+    def latency(widths: Widths) -> float:
+        if widths not in record.latencies:
+            dense = morph(space.spec, space.blocks, widths)
+            measured = measure_latency(dense, batch=options.latency_batch, dtype=dtype)
+            record.latencies[widths] = measured
+        return record.latencies[widths]
+
+    costs = list(counted)
+    if options.max_latency_ms is not None:
+        print("measuring latencies", flush=True)
+        costs.append(latency_cost(space, options.max_latency_ms, latency))
+        record.write(state)
+        check_budgets(space, costs[-1:])
+    # The first budget is the axis of the front.
+    costs.sort(key=lambda cost: cost.limit is None)
+    uniform = uniform_networks(space, low=ratios[0], high=ratios[1])
+    platform = jax.default_backend()
+    images, labels = splits.validation_images, splits.validation_labels
+    num_images = min(options.num_images, len(labels))
+    print(
+        f"{space.size:,} networks of {len(space.blocks)} blocks with hidden widths "
+        f"{min(map(min, space.choices))} to {max(map(max, space.choices))}; each candidate on "
+        f"{num_images} of {len(labels)} validation images of {experiment.name}",
+        flush=True,
+    )
+    for cost in costs:
+        if cost.limit is not None:
+            print(f"budget: {_amount(cost, cost.limit)} {_UNITS[cost.name]}")
+    if record.archive:
+        print(f"continuing after {len(record.archive)} candidates")
+
+    def accuracies(widths, images, labels, **options):
+        result = evaluation.evaluate_grid(
+            experiment.hypernetwork,
+            params,
+            np.array(widths, np.int32),
+            images,
+            labels,
+            experiment.preprocessing,
+            batch_size=_CPU_BATCH_SIZE if platform == "cpu" else experiment.eval_batch_size,
+            num_samples=record.settings["num_samples"],
+            key=lab.phase_key(experiment, 3) if record.settings["num_samples"] > 1 else None,
+            **options,
+        )
+        return result.accuracy.tolist(), result.strategy
+
+    def evaluate(widths):
+        record.containers = add_containers(
+            space,
+            record.containers,
+            widths,
+            macs_per_container=evaluation.compilation_macs(platform) / num_images,
+        )
+        found, record.strategy = accuracies(
+            widths,
+            images[:num_images],
+            labels[:num_images],
+            containers=record.containers,
+            strategy=record.strategy,
+        )
+        return found
+
+    started, before, first = time.perf_counter(), record.seconds, len(record.archive)
+
+    def on_generation(archive):
+        record.archive = archive
+        elapsed = time.perf_counter() - started
+        record.seconds = round(before + elapsed, 1)
+        record.write(state)
+        remaining = (options.num_candidates - len(archive)) * elapsed / (len(archive) - first)
+        leader = max(archive, key=lambda candidate: candidate.accuracy)
+        amount = costs[0].total(space.genes(leader.widths))
+        print(
+            f"generation {archive[-1].generation} | {len(archive)}/{options.num_candidates} "
+            f"candidates | best {100 * leader.accuracy:.2f} % at {_amount(costs[0], amount)} "
+            f"{_UNITS[costs[0].name]} | {len(record.containers)} shapes | "
+            f"{format_seconds(elapsed)}, ETA {format_seconds(remaining)}",
+            flush=True,
+        )
+        return options.time_limit is None or elapsed < 60 * options.time_limit
+
+    evolve(
+        space,
+        costs,
+        uniform,
+        evaluate,
+        num_candidates=options.num_candidates,
+        population=options.population,
+        seed=options.seed,
+        archive=record.archive,
+        on_generation=on_generation,
+    )
+
+    def finalists_of(some, number):
+        ranked = sorted(some, key=lambda c: (-c.accuracy, costs[0].total(space.genes(c.widths))))
+        limit = options.max_latency_ms
+        fitting = (c.widths for c in ranked if limit is None or latency(c.widths) <= limit)
+        return list(itertools.islice(fitting, number))
+
+    # The estimate of a latency may be too low for all, but the smallest network was measured.
+    finalists = finalists_of(record.archive, NUM_FINALISTS) or [
+        space.widths([0] * len(space.blocks))
+    ]
+    uniform_finalists = finalists_of(
+        [c for c in record.archive if c.widths in set(uniform)], NUM_UNIFORM_FINALISTS
+    )
+    together = list(dict.fromkeys([*finalists, *uniform_finalists]))
+    missing = [widths for widths in together if widths not in record.validation]
+    if missing:
+        print(f"{len(missing)} finalists on all {len(labels)} validation images", flush=True)
+        found, _ = accuracies(missing, images, labels, strategy=record.strategy)
+        record.validation |= dict(zip(missing, found, strict=True))
+        record.write(state)
+
+    def best(some):
+        return min(some, key=lambda w: (-record.validation[w], costs[0].total(space.genes(w)), w))
+
+    winners = {"searched": best(together)}
+    if uniform_finalists:
+        winners["uniform"] = best(uniform_finalists)
+    if options.test:
+        unread = [w for w in dict.fromkeys(winners.values()) if w not in record.test]
+        if unread:
+            found, _ = accuracies(
+                unread,
+                splits.test_images,
+                splits.test_labels,
+                strategy="loop" if len(unread) == 1 else record.strategy,
+            )
+            record.test |= dict(zip(unread, found, strict=True))
+            record.write(state)
+    _write(out, experiment, space, costs, uniform, record, winners, options)
+
+
+def _write(out, experiment, space, costs, uniform, record, winners, options) -> None:
+    """Writes the tables, the figure and best.json, and prints what was found."""
+    axis = costs[0]
+    rows = _table(space, costs, set(uniform), record)
+    described = {}
+    for name, widths in winners.items():
+        dense = morph(space.spec, space.blocks, widths)
+        described[name] = {
+            "num_params": dense.num_params,
+            "num_macs": dense.num_macs,
+            "validation_accuracy": record.validation[widths],
+        }
+        if widths in record.latencies:
+            described[name]["latency_ms"] = round(record.latencies[widths], 4)
+        if options.test:
+            described[name]["test_accuracy"] = record.test[widths]
+    shared = {
+        "dataset": experiment.name,
+        "budget": {cost.name: cost.limit for cost in costs if cost.limit is not None},
+        "num_candidates": len(record.archive),
+        "seed": options.seed,
+        "num_images": options.num_images,
+        "seconds": record.seconds,
+        "versions": lab.versions(),
+    }
+    best: dict[str, Any] = morph_to_dict(experiment.hypernetwork, winners["searched"])
+    best |= {**described["searched"], **shared, "uniform": None}
+    if "uniform" in winners:
+        best["uniform"] = {"widths": list(winners["uniform"]), **described["uniform"]}
+    lab.write_json(out / "best.json", best)
+    front = {"front_over": axis.name, "best": list(winners["searched"]), **shared, "rows": rows}
+    lab.write_json(out / "pareto.json", front)
+    plotting.plot_search(
+        out / "pareto.png",
+        rows,
+        title=f"ResNet{space.spec.depth}, {experiment.name}: {len(rows)} networks from one INR",
+        column=axis.name if axis.name == "latency_ms" else f"num_{axis.name}",
+        limit=axis.limit,
+        winner=winners["searched"],
+    )
+    print(f"wrote {out / 'best.json'}; pareto.json, pareto.csv and pareto.png")
+    for name, widths in winners.items():
+        found = described[name]
+        latency = f", {found['latency_ms']:.3f} ms" if "latency_ms" in found else ""
+        test = f", test {100 * found['test_accuracy']:.2f} %" if options.test else ""
+        label = "searched" if name == "searched" else "best uniform"
+        print(
+            f"{label}: hidden widths {','.join(map(str, widths))}: {found['num_macs'] / 1e6:.2f} M "
+            f"multiply-adds, {found['num_params']:,} parameters{latency}; validation "
+            f"{100 * found['validation_accuracy']:.2f} %{test}"
+        )
+    note_range(experiment, winners["searched"])
+
+
+if __name__ == "__main__":
+    command_line.run(main)
