@@ -3,6 +3,8 @@
 python eval.py --workdir=/tmp/digits
 python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.75,0.5,0.25
 python eval.py --workdir=/tmp/digits --figures --random_ratios=20
+python eval.py --workdir=/tmp/digits --spec=/tmp/digits/search/best.json
+python eval.py --workdir=/tmp/digits --random_networks=200
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
 
@@ -10,7 +12,14 @@ import pathlib
 
 from absl import flags
 
-from neumeta_jax import checkpoint, command_line, evaluation, experiment as lab, teacher_import
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    evaluation,
+    experiment as lab,
+    morphs,
+    teacher_import,
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,7 +49,20 @@ def define_flags(values: flags.FlagValues) -> None:
         "After the grid, evaluate this many widths at random from the trained range.",
         flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "Of --random_ratios.", flag_values=values)
+    flags.DEFINE_integer(
+        "random_networks",
+        None,
+        "Evaluate this many networks with a random width in each block against uniform ones.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 0, "Of --random_ratios and --random_networks.", flag_values=values)
+    flags.DEFINE_list(
+        "spec",
+        None,
+        "JSON files of networks, such as a search's best.json, comma-separated; evaluates these in "
+        "place of the grid, unless --width_ratios or --figures asks for that too.",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "num_samples", None, "Noisy weight samples to average (papers: 100).", flag_values=values
     )
@@ -68,9 +90,11 @@ def main(argv):
             raise command_line.UsageError(
                 "--teacher=FILE needs --config=FILE, for data and images."
             )
-        if options.figures or options.random_ratios is not None:
+        needs_inr = [options.random_ratios, options.random_networks, options.spec]
+        if options.figures or any(value is not None for value in needs_inr):
             raise command_line.UsageError(
-                "--figures and --random_ratios need a trained INR, got --teacher; use --workdir."
+                "--figures, --random_ratios, --random_networks and --spec need a trained INR, got "
+                "--teacher; use --workdir."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir
@@ -104,6 +128,7 @@ def check_workdir(config, options):
     if config:
         lab.check_same_config(workdir, config)
     hypernetwork, params, _ = checkpoint.load_inr(workdir)
+    specs = {path: morphs.load_morph(path, hypernetwork) for path in options.spec or ()}
     if options.data_dir:
         saved["data"]["dir"] = options.data_dir
     ratios = lab.parse_width_ratios(options.width_ratios)
@@ -114,23 +139,30 @@ def check_workdir(config, options):
     drawn = ()
     if options.random_ratios is not None:
         drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
+    networks = []
+    if options.random_networks is not None:
+        networks = morphs.draw_networks(experiment, options.random_networks, options.seed)
     shared = {
         "split": options.split or experiment.eval_split,
         "num_samples": options.num_samples or experiment.eval_samples,
         "strategy": options.strategy,
         "known": {},  # of equal widths only the first is evaluated
     }
-    lab.evaluate_and_write(
-        workdir,
-        experiment,
-        params,
-        splits,
-        width_ratios=ratios or experiment.width_ratios,
-        sweep_ratios=sweep_ratios,
-        **shared,
-    )
+    compared = {**shared, "comparison": evaluation.Comparison()}
+    run = (workdir, experiment, params, splits)
+    if ratios or sweep_ratios or not specs:
+        lab.evaluate_and_write(
+            *run,
+            width_ratios=ratios or experiment.width_ratios,
+            sweep_ratios=sweep_ratios,
+            **compared,
+        )
     if drawn:
-        lab.evaluate_random_ratios(workdir, experiment, params, splits, ratios=drawn, **shared)
+        lab.evaluate_random_ratios(*run, ratios=drawn, **compared)
+    if specs:
+        morphs.evaluate_specs(*run, networks=specs, **compared)
+    if networks:
+        morphs.evaluate_random_networks(*run, networks=networks, **shared)
 
 
 if __name__ == "__main__":

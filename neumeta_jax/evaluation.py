@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from neumeta_jax import hypernetwork as hyper, resnet
+from neumeta_jax import consistency, hypernetwork as hyper, resnet
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
@@ -40,6 +40,8 @@ class GridRow:
         num_params, num_macs: of the whole dense network.
         accuracy: top-1 in [0, 1].
         trained: whether the ratio lies in the trained range.
+        agreement, kl_divergence, calibration_error, worst_class, worst_class_drop: against the
+            full network, see `consistency.Consistency`; None where they were not asked for.
     """
 
     width_ratio: float
@@ -48,6 +50,24 @@ class GridRow:
     num_macs: int
     accuracy: float
     trained: bool
+    agreement: float | None = None
+    kl_divergence: float | None = None
+    calibration_error: float | None = None
+    worst_class: int | None = None
+    worst_class_drop: float | None = None
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Networks against the full one on the same images; `evaluate_missing` fills it.
+
+    Attributes:
+        reference: float32[images, classes], logits of the full network, once it was evaluated.
+        found: by hidden widths.
+    """
+
+    reference: np.ndarray | None = None
+    found: dict[tuple[int, ...], consistency.Consistency] = dataclasses.field(default_factory=dict)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -498,6 +518,7 @@ def evaluate_grid(
     mesh: Mesh | None = None,
     macs_per_compilation: float | None = None,
     on_result: Callable[[int, float], None] | None = None,
+    on_images: Callable[[int, Any], None] | None = None,
 ) -> GridResult:
     """Evaluates the networks of hidden `widths` int[N, blocks] on all images.
 
@@ -543,6 +564,8 @@ def evaluate_grid(
             constant of the kind of device. 0 ignores the time of compilation.
         on_result: called with a row's number and its accuracy as soon as it is known; rows become
             known bucket by bucket.
+        on_images: called before `on_result` with a row's number and its tree of arrays
+            [images, ...]; then the result holds none, so that many networks need little memory.
 
     Raises:
         ValueError: for bad input, before anything is compiled.
@@ -560,6 +583,8 @@ def evaluate_grid(
     if containers is not None:
         containers = [tuple(row) for row in _check_grid(hypernetwork, containers).tolist()]
         fill_containers(spec, blocks, widths, containers)  # refuses what none of them holds
+    if on_images and per_image is None:
+        raise ValueError("on_images needs per_image, which says what of each image; give both.")
     hyper.check_num_samples(num_samples, key)
     mesh = _check_mesh(mesh)
 
@@ -613,11 +638,16 @@ def evaluate_grid(
     def read():
         job, members, correct, parts = waiting.pop(0)
         results = _read(job, correct, parts, len(members), len(images))
-        for member, result in zip(members, results, strict=True):
-            found[member] = result
+        for member, (correct, trees) in zip(members, results, strict=True):
+            rows = rows_of[member]
+            if on_images:
+                tree = trees.pop("per_image")
+                for row in rows:
+                    on_images(row, tree)
+            found[member] = correct, trees
             if on_result:
-                for row in rows_of[member]:
-                    on_result(row, result[0] / len(images))
+                for row in rows:
+                    on_result(row, correct / len(images))
 
     for job, bucket in zip(jobs, found_buckets, strict=True):
         fixed = containers is not None
@@ -695,6 +725,74 @@ def _buckets(
     return sorted(result, key=lambda bucket: bucket.members[0])
 
 
+def _logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    del labels
+    return logits
+
+
+def evaluate_missing(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    widths: Sequence[tuple[int, ...]],
+    images: np.ndarray,
+    labels: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    known: MutableMapping[tuple[int, ...], float],
+    comparison: Comparison | None = None,
+    on_known: Callable[[], None] | None = None,
+    **options,
+) -> None:
+    """Adds those of `widths` to `known` that it lacks, each once, by one call of `evaluate_grid`.
+
+    Args:
+        hypernetwork, params: the family and its learned parameters.
+        widths: hidden widths of each network.
+        images, labels: uint8[n, size, size, channels], int[n].
+        preprocessing: normalisation of the images.
+        known: accuracies by widths, from calls with the same parameters, images and options.
+        comparison: what is in `known` is in it too after the call; the full network is evaluated
+            first where this needs it.
+        on_known: called whenever a network was added.
+        options: of `evaluate_grid`, but not `on_result`, `on_images` and `per_image`.
+    """
+
+    def is_known(row):
+        return row in known and (comparison is None or row in comparison.found)
+
+    missing = [row for row in dict.fromkeys(widths) if not is_known(row)]
+    if not missing:
+        return
+    full = hypernetwork.full_widths
+    if comparison is not None:
+        if comparison.reference is None:
+            missing = list(dict.fromkeys([full, *missing]))  # the first row is evaluated first
+        options |= {"per_image": _logits}
+
+        def on_images(number, logits):
+            reference = logits if comparison.reference is None else comparison.reference
+            comparison.reference = reference
+            comparison.found[missing[number]] = consistency.compare(logits, reference, labels)
+
+        options |= {"on_images": on_images}
+
+    def on_result(number, accuracy):
+        known[missing[number]] = accuracy
+        if on_known:
+            on_known()
+
+    evaluate_grid(
+        hypernetwork,
+        params,
+        np.array(missing),
+        images,
+        labels,
+        preprocessing,
+        on_result=on_result,
+        **options,
+    )
+
+
 def evaluate_ratios(
     hypernetwork: Hypernetwork,
     params: Mapping,
@@ -705,6 +803,7 @@ def evaluate_ratios(
     *,
     trained_range: tuple[float, float],
     known: MutableMapping[tuple[int, ...], float] | None = None,
+    comparison: Comparison | None = None,
     on_row: Callable[[GridRow], None] | None = None,
     **options,
 ) -> list[GridRow]:
@@ -718,8 +817,8 @@ def evaluate_ratios(
         images, labels: uint8[n, size, size, channels], int[n].
         preprocessing: normalisation of the images.
         trained_range: smallest and largest width ratio seen in training.
-        known: accuracies by widths, from calls with the same parameters, images and options; they
-            are not evaluated again, and what is found is added.
+        known, comparison: see `evaluate_missing`; what they hold is not evaluated again, and what
+            is found is added. Rows say how consistent they are if there is a comparison.
         on_row: called with each row, in the order given, as soon as it and those before are known.
         options: of `evaluate_grid`, but not `on_result`.
 
@@ -730,15 +829,15 @@ def evaluate_ratios(
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     known = {} if known is None else known
     widths = [widths_at(spec, blocks, ratio) for ratio in ratios]
-    missing = [row for row in dict.fromkeys(widths) if row not in known]
     low, high = trained_range
     rows: list[GridRow] = []
 
     def report():
         for ratio, row in zip(ratios[len(rows) :], widths[len(rows) :], strict=True):
-            if row not in known:
+            if row not in known or (comparison and row not in comparison.found):
                 break
             small = morph(spec, blocks, row)
+            compared = comparison.found[row]._asdict() if comparison else {}
             rows.append(
                 GridRow(
                     width_ratio=ratio,
@@ -747,26 +846,24 @@ def evaluate_ratios(
                     num_macs=small.num_macs,
                     accuracy=known[row],
                     trained=low - 1e-9 <= ratio <= high + 1e-9,
+                    **compared,
                 )
             )
             if on_row:
                 on_row(rows[-1])
 
-    def on_result(number, accuracy):
-        known[missing[number]] = accuracy
-        report()
-
-    if missing:
-        evaluate_grid(
-            hypernetwork,
-            params,
-            np.array(missing),
-            images,
-            labels,
-            preprocessing,
-            on_result=on_result,
-            **options,
-        )
+    evaluate_missing(
+        hypernetwork,
+        params,
+        widths,
+        images,
+        labels,
+        preprocessing,
+        known=known,
+        comparison=comparison,
+        on_known=report,
+        **options,
+    )
     report()
     return rows
 
@@ -887,17 +984,35 @@ def weight_slices(
 
 def format_row(row: GridRow) -> str:
     """A line of the table under `TABLE_HEADER`."""
-    widths = sorted(set(row.widths))
-    shown = "/".join(map(str, widths)) if len(widths) <= 4 else f"{widths[0]}..{widths[-1]}"
     seen = "trained" if row.trained else "unseen"
     return (
-        f"{row.width_ratio:6.3f}  {shown:>12}  {row.num_params:>10,}  "
-        f"{row.num_macs / 1e6:>9.2f}  {100 * row.accuracy:>8.2f}  {seen}"
+        f"{row.width_ratio:6.3f}  {format_widths(row.widths):>12}  {row.num_params:>10,}  "
+        f"{row.num_macs / 1e6:>9.2f}  {100 * row.accuracy:>8.2f}  {format_consistency(row)}{seen}"
     )
 
 
+def format_widths(widths: Sequence[int]) -> str:
+    """The different widths, or the smallest and the largest of many."""
+    distinct = sorted(set(widths))
+    shown = "/".join(map(str, distinct))
+    return shown if len(distinct) <= 4 else f"{distinct[0]}..{distinct[-1]}"
+
+
+def format_consistency(found: GridRow | consistency.Consistency) -> str:
+    """The columns under `CONSISTENCY_HEADER`, with blanks after; blanks alone for a lone row."""
+    if found.agreement is None or found.worst_class_drop is None:
+        return " " * (len(CONSISTENCY_HEADER) + 2)
+    worst = f"{found.worst_class} ({-100 * found.worst_class_drop:+.1f})"
+    return (
+        f"{100 * found.agreement:>8.2f}  {found.kl_divergence:>7.4f}  "
+        f"{100 * (found.calibration_error or 0.0):>6.2f}  {worst:>13}  "
+    )
+
+
+CONSISTENCY_HEADER = f"{'agrees %':>8}  {'KL nats':>7}  {'ECE %':>6}  {'worst class':>13}"
 TABLE_HEADER = (
-    f"{'ratio':>6}  {'widths':>12}  {'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  range"
+    f"{'ratio':>6}  {'widths':>12}  {'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  "
+    f"{CONSISTENCY_HEADER}  range"
 )
 
 

@@ -807,6 +807,7 @@ def _evaluate(
     num_samples: int,
     strategy: str,
     known: MutableMapping[tuple[int, ...], float],
+    comparison: evaluation.Comparison,
 ) -> list[GridRow]:
     """`evaluation.evaluate_ratios` of an experiment; prints the table as it grows."""
     print(evaluation.TABLE_HEADER, flush=True)
@@ -823,6 +824,7 @@ def _evaluate(
         batch_size=experiment.eval_batch_size,
         strategy=strategy,
         known=known,
+        comparison=comparison,
         on_row=lambda row: print(evaluation.format_row(row), flush=True),
     )
 
@@ -839,21 +841,24 @@ def evaluate_and_write(
     sweep_ratios: Sequence[float] = (),
     strategy: str = "auto",
     known: MutableMapping[tuple[int, ...], float] | None = None,
+    comparison: evaluation.Comparison | None = None,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
     sweep and weights, each as .png and .csv, and sweep.json. `known` holds accuracies by widths,
     of the same parameters, split and number of samples; networks in it are not evaluated again, and
-    the others are added.
+    the others are added. So does `comparison` hold how consistent they are with the full network.
     """
     known = {} if known is None else known
+    comparison = comparison or evaluation.Comparison()
     images, labels = evaluation_split(splits, split)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
     print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
     started = time.perf_counter()
     options = {"num_samples": num_samples, "strategy": strategy, "known": known}
+    options["comparison"] = comparison
     rows = _evaluate(experiment, params, images, labels, width_ratios=width_ratios, **options)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
@@ -930,11 +935,13 @@ def evaluate_random_ratios(
     num_samples: int = 1,
     strategy: str = "auto",
     known: MutableMapping[tuple[int, ...], float] | None = None,
+    comparison: evaluation.Comparison | None = None,
 ) -> list[GridRow]:
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "versions"}. `known` is that of `evaluate_and_write`.
+    (its ratio or null), "split", "versions"}. `known` and `comparison` are those of
+    `evaluate_and_write`.
     """
     images, labels = evaluation_split(splits, split)
     print(f"\n{len(ratios)} widths at random from the trained range, {split} split")
@@ -947,6 +954,7 @@ def evaluate_random_ratios(
         num_samples=num_samples,
         strategy=strategy,
         known={} if known is None else known,
+        comparison=comparison or evaluation.Comparison(),
     )
     accuracies = [row.accuracy for row in rows]
     dip = evaluation.largest_dip(ratios, accuracies)

@@ -1,14 +1,18 @@
-"""Networks whose blocks have widths of their own: the files that name one, and checks."""
+"""Networks whose blocks have widths of their own: the files that name them, their accuracy."""
 
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
-from neumeta_jax import architecture, experiment as lab
+import numpy as np
+
+from neumeta_jax import architecture, data, evaluation, experiment as lab, plotting
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.hypernetwork import Hypernetwork
+
+Widths = tuple[int, ...]
 
 
 def morph_to_dict(hypernetwork: Hypernetwork, widths: Sequence[int]) -> dict[str, Any]:
@@ -88,17 +92,242 @@ def check_widths(hypernetwork: Hypernetwork, widths: Sequence[int]) -> tuple[int
     return tuple(int(width) for width in widths)
 
 
-def note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
-    """Prints which blocks, if any, have widths outside the trained range."""
+def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str]:
+    """Names of the blocks whose widths lie outside the trained range."""
     low, high = experiment.trained_range
     blocks = experiment.hypernetwork.blocks
     lowest = architecture.widths_at(experiment.spec, blocks, low)
     highest = architecture.widths_at(experiment.spec, blocks, high)
     names = [experiment.spec.blocks[n].name for n in blocks]
     bounds = zip(names, lowest, widths, highest, strict=True)
-    outside = [name for name, a, width, b in bounds if not a <= width <= b]
+    return [name for name, first, width, last in bounds if not first <= width <= last]
+
+
+def note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
+    """Prints which blocks, if any, have widths outside the trained range."""
+    outside = outside_range(experiment, widths)
     if outside:
+        low, high = experiment.trained_range
         print(
             f"note: the widths of {', '.join(outside)} lie outside the trained range of width "
             f"ratios, {low}..{high}"
         )
+
+
+# --- their accuracy --------------------------------------------------------------------------
+
+NUM_UNIFORM = 24
+
+
+def _evaluate(
+    experiment: lab.Experiment,
+    params: Mapping,
+    widths: Sequence[Widths],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_samples: int,
+    strategy: str,
+    known: MutableMapping[Widths, float],
+    comparison: evaluation.Comparison | None = None,
+) -> list[dict[str, Any]]:
+    """What is known of each network, as JSON types, in the order given."""
+    evaluation.evaluate_missing(
+        experiment.hypernetwork,
+        params,
+        widths,
+        images,
+        labels,
+        experiment.preprocessing,
+        known=known,
+        comparison=comparison,
+        num_samples=num_samples,
+        key=lab.phase_key(experiment, 3) if num_samples > 1 else None,
+        batch_size=experiment.eval_batch_size,
+        strategy=strategy,
+    )
+    rows = []
+    for row in widths:
+        dense = architecture.morph(experiment.spec, experiment.hypernetwork.blocks, row)
+        rows.append(
+            {
+                "widths": list(row),
+                "num_params": dense.num_params,
+                "num_macs": dense.num_macs,
+                "accuracy": known[row],
+                "trained": not outside_range(experiment, row),
+                **(comparison.found[row]._asdict() if comparison else {}),
+            }
+        )
+    return rows
+
+
+def evaluate_specs(
+    workdir: pathlib.Path,
+    experiment: lab.Experiment,
+    params: Mapping,
+    splits: data.Splits,
+    *,
+    networks: Mapping[str, Widths],
+    split: str,
+    num_samples: int,
+    strategy: str,
+    known: MutableMapping[Widths, float],
+    comparison: evaluation.Comparison,
+) -> list[dict[str, Any]]:
+    """Evaluates `networks`, widths by the file that names them; writes specs.json and specs.csv."""
+    images, labels = lab.evaluation_split(splits, split)
+    print(f"\n{experiment.name}, {split} split, {len(labels)} images")
+    rows = _evaluate(
+        experiment,
+        params,
+        list(networks.values()),
+        images,
+        labels,
+        num_samples=num_samples,
+        strategy=strategy,
+        known=known,
+        comparison=comparison,
+    )
+    rows = [{"spec": path, **row} for path, row in zip(networks, rows, strict=True)]
+    print(
+        f"{'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  {evaluation.CONSISTENCY_HEADER}  "
+        "range    widths, file"
+    )
+    for row in rows:
+        compared = evaluation.format_consistency(comparison.found[tuple(row["widths"])])
+        print(
+            f"{row['num_params']:>10,}  {row['num_macs'] / 1e6:>9.2f}  "
+            f"{100 * row['accuracy']:>8.2f}  {compared}"
+            f"{'trained' if row['trained'] else 'unseen ':<7}  "
+            f"{','.join(map(str, row['widths']))}, {row['spec']}"
+        )
+    document = {"dataset": experiment.name, "split": split, "versions": lab.versions()}
+    lab.write_json(workdir / "specs.json", {**document, "rows": rows})
+    plotting.save_table(workdir / "specs.csv", rows)
+    print(f"wrote {workdir / 'specs.json'} and specs.csv")
+    return rows
+
+
+def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
+    """`number` networks, the width ratio of each block uniformly from the trained range."""
+    low, high = experiment.trained_range
+    if number < 1 or seed < 0:
+        raise UsageError(
+            "--random_networks must be at least 1 and --seed at least 0, got "
+            f"{number} and {seed}; choose larger ones."
+        )
+    if not low < high:
+        raise UsageError(
+            "--random_networks needs a run that trained more than one width, but its range is "
+            f"{low}..{high}; use --spec."
+        )
+    full = np.array(experiment.hypernetwork.full_widths)
+    ratios = np.random.default_rng(seed).uniform(low, high, (number, len(full)))
+    widths = np.maximum(np.floor(ratios * full + 0.5).astype(int), 1)
+    return [tuple(row) for row in widths.tolist()]
+
+
+class Differences(NamedTuple):
+    """Accuracies minus those of uniform networks of the same size, in [-1, 1].
+
+    Attributes:
+        each: float64[networks].
+        mean, worst: of all.
+        best_tenth: mean of the largest tenth.
+    """
+
+    each: np.ndarray
+    mean: float
+    worst: float
+    best_tenth: float
+
+
+def against_uniform(
+    num_macs: Sequence[int],
+    accuracies: Sequence[float],
+    uniform_macs: Sequence[int],
+    uniform_accuracies: Sequence[float],
+) -> Differences:
+    """Networks against the curve of uniform ones over multiply-adds, straight between its points.
+
+    >>> found = against_uniform([15, 20], [0.5, 0.75], [10, 20], [0.25, 0.5])
+    >>> found.each.tolist(), found.best_tenth
+    ([0.125, 0.25], 0.25)
+    """
+    order = np.argsort(uniform_macs, kind="stable")
+    curve = np.asarray(uniform_macs)[order], np.asarray(uniform_accuracies)[order]
+    each = np.asarray(accuracies) - np.interp(num_macs, *curve)
+    tenth = np.sort(each)[-max(1, round(len(each) / 10)) :]
+    return Differences(each, float(each.mean()), float(each.min()), float(tenth.mean()))
+
+
+def evaluate_random_networks(
+    workdir: pathlib.Path,
+    experiment: lab.Experiment,
+    params: Mapping,
+    splits: data.Splits,
+    *,
+    networks: Sequence[Widths],
+    split: str,
+    num_samples: int,
+    strategy: str,
+    known: MutableMapping[Widths, float],
+) -> Differences:
+    """Evaluates `networks`, as drawn by `draw_networks`, and uniform ones over the same sizes.
+
+    Prints the differences and writes random_networks.json, .csv and .png.
+    """
+    images, labels = lab.evaluation_split(splits, split)
+    print(
+        f"\n{len(networks)} networks with a random width in each block, {split} split, "
+        f"{len(labels)} images",
+        flush=True,
+    )
+    low, high = experiment.trained_range
+    ratios = np.linspace(low, high, NUM_UNIFORM).tolist()
+    hypernetwork = experiment.hypernetwork
+    uniform = dict.fromkeys(
+        architecture.widths_at(hypernetwork.spec, hypernetwork.blocks, ratio) for ratio in ratios
+    )
+    rows = _evaluate(
+        experiment,
+        params,
+        [*uniform, *networks],
+        images,
+        labels,
+        num_samples=num_samples,
+        strategy=strategy,
+        known=known,
+    )
+    curve, drawn = rows[: len(uniform)], rows[len(uniform) :]
+    columns = [
+        [row[n] for row in some] for some in (drawn, curve) for n in ("num_macs", "accuracy")
+    ]
+    found = against_uniform(*columns)
+    curve = [{"series": "uniform", **row, "difference": 0.0} for row in curve]
+    drawn = [
+        {"series": "random", **row, "difference": float(difference)}
+        for row, difference in zip(drawn, found.each, strict=True)
+    ]
+    print(
+        f"against uniform networks of the same multiply-adds: mean {100 * found.mean:+.2f} points, "
+        f"worst {100 * found.worst:+.2f}, best tenth {100 * found.best_tenth:+.2f}"
+    )
+    document = {
+        "dataset": experiment.name,
+        "split": split,
+        "mean_difference": found.mean,
+        "worst_difference": found.worst,
+        "best_tenth_difference": found.best_tenth,
+        "versions": lab.versions(),
+        "rows": [*curve, *drawn],
+    }
+    lab.write_json(workdir / "random_networks.json", document)
+    plotting.plot_random_networks(
+        workdir / "random_networks.png",
+        document["rows"],
+        title=f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split: widths at random",
+    )
+    print(f"wrote {workdir / 'random_networks.json'}, random_networks.csv and random_networks.png")
+    return found

@@ -332,12 +332,35 @@ def plot_search(
     _legend_below(figure, axis, columns=5)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
-    names = list(rows[0])
-    table = [
-        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
-        for row in rows
-    ]
-    _save_csv(path, names, table)
+    save_table(path, rows)
+
+
+def plot_random_networks(
+    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
+) -> None:
+    """Writes a PNG of networks of random widths around the curve of uniform ones, and its numbers.
+
+    Args:
+        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
+        rows: for each network "series" ("uniform" or "random"), "num_macs", "accuracy" in [0, 1].
+        title: figure title.
+    """
+    figure = _figure(6.4, 4.2)
+    axis = figure.subplots()
+    for series, draw, style in (
+        ("random", axis.scatter, {"color": TRAINED, "s": 12, "alpha": 0.7}),
+        ("uniform", axis.plot, {"color": UNSEEN, "marker": "D", "markersize": 4, "linewidth": 1}),
+    ):
+        some = sorted((r for r in rows if r["series"] == series), key=lambda row: row["num_macs"])
+        x, y = [row["num_macs"] / 1e6 for row in some], [100 * row["accuracy"] for row in some]
+        draw(x, y, label=series, **style)
+    _restrain(axis)
+    axis.set_xlabel("multiply-adds (millions)")
+    axis.set_ylabel("top-1 accuracy (%)")
+    _legend_below(figure, axis)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+    save_table(path, rows)
 
 
 # --- what the figures share ------------------------------------------------------------------
@@ -393,6 +416,16 @@ def _save(figure, path: str | os.PathLike) -> None:
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=150, format="png")
     partial.replace(path)
+
+
+def save_table(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of equal keys as a CSV, beside a figure or alone; lists with blanks between."""
+    names = list(rows[0])
+    table = [
+        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
+        for row in rows
+    ]
+    _save_csv(path, names, table)
 
 
 def _save_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
