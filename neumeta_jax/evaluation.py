@@ -1002,7 +1002,7 @@ def format_consistency(found: GridRow | consistency.Consistency) -> str:
     """The columns under `CONSISTENCY_HEADER`, with blanks after; blanks alone for a lone row."""
     if found.agreement is None or found.worst_class_drop is None:
         return " " * (len(CONSISTENCY_HEADER) + 2)
-    worst = f"{found.worst_class} ({-100 * found.worst_class_drop:+.1f})"
+    worst = f"{found.worst_class} ({-100 * found.worst_class_drop + 0.0:+.1f})"
     return (
         f"{100 * found.agreement:>8.2f}  {found.kl_divergence:>7.4f}  "
         f"{100 * (found.calibration_error or 0.0):>6.2f}  {worst:>13}  "

@@ -1,0 +1,466 @@
+"""The search: what it proposes, finds, keeps and refuses; the command on a tiny work directory."""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    data,
+    evaluation,
+    experiment as lab,
+    hypernetwork as hyper,
+    morphs,
+    resnet,
+    search,
+)
+from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
+from neumeta_jax.command_line import UsageError
+from neumeta_jax.search import Candidate
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SPEC = cifar_resnet(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
+BLOCKS = generated_blocks(SPEC)
+SPACE = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0)
+DEEP = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, depth=True)
+UNIFORM = search.uniform_networks(SPACE, low=0.25, high=1.0)
+
+
+def costs(space=SPACE, *, macs=None, params=None):
+    return [search.count_cost(space, "macs", macs), search.count_cost(space, "params", params)]
+
+
+def middle(space, name, share=0.5):
+    """A budget between the smallest and the largest network's."""
+    cost = search.count_cost(space, name, None)
+    low = cost.total([0] * len(space.choices))
+    high = cost.total([len(choices) - 1 for choices in space.choices])
+    return low + share * (high - low)
+
+
+def toy_accuracy(widths):
+    """Grows with every block, the fourth and the last most of all."""
+    gains = (0.01, 0.01, 0.01, 0.2, 0.3)
+    shares = np.array(widths) / [SPEC.hidden_widths[n] for n in BLOCKS]
+    return float(np.dot(gains, np.sqrt(shares)))
+
+
+class Counted:
+    """`toy_accuracy` of networks, with all that it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, widths):
+        self.asked += widths
+        return [toy_accuracy(row) for row in widths]
+
+
+def evolve(evaluate, space=SPACE, *, limits=None, **options):
+    options = {"num_candidates": 300, "population": 20, "seed": 0, **options}
+    return search.evolve(space, limits or costs(space), UNIFORM, evaluate, **options)
+
+
+def is_one_sentence(error):
+    message = str(error.value)
+    return "\n" not in message and message.endswith(".")
+
+
+# --- networks and budgets --------------------------------------------------------------------
+
+
+def test_a_space_holds_every_width_of_the_range():
+    assert SPACE.choices[0] == tuple(range(2, 9)) and SPACE.choices[4] == tuple(range(4, 17))
+    assert SPACE.size == 7 * 7 * 10 * 10 * 13
+    assert DEEP.choices[0] == (0, *range(2, 9))
+
+
+@pytest.mark.parametrize("multiple, wanted", [(4, (4, 8)), (8, (8,)), (3, (3, 6))])
+def test_multiples_lie_within_the_range(multiple, wanted):
+    space = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=multiple)
+    assert space.choices[0] == wanted
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"low": 0.9, "high": 0.5}, "got 0.9 and 0.5"),
+        ({"low": 0.5, "high": 1.7}, "got 1.7"),
+        ({"low": 0.5, "high": 1.0, "multiple": 0}, "at least 1, got 0"),
+        ({"low": 0.3, "high": 0.9, "multiple": 8}, "stage1_block1 takes .* from 2 to 7"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused(options, match):
+    with pytest.raises(ValueError, match=match) as error:
+        search.make_space(SPEC, BLOCKS, **options)
+    assert is_one_sentence(error)
+
+
+def test_the_uniform_networks_are_those_of_all_ratios():
+    wanted = {tuple(hyper_widths(ratio)) for ratio in np.linspace(0.25, 1, 2000)}
+    assert set(UNIFORM) == wanted and len(UNIFORM) == len(wanted)
+    assert UNIFORM[0] == tuple(hyper_widths(0.25)) and UNIFORM[-1] == tuple(hyper_widths(1))
+    multiples = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=4, depth=True)
+    found = search.uniform_networks(multiples, low=0.25, high=1.0)
+    assert found[0] == (4, 4, 4, 4, 4) and found[-1] == (8, 8, 12, 12, 16)
+    assert all(width in (4, 8, 12, 16) for widths in found for width in widths)
+
+
+def hyper_widths(ratio):
+    return [int(np.floor(ratio * SPEC.hidden_widths[n] + 0.5)) for n in BLOCKS]
+
+
+@pytest.mark.parametrize("name", ["macs", "params"])
+def test_costs_are_those_of_the_dense_networks(name):
+    rng = np.random.default_rng(0)
+    cost = search.count_cost(DEEP, name, None)
+    for _ in range(20):
+        genes = [int(rng.integers(len(choices))) for choices in DEEP.choices]
+        dense = morph(SPEC, BLOCKS, DEEP.widths(genes))
+        assert cost.total(genes) == getattr(dense, f"num_{name}")
+        assert DEEP.genes(DEEP.widths(genes)) == genes
+
+
+def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
+    measured = []
+
+    def measure(widths):
+        measured.append(widths)
+        weights = (1.0, 1.0, 2.0, 2.0, 0.5)
+        return 3 + sum(a * w + (w > 0) for a, w in zip(weights, widths, strict=True))
+
+    cost = search.latency_cost(DEEP, 40.0, measure)
+    assert len(measured) < 25
+    for widths in ((8, 8, 12, 12, 16), (0, 2, 5, 0, 11), (2, 2, 3, 3, 4), (0, 0, 0, 0, 0)):
+        assert cost.total(DEEP.genes(widths)) == pytest.approx(measure(widths))
+
+
+def test_noisy_latencies_still_grow_with_the_width():
+    rng = np.random.default_rng(1)
+    cost = search.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
+    for table in cost.tables:
+        assert list(table) == sorted(table)
+
+
+@pytest.mark.parametrize("name", ["macs", "params"])
+def test_an_impossible_budget_says_what_is_possible(name):
+    small, large = (
+        getattr(morph(SPEC, BLOCKS, widths), f"num_{name}")
+        for widths in ((2, 2, 3, 3, 4), (8, 8, 12, 12, 16))
+    )
+    search.check_budgets(SPACE, costs(**{name: small}))
+    with pytest.raises(UsageError) as error:
+        search.check_budgets(SPACE, costs(**{name: small - 1}))
+    assert is_one_sentence(error) and f"--max_{name} " in str(error.value)
+    assert f"{small:,} to {large:,}" in str(error.value)
+
+
+# --- evolution -------------------------------------------------------------------------------
+
+
+def test_the_best_network_under_a_budget_is_found():
+    """Of all 63,700, found among 600."""
+    limits = costs(macs=middle(SPACE, "macs"))
+    grids = np.meshgrid(*[range(len(c)) for c in SPACE.choices], indexing="ij")
+    genes = np.stack([grid.ravel() for grid in grids], axis=1)
+    tables = [np.array(table) for table in limits[0].tables]
+    total = limits[0].fixed + sum(t[genes[:, b]] for b, t in enumerate(tables))
+    best = max(toy_accuracy(SPACE.widths(row)) for row in genes[total <= limits[0].limit].tolist())
+    uniform = max(toy_accuracy(w) for w in UNIFORM if limits[0].allows(SPACE.genes(w)))
+    for seed in range(3):
+        archive = evolve(Counted(), limits=limits, num_candidates=600, seed=seed)
+        found = max(candidate.accuracy for candidate in archive)
+        assert found > uniform + 0.95 * (best - uniform)
+
+
+def test_no_network_is_evaluated_twice_and_the_seed_decides_which():
+    first, again, other = Counted(), Counted(), Counted()
+    archive = evolve(first)
+    evolve(again)
+    evolve(other, seed=1)
+    assert len(first.asked) == len(set(first.asked)) == len(archive) == 300
+    assert first.asked == again.asked != other.asked
+
+
+@pytest.mark.parametrize("space", [SPACE, DEEP], ids=["widths", "depth"])
+def test_every_candidate_keeps_every_budget(space):
+    limits = costs(space, macs=middle(space, "macs", 0.4), params=middle(space, "params", 0.5))
+    archive = evolve(Counted(), space, limits=limits)
+    for candidate in archive:
+        dense = morph(SPEC, BLOCKS, candidate.widths)
+        assert dense.num_macs <= limits[0].limit and dense.num_params <= limits[1].limit
+        for width, choices in zip(candidate.widths, space.choices, strict=True):
+            assert width in choices
+    skipped = sum(0 in candidate.widths for candidate in archive)
+    assert skipped > 20 if space is DEEP else skipped == 0
+
+
+def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
+    limits = costs(macs=middle(SPACE, "macs"))
+    first = [c.widths for c in evolve(Counted(), limits=limits) if c.generation == 0]
+    wanted = [w for w in UNIFORM if limits[0].allows(SPACE.genes(w))]
+    assert 0 < len(wanted) < len(UNIFORM) and set(wanted) <= set(first)
+    assert len(first) > len(wanted)
+
+
+def test_a_search_goes_on_from_what_it_has_evaluated():
+    whole = evolve(Counted())
+    generations = []
+
+    def stop(archive):
+        generations.append(archive[-1].generation)
+        return len(generations) < 3
+
+    part = evolve(Counted(), on_generation=stop)
+    assert generations == [0, 1, 2] and len(part) < len(whole)
+    rest = Counted()
+    assert evolve(rest, archive=part) == whole
+    assert rest.asked == [candidate.widths for candidate in whole[len(part) :]]
+
+
+def test_a_search_ends_when_every_network_was_evaluated():
+    space = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=8)
+    uniform = search.uniform_networks(space, low=0.25, high=1.0)
+    archive = search.evolve(
+        space, costs(space), uniform, Counted(), num_candidates=50, population=10, seed=0
+    )
+    assert {c.widths for c in archive} == {(8, 8, 8, 8, 8), (8, 8, 8, 8, 16)}
+
+
+def test_the_front_holds_what_nothing_smaller_reaches():
+    amounts, accuracies = [5, 3, 4, 1, 4], [0.6, 0.5, 0.5, 0.2, 0.55]
+    assert search.pareto_front(amounts, accuracies) == [True, True, False, True, True]
+
+
+# --- containers ------------------------------------------------------------------------------
+
+
+def test_later_populations_use_the_containers_of_earlier_ones():
+    rng = np.random.default_rng(0)
+    rows = [tuple(int(rng.choice(c[:4])) for c in SPACE.choices) for _ in range(40)]
+    first = search.add_containers(SPACE, [], rows[:20], macs_per_container=1000)
+    assert first[0] == (8, 8, 12, 12, 16) and 1 < len(first) <= search.MAX_CONTAINERS
+    again = search.add_containers(SPACE, first, rows[:20], macs_per_container=1000)
+    assert again == first
+    assert search.add_containers(SPACE, [], rows[:20], macs_per_container=1e12) == first[:1]
+    for container in first:
+        assert all(
+            width % (full // 4) == 0 for width, full in zip(container, first[0], strict=True)
+        )
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def load_config():
+    module_spec = importlib.util.spec_from_file_location("digits", ROOT / "configs" / "digits.py")
+    digits = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(digits)
+    return digits.get_config("smoke").to_dict()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A work directory with an INR of random values; what training leaves besides is not needed."""
+    path = tmp_path_factory.mktemp("search") / "run"
+    path.mkdir()
+    config = load_config()
+    config["network"]["depth"] = 20
+    (path / "config.json").write_text(json.dumps(config))
+    family = lab.from_config(config, data.load_dataset("digits")).hypernetwork
+
+    def init(key):
+        return hyper.init(key, family, resnet.init_params(key, family.spec))
+
+    shapes = jax.eval_shape(init, jax.random.key(0, impl="unsafe_rbg"))
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
+    checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
+    return path
+
+
+def call(*args):
+    """(exit status, standard output, standard error) of the command."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [search.__file__, *map(str, args)])
+        patch.setattr(lab, "quiet_logging", lambda: None)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command_line.run(search.main)
+            except SystemExit as stop:
+                status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+BUDGET = 200_000
+OPTIONS = ("--num_candidates=60", "--population=12", "--num_images=40")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """(first image, networks) of each call of evaluate_grid."""
+    evaluate_grid, calls = evaluation.evaluate_grid, []
+
+    def record(hypernetwork, params, widths, images, *args, **options):
+        calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
+        return evaluate_grid(hypernetwork, params, widths, images, *args, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate_grid", record)
+    return calls
+
+
+def run(workdir, out, *args):
+    status, printed, err = call(
+        f"--workdir={workdir}", f"--out={out}", f"--max_macs={BUDGET}", *OPTIONS, *args
+    )
+    assert status == 0, err
+    return printed
+
+
+def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
+    workdir, tmp_path, recorded
+):
+    printed = run(workdir, tmp_path)
+    dataset = data.load_dataset("digits")
+    tests = [call for call in recorded if call[0] == dataset.test_images[0].tobytes()]
+    best = json.loads((tmp_path / "best.json").read_text())
+    wanted = {tuple(best["widths"]), tuple(best["uniform"]["widths"])}
+    assert len(tests) == 1 and set(tests[0][2]) == wanted
+    assert tests[0][1] == len(dataset.test_images)
+
+    candidates = [row for call in recorded if call[1] == 40 for row in call[2]]
+    assert len(candidates) == len(set(candidates)) == 60
+    finalists = [call for call in recorded if call[1] == 144]
+    assert len(finalists) == 1 and len(finalists[0][2]) >= search.NUM_FINALISTS
+
+    family, _, _ = checkpoint.load_inr(workdir)
+    widths = morphs.load_morph(tmp_path / "best.json", family)
+    dense = morph(family.spec, family.blocks, widths)
+    assert (best["num_macs"], best["num_params"]) == (dense.num_macs, dense.num_params)
+    assert dense.num_macs <= BUDGET
+    assert best["validation_accuracy"] >= best["uniform"]["validation_accuracy"]
+    for row in (best, best["uniform"]):
+        assert f"test {100 * row['test_accuracy']:.2f} %" in printed
+    front = json.loads((tmp_path / "pareto.json").read_text())
+    assert len(front["rows"]) == 60 and front["best"] == best["widths"]
+    with (tmp_path / "pareto.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["accuracy"] for row in table] == [str(row["accuracy"]) for row in front["rows"]]
+    assert 0 < sum(row["front"] for row in front["rows"]) < 60
+    assert sum(row["uniform"] for row in front["rows"]) > 1
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
+    workdir, tmp_path, recorded
+):
+    run(workdir, tmp_path / "whole", "--notest")
+    whole, count = json.loads((tmp_path / "whole" / "pareto.json").read_text()), len(recorded)
+    run(workdir, tmp_path / "parts", "--notest", "--time_limit=1e-9")
+    part = json.loads((tmp_path / "parts" / "pareto.json").read_text())
+    assert len(part["rows"]) < 60
+    printed = run(workdir, tmp_path / "parts", "--notest")
+    assert f"continuing after {len(part['rows'])} candidates" in printed
+    parts = json.loads((tmp_path / "parts" / "pareto.json").read_text())
+
+    def of(document):
+        return [(row["widths"], row["accuracy"], row["generation"]) for row in document["rows"]]
+
+    assert of(parts) == of(whole)
+    best = [json.loads((tmp_path / name / "best.json").read_text()) for name in ("whole", "parts")]
+    assert best[0]["widths"] == best[1]["widths"] and "test_accuracy" not in best[0]
+    del recorded[:count]
+    count = len(recorded)
+    run(workdir, tmp_path / "parts", "--notest")
+    assert len(recorded) == count
+
+
+def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate_grid", interrupted)
+    status, _, err = call(
+        f"--workdir={workdir}", f"--out={tmp_path}", f"--max_macs={BUDGET}", *OPTIONS
+    )
+    assert status == command_line.INTERRUPTED
+    assert "stopped after 0 candidates; the same command continues" in err
+
+
+def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypatch):
+    def measure(spec, *, batch, dtype):
+        assert (batch, dtype) == (4, "float32")
+        return spec.num_macs / 1e5 + sum(spec.hidden_widths) % 3 * 0.05
+
+    monkeypatch.setattr(search, "measure_latency", measure)
+    family, _, _ = checkpoint.load_inr(workdir)
+
+    def latency(ratio):
+        widths = morph(family.spec, family.blocks, family.widths(ratio).tolist())
+        return measure(widths, batch=4, dtype="float32")
+
+    limit = (latency(0.5) + latency(1.0)) / 2
+    options = (f"--workdir={workdir}", "--latency_batch=4", "--notest", *OPTIONS)
+    status, _, err = call(*options, f"--out={tmp_path}", f"--max_latency_ms={limit}")
+    assert status == 0, err
+    best = json.loads((tmp_path / "best.json").read_text())
+    dense = morph(family.spec, family.blocks, best["widths"])
+    assert best["latency_ms"] == pytest.approx(measure(dense, batch=4, dtype="float32"), abs=1e-3)
+    assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
+    status, _, err = call(*options, f"--out={tmp_path / 'b'}", "--max_latency_ms=0.1")
+    assert status == 2 and err.count("\n") == 1
+    assert f"{latency(0.5):.3f} to {latency(1.0):.3f}" in err
+
+
+def test_a_measured_latency_is_a_time():
+    assert 0 < search.measure_latency(SPEC, batch=2, dtype="float32", seconds=0.0) < 1000
+
+
+@pytest.mark.parametrize(
+    "args, shown",
+    [
+        ((), "needs a budget"),
+        (("--max_macs=10",), "--max_macs must be at least"),
+        (("--max_params=-1",), "--max_params must be above 0"),
+        (("--max_macs=inf",), "must be above 0 and finite"),
+        (("--max_macs=3e5", "--min_ratio=0.9", "--max_ratio=0.6"), "got 0.9 and 0.6"),
+        (("--max_macs=3e5", "--width_multiple=16"), "none is a multiple of 16"),
+        (("--max_macs=3e5", "--num_candidates=0"), "--num_candidates must be at least 1, got 0"),
+        (("--max_macs=3e5", "--population=1"), "--population must be at least 2"),
+        (("--max_macs=3e5", "--seed=-1"), "--seed must be at least 0"),
+        (("--max_macs=3e5", "--time_limit=-2"), "--time_limit must be above 0"),
+        (("--max_macs=3e5", "--num_samples=0"), "--num_samples must be at least 1"),
+        (("--max_macs=many",), "many"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
+    monkeypatch.setattr(evaluation, "evaluate_grid", None)
+    status, _, err = call(f"--workdir={workdir}", f"--out={tmp_path}", *args)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert shown in err
+
+
+def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path):
+    settings = {"max_macs": 1.0, "seed": 0}
+    record = search.Record(settings, [Candidate((1, 2), 0.5, 0)], validation={(1, 2): 0.25})
+    record.write(tmp_path / "candidates.json")
+    assert search.read_record(tmp_path / "candidates.json", settings) == record
+    with pytest.raises(UsageError, match=r"seed \(saved 0, given 1\)") as error:
+        search.read_record(tmp_path / "candidates.json", {**settings, "seed": 1})
+    assert is_one_sentence(error)
+    status, _, err = call(f"--workdir={workdir}", f"--out={tmp_path}", "--max_macs=3e5")
+    assert status == 2 and "max_macs (saved 1.0, given 300000.0)" in err
+    (tmp_path / "candidates.json").write_text('{"archive": 3')
+    with pytest.raises(UsageError, match="damaged; remove it") as error:
+        search.read_record(tmp_path / "candidates.json", settings)
+    assert is_one_sentence(error)
