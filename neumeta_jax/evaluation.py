@@ -684,8 +684,10 @@ def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray) -> _Job:
     """`job` with the shapes of `bucket`; `widths` are those of all networks."""
     spec, blocks = job.hypernetwork.spec, job.hypernetwork.blocks
     full = np.array(job.hypernetwork.full_widths)
-    within = np.all(np.array(bucket.container) <= full)
-    drawn = full if within else np.maximum(widths.max(axis=0), full)
+    container = np.array(bucket.container)
+    drawn = full
+    if np.any(container > full):
+        drawn = np.maximum(np.maximum(widths.max(axis=0), container), full)
     return dataclasses.replace(
         job,
         container=morph(spec, blocks, bucket.container),

@@ -5,7 +5,7 @@ import pytest
 
 from neumeta_jax import buckets
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
-from neumeta_jax.buckets import make_buckets
+from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 
 SPEC = cifar_resnet(20, num_classes=10)
 BLOCKS = generated_blocks(SPEC, "all")
@@ -92,3 +92,25 @@ def test_beyond_the_limit_neighbours_in_size_start_as_one(monkeypatch):
     found = make_buckets(SPEC, BLOCKS, rows)
     assert sorted(n for bucket in found for n in bucket.members) == list(range(400))
     assert len(found) == 8 and padded(found) < 1.1 * sum(map(macs, rows))
+
+
+def test_given_containers_hold_each_network_in_the_cheapest_that_fits():
+    rows = by_block(30)
+    full = [SPEC.hidden_widths[n] for n in BLOCKS]
+    containers = [full, rows.max(axis=0).tolist(), rows[:4].max(axis=0).tolist(), rows[7].tolist()]
+    found = fill_containers(SPEC, BLOCKS, rows, containers)
+    assert sorted(n for bucket in found for n in bucket.members) == list(range(30))
+    for bucket in found:
+        for n in bucket.members:
+            fitting = [c for c in containers if np.all(rows[n] <= c)]
+            assert macs(bucket.container) == min(map(macs, fitting))
+    assert found[0].members[:4] == (0, 1, 2, 3)
+    assert Bucket(tuple(rows[7].tolist()), (7,)) in found
+
+
+@pytest.mark.parametrize("containers", [[], [[16] * len(BLOCKS)]])
+def test_a_network_that_no_container_holds_is_refused(containers):
+    rows = np.array([[8] * len(BLOCKS), [8] * (len(BLOCKS) - 1) + [17]])
+    with pytest.raises(ValueError, match=f"one of the {len(containers)} containers.* row") as error:
+        fill_containers(SPEC, BLOCKS, rows, containers)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neumeta_jax import evaluation, hypernetwork as hyper, plotting, resnet
+from neumeta_jax import consistency, evaluation, hypernetwork as hyper, plotting, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.evaluation import GridRow
 from neumeta_jax.hypernetwork import Hypernetwork
@@ -188,6 +188,36 @@ def test_averaged_samples_need_a_key(params, images, labels):
     assert 0 <= row.accuracy <= 1
 
 
+def test_rows_say_how_consistent_they_are_with_the_full_network(params, images, labels):
+    """In one pass, in which the full network comes first whether a row asks for it or not."""
+    comparison, seen = evaluation.Comparison(), []
+    options = {"comparison": comparison, "known": {}, "on_row": seen.append}
+    found = grid(params, [0.5, 0.5], images, labels, **options)
+    assert seen == found and list(comparison.found) == [FAMILY.full_widths, found[0].widths]
+    # A call of its own, at the same shape for both networks.
+    logits = evaluate(
+        params,
+        images,
+        labels,
+        np.array(list(comparison.found)),
+        strategy="loop",
+        max_buckets=1,
+        per_image=lambda logits, labels: logits,
+    ).per_image
+    np.testing.assert_allclose(comparison.reference, logits[0], rtol=1e-3, atol=1e-4)
+    wanted = consistency.compare(logits[1], logits[0], labels)
+    for row in found:
+        got = [getattr(row, name) for name in consistency.Consistency._fields]
+        assert got == pytest.approx(list(wanted), abs=1e-3)
+        line = evaluation.format_row(row)
+        assert f"{100 * row.agreement:.2f}" in line and f"{row.kl_divergence:.4f}" in line
+        assert f" {row.worst_class} (" in line
+    # Nothing of it is evaluated again.
+    again = grid(params, [1.0, 0.5], images[:0], labels[:0], **options)
+    assert again[0].agreement == 1.0 and again[0].kl_divergence == 0.0
+    assert again[1] == found[0]
+
+
 # --- many networks ---------------------------------------------------------------------------
 
 WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
@@ -279,6 +309,37 @@ def test_buckets_share_the_program_that_generates(params, images, labels):
     assert len(found.buckets) > 2
     assert evaluation._generate_chunk._cache_size() == 1
     assert evaluation._score_chunk._cache_size() == len(found.buckets)
+
+
+def test_later_calls_with_the_same_containers_compile_nothing(params, images, labels, wanted):
+    containers = [[4, 6], [6, 9], [4, 2]]
+    options = {"containers": containers, "strategy": "vmap", "config_batch": 2}
+    found = evaluate(params, images, labels, WIDTHS[:2], **options)
+    assert [bucket.container for bucket in found.buckets] == [(4, 6)]
+    programs = evaluation._score_chunk._cache_size(), evaluation._generate_chunk._cache_size()
+    # Another number of other networks, one of which is skipped in part.
+    later = evaluate(params, images, labels, WIDTHS[[3, 1, 0]], **options)
+    assert np.array_equal(later.predictions, wanted[[3, 1, 0]])
+    now = evaluation._score_chunk._cache_size(), evaluation._generate_chunk._cache_size()
+    assert programs == now
+    with pytest.raises(ValueError, match=r"row 1, \[6, 9\], fits into none") as error:
+        evaluate(params, images, labels, WIDTHS[1:3], **{**options, "containers": [[4, 6]]})
+    assert is_one_sentence(error)
+
+
+def test_what_is_asked_of_each_image_may_be_handed_over_and_forgotten(params, images, labels):
+    seen = {}
+    options = {"per_image": lambda logits, labels: logits, "max_buckets": 1, "strategy": "loop"}
+    kept = evaluate(params, images, labels, WIDTHS[[1, 0, 1]], **options)
+    found = evaluate(
+        params, images, labels, WIDTHS[[1, 0, 1]], on_images=seen.setdefault, **options
+    )
+    assert found.per_image is None and sorted(seen) == [0, 1, 2]
+    for row, logits in seen.items():
+        np.testing.assert_allclose(logits, kept.per_image[row], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="on_images needs per_image") as error:
+        evaluate(params, images, labels, on_images=seen.setdefault)
+    assert is_one_sentence(error)
 
 
 def test_noise_does_not_depend_on_the_networks_beside_it(params, images, labels):
@@ -584,6 +645,7 @@ def test_grid_json_has_its_schema(tmp_path, rows):
             "num_macs",
             "accuracy",
             "trained",
+            *consistency.Consistency._fields,
         }
         assert GridRow(**{**found, "widths": tuple(found["widths"])}) == row
         assert type(found["trained"]) is bool and type(found["num_params"]) is int
@@ -601,6 +663,7 @@ def test_grid_csv_holds_the_same_rows(tmp_path, rows):
         assert int(line["num_macs"]) == row.num_macs
         assert float(line["accuracy"]) == row.accuracy
         assert line["trained"] == str(row.trained)
+        assert line["agreement"] == ""  # not asked for
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.csv", "grid.json"]
 
 

@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 
 from neumeta_jax import (
+    architecture,
     checkpoint,
     command_line,
     data,
     evaluation,
     experiment as lab,
     hypernetwork as hyper,
+    morphs,
     resnet,
     smoothing,
     teacher_import,
@@ -537,6 +539,57 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     assert len(evaluated) < len(asked)
 
 
+def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied, monkeypatch):
+    forbid_training(monkeypatch)
+    family, _, _ = checkpoint.load_inr(copied)
+    specs = {str(copied / "a.json"): [2, 5], str(copied / "b.json"): [0, 4]}
+    for path, widths in specs.items():
+        pathlib.Path(path).write_text(json.dumps(morphs.morph_to_dict(family, widths)))
+    before = (copied / "grid.json").read_bytes()
+    status, out, err = call(
+        "eval",
+        f"--workdir={copied}",
+        "--split=validation",
+        f"--spec={','.join(specs)}",
+        "--random_networks=5",
+        "--seed=2",
+        "--strategy=loop",
+    )
+    assert status == 0, err
+    assert (copied / "grid.json").read_bytes() == before  # of another command
+    found = json.loads((copied / "specs.json").read_text())
+    assert found["split"] == "validation"
+    assert {row["spec"]: row["widths"] for row in found["rows"]} == specs
+    assert [row["trained"] for row in found["rows"]] == [True, False]
+    assert [row["spec"] for row in read_csv(copied / "specs.csv")] == list(specs)
+    for row in found["rows"]:
+        dense = architecture.morph(family.spec, family.blocks, row["widths"])
+        assert (row["num_params"], row["num_macs"]) == (dense.num_params, dense.num_macs)
+        assert 0 <= row["agreement"] <= 1 and row["kl_divergence"] > 0
+        assert f"{100 * row['accuracy']:.2f}" in out
+
+    drawn = json.loads((copied / "random_networks.json").read_text())
+    random = [row for row in drawn["rows"] if row["series"] == "random"]
+    curve = [row for row in drawn["rows"] if row["series"] == "uniform"]
+    assert len(random) == 5 and len(curve) > 2
+    wanted = morphs.against_uniform(
+        *(
+            [row[name] for row in some]
+            for some in (random, curve)
+            for name in ("num_macs", "accuracy")
+        )
+    )
+    assert [row["difference"] for row in random] == wanted.each.tolist()
+    assert drawn["mean_difference"] == pytest.approx(np.mean(wanted.each))
+    assert drawn["worst_difference"] == min(wanted.each)
+    assert drawn["best_tenth_difference"] == max(wanted.each)  # one of five
+    for row in random:
+        for width, full in zip(row["widths"], family.full_widths, strict=True):
+            assert full / 2 <= width <= full
+    assert len(read_csv(copied / "random_networks.csv")) == len(drawn["rows"])
+    assert (copied / "random_networks.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "args, given",
     [
@@ -547,6 +600,9 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         ("--random_ratios=5 --seed=-1", "got 5 and -1"),
         ("--random_ratios=many", "many"),
         ("--strategy=scan", "auto|loop|map|vmap"),
+        ("--random_networks=0", "got 0 and 0"),
+        ("--random_networks=5 --seed=-1", "got 5 and -1"),
+        ("--spec=gone.json", "--spec=gone.json must be a file"),
     ],
 )
 def test_eval_refuses_figures_and_random_widths_that_cannot_be(finished, args, given):
@@ -562,6 +618,8 @@ def test_random_widths_need_a_range_to_be_drawn_from(finished):
     experiment = lab.from_config(config, data.load_dataset("digits"))
     with pytest.raises(command_line.UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
         lab.draw_width_ratios(experiment, 3, 0)
+    with pytest.raises(command_line.UsageError, match=r"range is 1.0..1.0; use --spec"):
+        morphs.draw_networks(experiment, 3, 0)
 
 
 def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():

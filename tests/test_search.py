@@ -303,20 +303,35 @@ def call(*args):
 
 
 BUDGET = 200_000
-OPTIONS = ("--num_candidates=60", "--population=12", "--num_images=40")
+OPTIONS = ("--num_candidates=40", "--population=12", "--num_images=40")
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """(first image, networks) of each call of evaluate_grid."""
+@contextlib.contextmanager
+def recording():
+    """The first image, the number of images and the networks of each call of evaluate_grid."""
     evaluate_grid, calls = evaluation.evaluate_grid, []
 
     def record(hypernetwork, params, widths, images, *args, **options):
         calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
         return evaluate_grid(hypernetwork, params, widths, images, *args, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate_grid", record)
-    return calls
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "evaluate_grid", record)
+        yield calls
+
+
+@pytest.fixture
+def recorded():
+    with recording() as calls:
+        yield calls
+
+
+@pytest.fixture(scope="module")
+def finished(workdir, tmp_path_factory):
+    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    with recording() as calls:
+        return folder, run(workdir, folder), calls
 
 
 def run(workdir, out, *args):
@@ -328,61 +343,60 @@ def run(workdir, out, *args):
 
 
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
-    workdir, tmp_path, recorded
+    workdir, finished
 ):
-    printed = run(workdir, tmp_path)
+    folder, printed, recorded = finished
     dataset = data.load_dataset("digits")
     tests = [call for call in recorded if call[0] == dataset.test_images[0].tobytes()]
-    best = json.loads((tmp_path / "best.json").read_text())
+    best = json.loads((folder / "best.json").read_text())
     wanted = {tuple(best["widths"]), tuple(best["uniform"]["widths"])}
     assert len(tests) == 1 and set(tests[0][2]) == wanted
     assert tests[0][1] == len(dataset.test_images)
 
     candidates = [row for call in recorded if call[1] == 40 for row in call[2]]
-    assert len(candidates) == len(set(candidates)) == 60
+    assert len(candidates) == len(set(candidates)) == 40
     finalists = [call for call in recorded if call[1] == 144]
     assert len(finalists) == 1 and len(finalists[0][2]) >= search.NUM_FINALISTS
 
     family, _, _ = checkpoint.load_inr(workdir)
-    widths = morphs.load_morph(tmp_path / "best.json", family)
+    widths = morphs.load_morph(folder / "best.json", family)
     dense = morph(family.spec, family.blocks, widths)
     assert (best["num_macs"], best["num_params"]) == (dense.num_macs, dense.num_params)
     assert dense.num_macs <= BUDGET
     assert best["validation_accuracy"] >= best["uniform"]["validation_accuracy"]
     for row in (best, best["uniform"]):
         assert f"test {100 * row['test_accuracy']:.2f} %" in printed
-    front = json.loads((tmp_path / "pareto.json").read_text())
-    assert len(front["rows"]) == 60 and front["best"] == best["widths"]
-    with (tmp_path / "pareto.csv").open(newline="") as file:
+    front = json.loads((folder / "pareto.json").read_text())
+    assert len(front["rows"]) == 40 and front["best"] == best["widths"]
+    with (folder / "pareto.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["accuracy"] for row in table] == [str(row["accuracy"]) for row in front["rows"]]
-    assert 0 < sum(row["front"] for row in front["rows"]) < 60
+    assert 0 < sum(row["front"] for row in front["rows"]) < 40
     assert sum(row["uniform"] for row in front["rows"]) > 1
-    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
-    workdir, tmp_path, recorded
+    workdir, tmp_path, finished, recorded
 ):
-    run(workdir, tmp_path / "whole", "--notest")
-    whole, count = json.loads((tmp_path / "whole" / "pareto.json").read_text()), len(recorded)
-    run(workdir, tmp_path / "parts", "--notest", "--time_limit=1e-9")
-    part = json.loads((tmp_path / "parts" / "pareto.json").read_text())
-    assert len(part["rows"]) < 60
-    printed = run(workdir, tmp_path / "parts", "--notest")
+    run(workdir, tmp_path, "--notest", "--time_limit=1e-9")
+    part = json.loads((tmp_path / "pareto.json").read_text())
+    assert len(part["rows"]) < 40
+    printed = run(workdir, tmp_path, "--notest")
     assert f"continuing after {len(part['rows'])} candidates" in printed
-    parts = json.loads((tmp_path / "parts" / "pareto.json").read_text())
 
-    def of(document):
-        return [(row["widths"], row["accuracy"], row["generation"]) for row in document["rows"]]
+    def candidates(folder):
+        rows = json.loads((folder / "pareto.json").read_text())["rows"]
+        return [(row["widths"], row["accuracy"], row["generation"]) for row in rows]
 
-    assert of(parts) == of(whole)
-    best = [json.loads((tmp_path / name / "best.json").read_text()) for name in ("whole", "parts")]
-    assert best[0]["widths"] == best[1]["widths"] and "test_accuracy" not in best[0]
-    del recorded[:count]
-    count = len(recorded)
-    run(workdir, tmp_path / "parts", "--notest")
-    assert len(recorded) == count
+    assert candidates(tmp_path) == candidates(finished[0])
+    best, wanted = (
+        json.loads((path / "best.json").read_text()) for path in (tmp_path, finished[0])
+    )
+    assert best["widths"] == wanted["widths"] and "test_accuracy" not in best
+    recorded.clear()
+    run(workdir, tmp_path, "--notest")
+    assert recorded == []
 
 
 def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
