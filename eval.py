@@ -5,6 +5,7 @@ python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.75,0.
 python eval.py --workdir=/tmp/digits --figures --random_ratios=20
 python eval.py --workdir=/tmp/digits --spec=/tmp/digits/search/best.json
 python eval.py --workdir=/tmp/digits --random_networks=200
+python eval.py --workdir=/tmp/digits --width_ratios=1,0.75,0.5 --skipped_blocks=0,1
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
 
@@ -55,6 +56,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "Evaluate this many networks with a random width in each block against uniform ones.",
         flag_values=values,
     )
+    flags.DEFINE_list(
+        "skipped_blocks",
+        None,
+        "Evaluate the grid without the last blocks of each stage too, such as 0,1,2 of them.",
+        flag_values=values,
+    )
     flags.DEFINE_integer("seed", 0, "Of --random_ratios and --random_networks.", flag_values=values)
     flags.DEFINE_list(
         "spec",
@@ -91,10 +98,11 @@ def main(argv):
                 "--teacher=FILE needs --config=FILE, for data and images."
             )
         needs_inr = [options.random_ratios, options.random_networks, options.spec]
+        needs_inr.append(options.skipped_blocks)
         if options.figures or any(value is not None for value in needs_inr):
             raise command_line.UsageError(
-                "--figures, --random_ratios, --random_networks and --spec need a trained INR, got "
-                "--teacher; use --workdir."
+                "--figures, --random_ratios, --random_networks, --skipped_blocks and --spec need a "
+                "trained INR, got --teacher; use --workdir."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir
@@ -132,6 +140,7 @@ def check_workdir(config, options):
     if options.data_dir:
         saved["data"]["dir"] = options.data_dir
     ratios = lab.parse_width_ratios(options.width_ratios)
+    skipped = morphs.parse_skipped(options.skipped_blocks)
     sweep_ratios = lab.parse_sweep_ratios(options.figures, options.sweep_ratios)
     dataset, splits = lab.load_data(saved)
     experiment = lab.from_config(saved, dataset)
@@ -159,6 +168,13 @@ def check_workdir(config, options):
         )
     if drawn:
         lab.evaluate_random_ratios(*run, ratios=drawn, **compared)
+    if skipped:
+        morphs.evaluate_depths(
+            *run,
+            skipped=skipped,
+            width_ratios=ratios or experiment.width_ratios,
+            **compared,
+        )
     if specs:
         morphs.evaluate_specs(*run, networks=specs, **compared)
     if networks:

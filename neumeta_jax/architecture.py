@@ -271,6 +271,29 @@ def widths_at(spec: ResNetSpec, blocks: Sequence[int], width_ratio: float) -> tu
     return tuple(max(1, math.floor(width_ratio * width + 0.5)) for width in full)
 
 
+def without_last(
+    spec: ResNetSpec, blocks: Sequence[int], widths: Sequence[int], number: int
+) -> tuple[int, ...]:
+    """`widths` without the last `number` skippable ones of `blocks` in each stage: 0 for those.
+
+    A stage that has fewer loses them all.
+
+    >>> spec = cifar_resnet(20, num_classes=10)
+    >>> without_last(spec, generated_blocks(spec), (16, 16, 32, 32, 64), 1)
+    (16, 0, 32, 0, 0)
+    """
+    result = [int(width) for width in widths]
+    for stage in range(1, NUM_STAGES + 1):
+        members = [
+            position
+            for position, n in enumerate(blocks)
+            if spec.blocks[n].stage == stage and spec.blocks[n].skippable
+        ]
+        for position in members[max(0, len(members) - number) :]:
+            result[position] = 0
+    return tuple(result)
+
+
 def morph(spec: ResNetSpec, blocks: Sequence[int], widths: Sequence[int]) -> ResNetSpec:
     """`spec` with the hidden widths of `blocks` replaced by `widths` (0 = block skipped)."""
     if len(blocks) != len(widths):

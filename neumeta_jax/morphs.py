@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from neumeta_jax import architecture, data, evaluation, experiment as lab, plotting
+from neumeta_jax import architecture, data, evaluation, experiment as lab, plotting, training
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.hypernetwork import Hypernetwork
 
@@ -93,14 +93,26 @@ def check_widths(hypernetwork: Hypernetwork, widths: Sequence[int]) -> tuple[int
 
 
 def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str]:
-    """Names of the blocks whose widths lie outside the trained range."""
+    """Names of the blocks whose widths lie outside the trained range.
+
+    A skipped block lies inside where training skips as many blocks of its stage.
+    """
     low, high = experiment.trained_range
+    family, recipe = experiment.hypernetwork, experiment.recipe
+    skipped = set()
+    for _, members, most in training.skippable_blocks(family, recipe) if recipe.skip_blocks else ():
+        zeros = [position for position in members if widths[position] == 0]
+        skipped |= set(zeros if len(zeros) <= most else ())
     blocks = experiment.hypernetwork.blocks
     lowest = architecture.widths_at(experiment.spec, blocks, low)
     highest = architecture.widths_at(experiment.spec, blocks, high)
     names = [experiment.spec.blocks[n].name for n in blocks]
     bounds = zip(names, lowest, widths, highest, strict=True)
-    return [name for name, first, width, last in bounds if not first <= width <= last]
+    return [
+        name
+        for position, (name, first, width, last) in enumerate(bounds)
+        if not first <= width <= last and position not in skipped
+    ]
 
 
 def note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
@@ -109,8 +121,8 @@ def note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
     if outside:
         low, high = experiment.trained_range
         print(
-            f"note: the widths of {', '.join(outside)} lie outside the trained range of width "
-            f"ratios, {low}..{high}"
+            f"note: the widths of {', '.join(outside)} lie outside what was trained, width ratios "
+            f"{low}..{high}{' and skipped blocks' if experiment.recipe.skip_blocks else ''}"
         )
 
 
@@ -206,6 +218,84 @@ def evaluate_specs(
     lab.write_json(workdir / "specs.json", {**document, "rows": rows})
     plotting.save_table(workdir / "specs.csv", rows)
     print(f"wrote {workdir / 'specs.json'} and specs.csv")
+    return rows
+
+
+def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
+    """Numbers of `--skipped_blocks`, increasing; empty where none were given."""
+    found = set()
+    for value in values or ():
+        if not value.isdecimal():
+            raise UsageError(
+                "--skipped_blocks takes numbers of blocks from 0 on with commas between, got "
+                f"{value!r}."
+            )
+        found.add(int(value))
+    return tuple(sorted(found))
+
+
+def evaluate_depths(
+    workdir: pathlib.Path,
+    experiment: lab.Experiment,
+    params: Mapping,
+    splits: data.Splits,
+    *,
+    skipped: Sequence[int],
+    width_ratios: Sequence[float],
+    split: str,
+    num_samples: int,
+    strategy: str,
+    known: MutableMapping[Widths, float],
+    comparison: evaluation.Comparison,
+) -> list[dict[str, Any]]:
+    """Evaluates every ratio without the last 0, 1, ... generated blocks of each stage.
+
+    Prints a table and writes depths.json, .csv and the heat map depths.png. `skipped` holds the
+    numbers of blocks.
+    """
+    images, labels = lab.evaluation_split(splits, split)
+    print(f"\nwidth and depth, {split} split, {len(labels)} images", flush=True)
+    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
+    cells, networks = [], []
+    for number in skipped:
+        for ratio in sorted(set(width_ratios)):
+            full = architecture.widths_at(spec, blocks, ratio)
+            networks.append(architecture.without_last(spec, blocks, full, number))
+            layers = 2 + 2 * sum(
+                w > 0 for w in architecture.morph(spec, blocks, networks[-1]).hidden_widths
+            )
+            cells.append({"skipped_blocks": number, "num_layers": layers, "width_ratio": ratio})
+    rows = _evaluate(
+        experiment,
+        params,
+        networks,
+        images,
+        labels,
+        num_samples=num_samples,
+        strategy=strategy,
+        known=known,
+        comparison=comparison,
+    )
+    rows = [{**cell, **row} for cell, row in zip(cells, rows, strict=True)]
+    print(
+        f"{'skipped':>7}  {'layers':>6}  {'ratio':>6}  {'parameters':>10}  {'MACs (M)':>9}  "
+        f"{'top-1 %':>8}  {evaluation.CONSISTENCY_HEADER}  range"
+    )
+    for row in rows:
+        compared = evaluation.format_consistency(comparison.found[tuple(row["widths"])])
+        print(
+            f"{row['skipped_blocks']:>7}  {row['num_layers']:>6}  {row['width_ratio']:6.3f}  "
+            f"{row['num_params']:>10,}  {row['num_macs'] / 1e6:>9.2f}  "
+            f"{100 * row['accuracy']:>8.2f}  {compared}{'trained' if row['trained'] else 'unseen'}"
+        )
+    document = {"dataset": experiment.name, "split": split, "versions": lab.versions()}
+    lab.write_json(workdir / "depths.json", {**document, "rows": rows})
+    plotting.plot_depths(
+        workdir / "depths.png",
+        rows,
+        title=f"ResNet{spec.depth}, {experiment.name}, {split} split: top-1 accuracy (%)",
+    )
+    print(f"wrote {workdir / 'depths.json'}, depths.csv and depths.png")
     return rows
 
 

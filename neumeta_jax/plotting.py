@@ -363,6 +363,47 @@ def plot_random_networks(
     save_table(path, rows)
 
 
+def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Writes a PNG of accuracy over width and depth, a heat map, and its numbers.
+
+    Args:
+        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
+        rows: a network for each pair of "num_layers" and "width_ratio", with "accuracy" in [0, 1],
+            "num_macs" and "trained".
+        title: figure title.
+    """
+    depths = sorted({row["num_layers"] for row in rows}, reverse=True)
+    ratios = sorted({row["width_ratio"] for row in rows})
+    cells = {(row["num_layers"], row["width_ratio"]): row for row in rows}
+    values = np.full((len(depths), len(ratios)), np.nan)
+    for (depth, ratio), row in cells.items():
+        values[depths.index(depth), ratios.index(ratio)] = 100 * row["accuracy"]
+    figure = _figure(max(5.0, 1.6 + 0.62 * len(ratios)), 1.6 + 0.62 * len(depths))
+    axis = figure.subplots()
+    image = axis.imshow(values, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (depth, ratio), row in cells.items():
+        value = 100 * row["accuracy"]
+        axis.text(
+            ratios.index(ratio),
+            depths.index(depth),
+            f"{value:.1f}{'' if row['trained'] else '*'}\n{row['num_macs'] / 1e6:.1f} M",
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if value < middle else "black",
+        )
+    axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
+    axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
+    unseen = any(not row["trained"] for row in rows)
+    axis.set_xlabel("kept hidden width (ratio)" + ("; * never trained" if unseen else ""))
+    axis.set_ylabel("layers")
+    figure.colorbar(image, ax=axis, label="top-1 accuracy (%)")
+    figure.suptitle(title + ", multiply-adds", fontsize=10)
+    _save(figure, path)
+    save_table(path, rows)
+
+
 # --- what the figures share ------------------------------------------------------------------
 
 

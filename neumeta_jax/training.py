@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -600,8 +600,10 @@ def _sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, 
     return found
 
 
-def _stages(hypernetwork, recipe):
-    """(stage, positions of its generated blocks that can be skipped, how many of them may be)."""
+def skippable_blocks(
+    hypernetwork: Hypernetwork, recipe: InrRecipe
+) -> Iterator[tuple[int, list[int], int]]:
+    """(stage, positions of its generated blocks that can be skipped, how many training skips)."""
     blocks = [hypernetwork.spec.blocks[n] for n in hypernetwork.blocks]
     for stage in range(1, NUM_STAGES + 1):
         members = [p for p, b in enumerate(blocks) if b.stage == stage and b.skippable]
@@ -616,7 +618,7 @@ def _sample_skipped(key, hypernetwork, recipe, num):
     draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + num_blocks))
     skips = draws[:, 0] < recipe.skip_blocks
     skipped = jnp.zeros((num, num_blocks), bool)
-    for stage, members, most in _stages(hypernetwork, recipe):
+    for stage, members, most in skippable_blocks(hypernetwork, recipe):
         positions = jnp.array(members)
         count = jnp.floor(draws[:, stage] * (most + 1))
         score = draws[:, 1 + NUM_STAGES + positions]
@@ -631,7 +633,7 @@ def _sample_skipped(key, hypernetwork, recipe, num):
 def shallowest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
     """Full widths without the last blocks of each stage, as many as `max_skipped` allows."""
     widths = list(hypernetwork.full_widths)
-    for _, members, most in _stages(hypernetwork, recipe):
+    for _, members, most in skippable_blocks(hypernetwork, recipe):
         for position in members[len(members) - most :]:
             widths[position] = 0
     return tuple(widths)

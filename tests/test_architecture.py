@@ -15,6 +15,7 @@ from neumeta_jax.architecture import (
     generated_blocks,
     morph,
     widths_at,
+    without_last,
 )
 
 
@@ -199,3 +200,16 @@ def test_a_dictionary_with_other_fields_is_refused():
     assert "'dropout'" in refusal(ResNetSpec.from_dict, {**fields, "dropout": 0.1})
     del fields["channels"]
     assert "'channels'" in refusal(ResNetSpec.from_dict, fields)
+
+
+def test_the_last_skippable_blocks_of_each_stage_are_left_out():
+    spec = cifar_resnet(20, num_classes=10)
+    inner = generated_blocks(spec)
+    widths = (16, 12, 32, 20, 64)
+    assert without_last(spec, inner, widths, 0) == widths
+    assert without_last(spec, inner, widths, 1) == (16, 0, 32, 0, 0)
+    assert without_last(spec, inner, widths, 5) == (0,) * 5
+    everything = generated_blocks(spec, "all")
+    found = without_last(spec, everything, spec.hidden_widths, 9)
+    kept = [n for n, width in enumerate(found) if width]
+    assert kept == [n for n, block in enumerate(spec.blocks) if not block.skippable]

@@ -195,3 +195,26 @@ def test_default_entries_differ_and_lie_within_the_kernel():
         assert len(set(entries)) == 6
         below = np.array([out_width, hidden, 9])
         assert np.all((np.array(entries) >= 0) & (np.array(entries) < below))
+
+
+def test_the_heat_map_of_width_and_depth_has_its_networks_in_its_csv(tmp_path):
+    rows = [
+        {
+            "num_layers": layers,
+            "width_ratio": ratio,
+            "widths": [3, 0],
+            "num_macs": 1000 * layers,
+            "accuracy": ratio / 2,
+            "trained": layers == 20,
+        }
+        for layers in (20, 14)
+        for ratio in (1.0, 0.5)
+    ]
+    plotting.plot_depths(tmp_path / "depths.png", rows, title="depths")
+    assert (tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "depths.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [(row["num_layers"], row["width_ratio"], row["accuracy"]) for row in found] == [
+        (str(row["num_layers"]), str(row["width_ratio"]), str(row["accuracy"])) for row in rows
+    ]
+    assert found[0]["widths"] == "3 0"

@@ -590,9 +590,43 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied, monk
     assert (copied / "random_networks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
+    forbid_training(monkeypatch)
+    family, _, _ = checkpoint.load_inr(copied)
+    status, out, err = call(
+        "eval",
+        f"--workdir={copied}",
+        "--split=validation",
+        "--width_ratios=1,0.5",
+        "--skipped_blocks=1,0",
+        "--strategy=loop",
+    )
+    assert status == 0, err
+    found = json.loads((copied / "depths.json").read_text())
+    cells = {(row["skipped_blocks"], row["width_ratio"]): row for row in found["rows"]}
+    assert list(cells) == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
+    assert [row["num_layers"] for row in found["rows"]] == [14, 14, 10, 10]
+    grid = {
+        row["width_ratio"]: row for row in json.loads((copied / "grid.json").read_text())["rows"]
+    }
+    for (skipped, ratio), row in cells.items():
+        assert row["trained"] == (skipped == 0)
+        assert row["widths"] == ([0, 0] if skipped else family.widths(ratio).tolist())
+        assert (
+            row["num_macs"]
+            == architecture.morph(family.spec, family.blocks, row["widths"]).num_macs
+        )
+        if not skipped:
+            assert row["accuracy"] == grid[ratio]["accuracy"]
+        assert f"{100 * row['accuracy']:.2f}" in out
+    assert len(read_csv(copied / "depths.csv")) == 4
+    assert (copied / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "args, given",
     [
+        ("--skipped_blocks=0,one", "--skipped_blocks takes numbers of blocks"),
         ("--figures --sweep_ratios=1,wide", "--sweep_ratios takes numbers"),
         ("--figures --sweep_ratios=1,1.6", "1.6"),
         ("--sweep_ratios=1,0.5", "needs --figures, got 1,0.5"),
