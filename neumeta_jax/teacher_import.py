@@ -14,8 +14,6 @@ import json
 import math
 import os
 import pathlib
-import pickle
-import pickletools
 import re
 import struct
 import zipfile
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from neumeta_jax import pickles
 from neumeta_jax.architecture import NUM_STAGES, ResNetSpec
 
 # The codes of safetensors; bfloat16 and booleans are read as integers, see `_native`.
@@ -56,7 +55,6 @@ _MAX_INFLATION = 10
 _SLACK = 2**20  # small entries (a batch norm's ones) may inflate as they like
 _MAX_DIMS = 16
 _MAX_COUNT = 2**48  # keeps every product of counts far from what NumPy's integers cannot hold
-_MAX_TUPLES = 50_000  # of a pickle; four per tensor. Millions, nested, overflow Python's stack
 _MAX_BLOCKS = 1000  # per stage; the deepest published CIFAR ResNet has 200
 
 _HEADS = ("fc", "linear", "classifier")
@@ -139,6 +137,11 @@ def _show(name: object, limit: int = 80) -> str:
     text = str(name)
     text = text if text.isascii() and text.isprintable() else ascii(text)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _show_scalar(value: object) -> str:
+    """As `_show`, but the type alone of a container, whose printing may take for ever."""
+    return _show(value) if isinstance(value, int | float | str) else type(value).__name__
 
 
 def _is_count(value: object) -> bool:
@@ -270,13 +273,6 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _StateDict(dict):
-    """Stands in for OrderedDict. Drops the attributes that pickles set (PyTorch's `_metadata`)."""
-
-    def __setstate__(self, state):
-        pass
-
-
 class _Callable:
     """A function that a pickle may call. It cannot be changed from there."""
 
@@ -313,7 +309,7 @@ def _rebuild_parameter(tensor, *_) -> _Tensor:
 
 # All that a pickle can name. None of the values is a class or has an attribute that BUILD can set.
 _GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): _Callable(lambda *items: _StateDict(*items)),
+    ("collections", "OrderedDict"): _Callable(lambda *items: pickles.StateDict(*items)),
     ("torch", "Size"): _Callable(lambda sizes=(): tuple(sizes)),
     ("torch._utils", "_rebuild_tensor"): _Callable(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor),
@@ -322,7 +318,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickles.Unpickler):
     """Builds containers, numbers, text and descriptions of tensors. `storages` is what it met."""
 
     def __init__(self, stream: io.BytesIO):
@@ -358,17 +354,6 @@ class _Unpickler(pickle.Unpickler):
 
 def _unpickle(stream: io.BytesIO) -> tuple[Any, dict[str, _Storage]]:
     """The next object in `stream`, and the storages that it refers to."""
-    start, limit, tuples = stream.tell(), stream.getbuffer().nbytes, 0
-    for opcode, argument, _ in pickletools.genops(stream):
-        # The unpickler allocates its memo up to the largest index, which one byte can make 4e9.
-        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) <= limit:
-            raise ValueError(f"{argument} as an index in a pickle of {limit} bytes")
-        tuples += opcode.name.startswith("TUPLE")
-        if tuples > _MAX_TUPLES:
-            raise ValueError(f"a pickle of more than {_MAX_TUPLES} tuples")
-        if opcode.name.startswith("EXT"):
-            raise ValueError("it uses extension codes, which have a cache beside find_class")
-    stream.seek(start)
     unpickler = _Unpickler(stream)
     return unpickler.load(), unpickler.storages
 
@@ -428,8 +413,8 @@ def _load_legacy(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
     protocol, _ = _unpickle(stream)
     if protocol != _LEGACY_PROTOCOL:
         raise _RefusalError(
-            f"has version {_show(protocol)} of PyTorch's old format, where {_LEGACY_PROTOCOL} is "
-            "read; save it again with a current PyTorch."
+            f"has version {_show_scalar(protocol)} of PyTorch's old format, where "
+            f"{_LEGACY_PROTOCOL} is read; save it again with a current PyTorch."
         )
     system, _ = _unpickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -438,6 +423,8 @@ def _load_legacy(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
     keys, _ = _unpickle(stream)
     records, position = {}, stream.tell()
     for key in keys:
+        if not isinstance(key, str):  # the hash of something else may take for ever
+            raise ValueError("a storage whose name is no text")
         storage = storages[key]
         (size,) = struct.unpack_from("<q", content, position)
         begin = position + 8

@@ -447,6 +447,11 @@ def _stack_global(module, name, arguments=b")"):
     return b"\x80\x04" + b"".join(parts) + b"\x93" + arguments + b"R."
 
 
+def _doubled(times):
+    """Opcodes of a tuple that holds one tuple twice, which holds another twice, and so on."""
+    return b")" + b"2\x86" * times
+
+
 def hostile_pickles(marker):
     command = f"touch {marker}"
     code = f"open({str(marker)!r}, 'w')"
@@ -477,6 +482,14 @@ def hostile_pickles(marker):
         "tensor of nothing": b"\x80\x02" + rebuild + b"(NNNNtR.",
         "parameter of nothing": b"\x80\x02ctorch._utils\n_rebuild_parameter\nN\x85R.",
         "deep key": b"\x80\x02})" + b"\x85" * 2_000_000 + b"K\x01s.",
+        "doubled key": b"\x80\x02}" + _doubled(200) + b"K\x01s.",
+        "doubled key among others": b"\x80\x02}(" + _doubled(200) + b"K\x01u.",
+        "doubled key of an OrderedDict": b"\x80\x02ccollections\nOrderedDict\n]"
+        + _doubled(200)
+        + b"K\x01\x86a\x85R.",
+        "doubled entry of a set": b"\x80\x04\x8f(" + _doubled(200) + b"\x90.",
+        "doubled entry of a frozenset": b"\x80\x04(" + _doubled(200) + b"\x91.",
+        "doubled tuple": b"\x80\x02" + _doubled(200) + b".",
         "large memo": b"\x80\x02}r\xff\xff\xff\xff.",
         "large text memo": b"}p99999999999\n.",
         "large bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
@@ -510,6 +523,18 @@ def test_the_refusal_names_what_the_file_wants_to_call(tmp_path):
     payload = hostile_pickles("x")["os.system"]
     with pytest.raises(ValueError, match=r"teacher\.pt wants to call \w+\.system .*state_dict"):
         read(tmp_path, zip_bytes(payload))
+
+
+@pytest.mark.parametrize("place", ["version", "storages"])
+def test_legacy_files_with_doubled_tuples_beside_the_tensors_are_refused(tmp_path, place):
+    """Neither printed nor hashed, which would take 2**200 steps."""
+    pickles = [pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    pickles += [pickle.dumps({}, 2), b"\x80\x02]" + _doubled(200) + b"a."]
+    if place == "version":
+        pickles[1] = b"\x80\x02" + _doubled(200) + b"."
+    with pytest.raises(ValueError, match=r"teacher\.pt") as error:
+        read(tmp_path, b"".join(pickles))
+    assert is_one_sentence(error)
 
 
 def test_names_from_a_file_are_printed_without_control_characters(tmp_path):
