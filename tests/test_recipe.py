@@ -369,6 +369,40 @@ def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_bits(fini
     assert_same_grid(workdir, reference)
 
 
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_path):
+    """SIGKILL, once inside a save; `python benchmarks/interruptions.py` does it more often."""
+    interruptions = load_script("benchmarks/interruptions")
+    ended = []
+
+    def compare(workdir):
+        ended.append(interruptions.differences(interruptions.result(workdir), wanted))
+
+    wanted = interruptions.result(finished[0])
+    places = interruptions.interrupt(
+        tmp_path / "run", [CONFIG], kills=4, saves=1, seconds=4.0, on_end=compare
+    )
+    assert len(places) == 4 and sum(place.endswith("inside a save") for place in places) >= 1
+    assert ended and not any(ended)
+
+
+def test_a_run_that_ended_otherwise_is_told_apart(finished, copied):
+    """What compares must see a step that is there twice and a bit that differs."""
+    interruptions = load_script("benchmarks/interruptions")
+    wanted = interruptions.result(finished[0])
+    assert interruptions.differences(interruptions.result(copied), wanted) == []
+    metrics = copied / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
+    flip_a_bit(copied / checkpoint.INR_FILE)
+    found = interruptions.differences(interruptions.result(copied), wanted)
+    assert found == ["inr.safetensors", "metrics", "steps of inr"]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
 def test_a_second_request_to_stop_stops_at_once(tmp_path):
     with lab.open_workdir(tmp_path, {}) as workdir, contextlib.redirect_stdout(io.StringIO()):
         os.kill(os.getpid(), signal.SIGINT)
