@@ -5,6 +5,7 @@ Both can be read without running code from the file, and appear whole or not at 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from neumeta_jax import hypernetwork as hyper, resnet, storage
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import describe_inr, make_inr
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 INR_FILE = "inr.safetensors"
 FORMAT = "neumeta-jax 1"
+_CHECKSUM = "sha256"
 
 _log = logging.getLogger(__name__)
 
@@ -37,17 +40,31 @@ _log = logging.getLogger(__name__)
 
 
 def save_tree(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, Any]) -> None:
-    """Writes nested dicts of arrays and JSON `metadata` as safetensors, atomically."""
-    path = pathlib.Path(path)
+    """Writes nested dicts of arrays and JSON `metadata` as safetensors, atomically.
+
+    Raises:
+        StorageError: if the disk is full, the folder read-only, ...; an old file is still there.
+    """
     flat = {
         "/".join(entry.key for entry in keys): np.ascontiguousarray(leaf)
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
+    fields = dict(metadata)
+    fields[_CHECKSUM] = _file_digest(flat, fields)
     # One entry: safetensors writes several in any order, and equal trees should be equal files.
-    header = {FORMAT: json.dumps(dict(metadata), sort_keys=True)}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(flat, partial, metadata=header)
-    partial.replace(path)
+    header = {FORMAT: json.dumps(fields, sort_keys=True)}
+    with storage.replacing(path) as partial:
+        safetensors.numpy.save_file(flat, partial, metadata=header)
+
+
+def _file_digest(flat: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+    """sha256 over all that `save_tree` writes."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(flat):
+        array = flat[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
@@ -75,13 +92,31 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
             "safetensors file."
         )
     tree: Params = {}
-    for name, value in flat.items():
-        node = tree
-        *parents, leaf = name.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(value)
-    return tree, json.loads(header[FORMAT])
+    try:
+        metadata = json.loads(header[FORMAT])
+        checksum = metadata.pop(_CHECKSUM, None)  # files of earlier versions have none
+        if checksum not in (None, _file_digest(flat, metadata)):
+            raise ValueError("its checksum does not match")
+        for name, value in flat.items():
+            node = tree
+            *parents, leaf = name.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            if leaf in node:
+                raise ValueError("it has a tensor where others need a folder")
+            node[leaf] = jnp.asarray(value)
+    except Exception as error:  # no JSON, no dict, a number too deep for the parser, ...
+        raise ValueError(
+            f"{path} must be as it was written, but it is damaged ({_reason(error)}); restore it "
+            "or write it again."
+        ) from error
+    return tree, metadata
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, for a sentence."""
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
 def save_inr(
@@ -111,12 +146,52 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
     missing = {"spec", "blocks", "inr"} - set(metadata)
     if missing:
         raise ValueError(f"{path} must hold a trained INR, but its header lacks {sorted(missing)}.")
-    hypernetwork = Hypernetwork(
-        spec=ResNetSpec.from_dict(metadata.pop("spec")),
-        blocks=tuple(metadata.pop("blocks")),
-        inr=make_inr(**metadata.pop("inr")),
-    )
+    try:
+        hypernetwork = Hypernetwork(
+            spec=ResNetSpec.from_dict(metadata.pop("spec")),
+            blocks=tuple(metadata.pop("blocks")),
+            inr=make_inr(**metadata.pop("inr")),
+        )
+        _check_shapes(hypernetwork, params)
+    except Exception as error:  # a header may hold anything
+        raise ValueError(
+            f"{path} must hold a trained INR, but its header or its tensors fit none "
+            f"({_reason(error)}); train it again."
+        ) from error
     return hypernetwork, params, metadata
+
+
+_MAX_NUMBER = 2**16  # of channels, blocks, layers, ... that a header may ask for
+
+
+def _check_shapes(hypernetwork: Hypernetwork, params: Mapping) -> None:
+    """Raises ValueError unless `params` are those of `hypernetwork`, which came from a file."""
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    numbers = (*dataclasses.astuple(spec), blocks, *describe_inr(hypernetwork.inr).values())
+    for number in itertools.chain(*(n if isinstance(n, tuple) else (n,) for n in numbers)):
+        if type(number) not in (int, float, str, bool) or (
+            type(number) is int and not 0 <= number <= _MAX_NUMBER
+        ):
+            raise ValueError(f"numbers from 0 to {_MAX_NUMBER} are read, got {number!r}"[:200])
+    if list(blocks) != sorted({n for n in blocks if n < len(spec.blocks)}):
+        raise ValueError(f"blocks must count upwards below {len(spec.blocks)}, got {blocks}"[:200])
+    backbone = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        resnet.param_shapes(spec),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    wanted = jax.eval_shape(
+        lambda key, tree: hyper.init(key, hypernetwork, tree), jax.random.key(0), backbone
+    )
+    wanted, given = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (wanted, params)
+    )
+    for name in sorted(set(wanted) | set(given)):
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"{name[:80]} has the shape {given.get(name)}, where {wanted.get(name)} is needed"
+            )
 
 
 # --- checkpoints of a running phase ----------------------------------------------------------
@@ -128,6 +203,13 @@ def _digest(tree: Any) -> str:
     for leaf in jax.tree.leaves(tree):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _set_aside(directory: pathlib.Path) -> None:
+    """Renames a damaged checkpoint to "<step>.damaged", or "<step>.damaged2" and so on."""
+    names = (f"{directory.name}.damaged{n if n > 1 else ''}" for n in itertools.count(1))
+    free = next(name for name in names if not directory.with_name(name).exists())
+    directory.rename(directory.with_name(free))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,25 +238,36 @@ class Checkpoints:
         return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
     def save(self, step: int, state: Any) -> None:
-        """Saves the pytree `state` under `step` and then drops what is older than `keep` saves."""
+        """Saves the pytree `state` under `step` and then drops what is older than `keep` saves.
+
+        Raises:
+            StorageError: if the disk is full, the folder read-only, ...; earlier saves are kept.
+        """
         import orbax.checkpoint as ocp
 
-        with self._manager() as manager:
-            if step in manager.all_steps():
-                manager.delete(step)  # a damaged one that a resumed run has reached again
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
-                    meta=ocp.args.JsonSave({"sha256": _digest(state)}),
-                ),
-                force=True,  # also where a damaged, later one is still there
-            )
+        directory = pathlib.Path(self.directory) / str(step)
+        earlier = [n for n in self.steps() if n != step]
+        kept = f"the checkpoint of step {earlier[-1]} is kept" if earlier else ""
+        try:
+            if directory.exists():
+                _set_aside(directory)  # a damaged one that a resumed run has reached again
+            with self._manager() as manager:
+                manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state),
+                        meta=ocp.args.JsonSave({"sha256": _digest(state)}),
+                    ),
+                    force=True,  # also where a damaged, later one is still there
+                )
+        except Exception as error:  # orbax and tensorstore have their own names for a full disk
+            raise storage.refusal(directory, error, kept=kept) from error
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
         """The newest intact (step, state), or None where nothing was saved.
 
-        A damaged checkpoint is named in a warning and left where it is; the one before is tried.
+        A damaged checkpoint is named in a warning and the one before is tried. Once an intact one
+        is found, damaged ones are renamed to "<step>.damaged", so that no later save drops them.
 
         Args:
             template: a pytree of arrays or `jax.ShapeDtypeStruct` with the state's structure.
@@ -192,6 +285,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), template
         )
+        damaged = []
         for step in reversed(steps):
             try:
                 with self._manager() as manager:
@@ -205,13 +299,15 @@ class Checkpoints:
                 if _digest(restored["state"]) != restored["meta"]["sha256"]:
                     raise ValueError("its checksum does not match")
             except Exception as error:  # whatever a damaged file makes the readers raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                damaged.append(pathlib.Path(self.directory) / str(step))
                 _log.warning(
                     "checkpoint %s is damaged (%s); falling back to the one before it",
-                    pathlib.Path(self.directory) / str(step),
-                    reason[:200],
+                    damaged[-1],
+                    _reason(error),
                 )
                 continue
+            for directory in damaged:
+                _set_aside(directory)
             # Orbax commits arrays to a device, which would compile every program a second time.
             return step, jax.tree.map(lambda x: jnp.array(np.asarray(x)), restored["state"])
         raise ValueError(

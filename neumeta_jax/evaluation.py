@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from neumeta_jax import consistency, hypernetwork as hyper, resnet
+from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
@@ -1043,14 +1043,12 @@ def write_grid(
     """Writes `grid.json` and `grid.csv` into `directory`; each file appears whole or not at all."""
     directory = pathlib.Path(directory)
     document = grid_dict(rows, dataset=dataset, split=split, **extra)
-    partial = directory / "grid.json.partial"
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(directory / "grid.json")
-    partial = directory / "grid.csv.partial"
-    with partial.open("w", newline="") as file:
+    with storage.replacing(directory / "grid.json") as partial:
+        partial.write_text(json.dumps(document, indent=1) + "\n")
+    path = directory / "grid.csv"
+    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
         fields = [field.name for field in dataclasses.fields(GridRow)]
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         for row in rows:
             writer.writerow({**_row_dict(row), "widths": " ".join(map(str, row.widths))})
-    partial.replace(directory / "grid.csv")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from neumeta_jax import storage
 from neumeta_jax.evaluation import GridRow, WeightSlices
 from neumeta_jax.published import Curve, Single
 
@@ -453,10 +454,8 @@ def _legend_below(figure, axis, *, columns: int = 0) -> None:
 
 
 def _save(figure, path: str | os.PathLike) -> None:
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    with storage.replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 def save_table(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -472,7 +471,5 @@ def save_table(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> No
 def _save_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Writes the table beside the figure `path`, whole or not at all."""
     path = pathlib.Path(path).with_suffix(".csv")
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    partial.replace(path)

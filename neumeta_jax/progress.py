@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from neumeta_jax import storage
+
 
 def format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds as h:mm:ss or m:ss.
@@ -32,23 +34,23 @@ class MetricsFile:
         self.path = path
 
     def rewind(self, part: str, step: int) -> None:
-        """Drops the lines of `part` after `step`, and a last line that was cut off."""
+        """Drops the lines of `part` after `step`, and what is no line of ours, one cut off say."""
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+                of_part, at = record["part"] == part, int(record["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if record.get("part") != part or record.get("step", 0) <= step:
+            if not of_part or at <= step:
                 kept.append(line + "\n")
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
+        with storage.replacing(self.path) as partial:
+            partial.write_text("".join(kept))
 
     def write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with storage.writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
 
 

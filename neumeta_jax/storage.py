@@ -1,0 +1,60 @@
+"""Writing files so that a fault of the disk is one sentence and costs nothing that was there."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import safetensors
+
+
+class StorageError(OSError):
+    """A file could not be written; what was there before is still there."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, *, kept: str = "") -> Iterator[None]:
+    """Turns a full disk, a read-only folder and the like into one sentence about `path`.
+
+    Args:
+        path: what is being written.
+        kept: what is safe all the same, for the sentence.
+
+    Raises:
+        StorageError: for an OSError, and for what safetensors makes of one.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise refusal(path, error, kept=kept) from error
+
+
+def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> StorageError:
+    """The StorageError for `error`, which writing `path` ended in."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    reason = lines[0][:200] if lines else type(error).__name__
+    return StorageError(
+        f"{os.fspath(path)} could not be written ({reason}){kept and f'; {kept}'}; make room or "
+        "make its folder writable, and run the same command again."
+    )
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a partial file's path, which takes the name `path` once it is whole and on the disk.
+
+    Raises:
+        StorageError: as `writing`; an old file at `path` is still there then.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # or a power failure may leave the name and no content
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
