@@ -14,6 +14,7 @@ from typing import Any
 
 NUM_STAGES = 3
 SHORTCUTS = ("projection", "pad")
+MAX_DEPTH = 6002  # the deepest published one has 1,202 layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +202,8 @@ def cifar_resnet(
     Raises:
         ValueError: if `depth` is not 6n + 2 with n >= 1, or any width is below 1.
     """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"A CIFAR ResNet of depth {MAX_DEPTH} at most is built, got {depth=}.")
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"A CIFAR ResNet has depth 6n + 2 with n >= 1, got {depth=}.")
     if len(stage_widths) != NUM_STAGES:

@@ -22,15 +22,17 @@ import io
 import math
 import os
 import pathlib
-import pickle
 import re
 import tarfile
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from neumeta_jax import pickles
 
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
@@ -47,6 +49,9 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 _MAX_FILE_BYTES = 2**28  # The largest true file, CIFAR-100's train, has 155 MB.
+_MAX_ARCHIVE_BYTES = 2**30  # of a tar archive, uncompressed; both CIFARs have 180 MB.
+_MAX_ARRAY_BYTES = 2**34  # of an array in an .npz file
+_MAX_INFLATION = 100  # of it; photographs compress to a half, digits to a tenth
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,15 +294,38 @@ def _load_digits() -> Dataset:
 
 def _load_npz(name: str, path: pathlib.Path) -> Dataset:
     wanted = ("train_images", "train_labels", "test_images", "test_labels")
-    with _reading(path), np.load(path, allow_pickle=False) as file:
-        keys = file.files
-        arrays = [file[key] for key in wanted if key in keys]
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
+        arrays = [_read_npy(archive, f"{key}.npy") for key in wanted if key in keys]
     if len(arrays) < len(wanted):
         raise ValueError(
             f"{path} must hold the arrays {', '.join(wanted)}, got {', '.join(keys) or 'none'}; "
             "save it again with these names."
         )
     return make_dataset(name, *arrays, source=str(path))
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Returns an integer array of an archive; no size is believed before it is checked."""
+    entry = archive.getinfo(name)
+    largest = min(_MAX_ARRAY_BYTES, _MAX_INFLATION * entry.compress_size + 2**20)
+    # Other methods than these inflate a whole chunk before zipfile looks at the entry's size.
+    known = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not known or entry.file_size > largest:
+        raise ValueError(f"{name} of {entry.file_size} bytes, where {largest} are read at most")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_2_0
+        if version == (1, 0):
+            read_header = np.lib.format.read_array_header_1_0
+        shape, fortran_order, dtype = read_header(file)
+        if dtype.kind not in "biuf":  # objects would be unpickled
+            raise ValueError(f"{name} of type {dtype}, where integers are read")
+        size = math.prod(shape) * dtype.itemsize
+        if size != entry.file_size - file.tell():
+            raise ValueError(f"{name} of shape {shape} in {entry.file_size} bytes"[:200])
+        array = np.frombuffer(file.read(), dtype)  # to the end, where its checksum is compared
+    return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 # CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html
@@ -371,12 +399,22 @@ def _load_cifar(name: str, place: pathlib.Path) -> Dataset:
                 else:
                     content = _CifarUnpickler(contents[batch], source).load()
                     pixels.append(content[b"data"].array().reshape(-1, 3072))
-                    labels.append(np.reshape(content[files.label_key], len(pixels[-1])))
+                    labels.append(_flat_labels(content[files.label_key], len(pixels[-1])))
         # A row is a plane of red, one of green, one of blue.
         images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(images), np.concatenate(labels)
 
     return make_dataset(name, *read(files.train), *read(files.test), source=str(place))
+
+
+def _flat_labels(labels: object, count: int) -> np.ndarray:
+    """Returns `labels`, a list of integers out of a pickle, as an array [count]."""
+    # NumPy would follow lists inside lists, of which a hundred bytes can make 2**64.
+    if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+        raise TypeError("labels must be a list of integers")
+    if len(labels) != count:
+        raise ValueError(f"{len(labels)} labels for {count} images")
+    return np.array(labels)
 
 
 class _RefusedError(ValueError):
@@ -388,7 +426,8 @@ class _PickledDtype:
 
     def __init__(self, code: bytes | str, *_: object) -> None:
         if code not in (b"u1", "u1"):
-            raise TypeError(f"pixels must be uint8, not {code!r}")
+            shown = repr(code[:20]) if isinstance(code, bytes | str) else type(code).__name__
+            raise TypeError(f"pixels must be uint8, not {shown}")
 
     def __setstate__(self, state: object) -> None:
         pass  # Byte order and alignment, of which a byte has none.
@@ -405,7 +444,7 @@ class _PickledArray:
         return np.frombuffer(self.content, np.uint8).reshape(self.shape, order=order)
 
 
-class _CifarUnpickler(pickle.Unpickler):
+class _CifarUnpickler(pickles.Unpickler):
     """Reads CIFAR's Python 2 pickles and can call nothing but the stand-ins above.
 
     NumPy's own functions stay out of reach too: with hostile arguments they allocate at will.
@@ -437,7 +476,7 @@ def _read_files(place: pathlib.Path, names: Collection[str]) -> dict[str, bytes]
         paths = (place / name for name in names)
         return {path.name: _read_file(path) for path in paths if path.is_file()}
     contents: dict[str, bytes] = {}
-    with _reading(place), tarfile.open(place, "r:*") as archive:
+    with _reading(place), _open_tar(place) as archive:
         for member in archive:
             name = pathlib.PurePosixPath(member.name).name
             # Only regular files: a link in an archive may point anywhere.
@@ -449,6 +488,49 @@ def _read_files(place: pathlib.Path, names: Collection[str]) -> dict[str, bytes]
     return contents
 
 
+class _Limited(io.RawIOBase):
+    """A file of which no more than `limit` bytes can be read, however much it inflates to."""
+
+    def __init__(self, file: IO[bytes] | gzip.GzipFile, limit: int):
+        self._file, self._limit = file, limit
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or offset > self._limit:
+            raise ValueError(f"more than {self._limit} bytes in an archive")
+        return self._file.seek(offset)
+
+    def read(self, size: int = -1) -> bytes:
+        left = self._limit - self._file.tell()
+        # In pieces: a reader allocates what it is asked for, whether or not it is there.
+        pieces, missing = [], left + 1 if size < 0 else size
+        while missing > 0 and (piece := self._file.read(min(missing, 2**20))):
+            pieces.append(piece)
+            missing -= len(piece)
+            if self._file.tell() > self._limit:
+                raise ValueError(f"more than {self._limit} bytes in an archive")
+        return b"".join(pieces)
+
+
+@contextlib.contextmanager
+def _open_tar(place: pathlib.Path) -> Iterator[tarfile.TarFile]:
+    with place.open("rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if compressed else raw
+        limited: Any = _Limited(file, _MAX_ARCHIVE_BYTES)
+        with tarfile.open(fileobj=limited, mode="r:") as archive:
+            yield archive
+
+
 def _read_file(path: pathlib.Path) -> bytes:
     """Returns a file's content, decompressed if it ends in .gz."""
     with _reading(path), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -456,10 +538,14 @@ def _read_file(path: pathlib.Path) -> bytes:
 
 
 def _read_all(file: IO[bytes] | gzip.GzipFile) -> bytes:
-    content = file.read(_MAX_FILE_BYTES + 1)  # A small archive can hold terabytes.
-    if len(content) > _MAX_FILE_BYTES:
-        raise ValueError(f"more than {_MAX_FILE_BYTES} bytes in one file")
-    return content
+    """Returns the rest of a file; a small archive can hold terabytes."""
+    pieces, size = [], 0
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > _MAX_FILE_BYTES:
+            raise ValueError(f"more than {_MAX_FILE_BYTES} bytes in one file")
+    return b"".join(pieces)
 
 
 # MNIST and Fashion-MNIST: http://yann.lecun.com/exdb/mnist

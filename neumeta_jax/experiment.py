@@ -35,6 +35,7 @@ from neumeta_jax import (
     published,
     resnet,
     smoothing,
+    storage,
     teacher_import,
     training,
 )
@@ -94,6 +95,20 @@ def _fields(cls: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(section)
 
 
+@contextlib.contextmanager
+def _reading_config() -> Iterator[None]:
+    """Turns what a missing field, or a value of the wrong type, ends in into one sentence."""
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        lines = str(error).splitlines() or [""]
+        raise UsageError(
+            "The config must have the fields of those in configs/, with values of their types, but "
+            f"reading it ended in {type(error).__name__} ({lines[0][:200]}); compare it with them."
+        ) from error
+
+
+@_reading_config()
 def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
     """The data set of a config and its training, validation and test splits."""
     section = config["data"]
@@ -104,6 +119,7 @@ def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
     return dataset, splits
 
 
+@_reading_config()
 def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     """The experiment that `config` describes.
 
@@ -312,8 +328,10 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} must be JSON; it is damaged, restore or remove it.") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} must hold a config; it is damaged, restore or remove it.")
     return config
 
 
@@ -329,9 +347,9 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes `value` to `path`, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    with storage.replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "
+")
 
 
 @contextlib.contextmanager

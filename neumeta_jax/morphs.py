@@ -42,7 +42,7 @@ def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int
         fields = json.loads(pathlib.Path(path).read_text())
     except OSError as error:
         raise UsageError(f"--spec={path} must be a file, but {error.strerror}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{path} must be JSON, but it is damaged; write it again.") from None
     missing = {"widths", "spec", "blocks"} - set(fields if isinstance(fields, dict) else ())
     if missing:
@@ -59,7 +59,9 @@ def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int
         )
     widths = fields["widths"]
     if not isinstance(widths, list) or any(type(width) is not int for width in widths):
-        raise UsageError(f"{path} must hold widths as a list of integers, got {widths!r}.")
+        raise UsageError(
+            f"{path} must hold widths as a list of integers, got {str(widths)[:80]!r}."
+        )
     return check_widths(hypernetwork, widths)
 
 

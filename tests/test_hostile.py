@@ -1,0 +1,627 @@
+"""Thousands of damaged and hostile files: each is loaded, or refused in one line, and nothing else.
+
+What a case may do is watched: CPU time, memory, writing, starting programs. Damage is random, but
+the same in every run. Much of it is put beneath checksums and compression, where it gets further.
+"""
+
+import collections
+import contextlib
+import functools
+import gzip
+import io
+import json
+import pathlib
+import pickle
+import pickletools
+import resource
+import signal
+import struct
+import sys
+import tarfile
+import zipfile
+import zlib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import test_data as data_files
+import test_teacher_import as teacher_files
+
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    data,
+    experiment as lab,
+    export,
+    hypernetwork as hyper,
+    progress,
+    resnet,
+    teacher_import,
+)
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.inr import Grid
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
+FAMILY = hyper.Hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+NORMALIZATION = export.Normalization((0.5,) * 3, (0.2,) * 3)
+
+CPU_SECONDS = 10
+EXTRA_BYTES = 2**30
+NUM_CASES = collections.Counter()
+
+
+# --- what a case may do ----------------------------------------------------------------------
+
+
+class TooSlowError(BaseException):
+    """Nothing that reads files catches it."""
+
+
+_forbidden: list[str] = []
+_watching = False
+
+
+def _audit(event, args):
+    if not _watching:
+        return
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    starts = event.startswith(("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess."))
+    changes = event.startswith(("socket.", "os.remove", "os.rename", "os.symlink", "os.link"))
+    if writes or starts or changes:
+        _forbidden.append(f"{event} {args}"[:200])
+
+
+sys.addaudithook(_audit)
+
+
+@contextlib.contextmanager
+def watched():
+    """Fails for a case that takes long, takes memory, writes a file or starts a program."""
+    global _watching
+
+    def too_slow(signum, frame):
+        raise TooSlowError(f"more than {CPU_SECONDS} s of CPU time")
+
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    previous = signal.signal(signal.SIGPROF, too_slow)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() + EXTRA_BYTES, limits[1])
+    )
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGPROF, previous)
+    assert not _forbidden, _forbidden
+
+
+def attempt(kind, load, *args):
+    """ "loaded" or "refused"; any other end than these fails the test."""
+    NUM_CASES[kind] += 1
+    refusal = None
+    with watched():
+        try:
+            load(*args)
+        except (ValueError, OSError) as error:
+            refusal = error
+    if refusal is None:
+        return "loaded"
+    # train.py and eval.py show exactly these as one line.
+    assert isinstance(refusal, command_line.UsageError) or command_line._is_ours(refusal), (
+        f"{kind}: a traceback would end in {type(refusal).__name__}: {refusal}"
+    )
+    message = str(refusal)
+    assert message.isprintable() and message.endswith(".") and len(message) < 1500, message
+    cause = refusal
+    while cause := cause.__cause__ or cause.__context__:
+        assert not isinstance(cause, MemoryError), f"{kind}: {message}"
+    return "refused"
+
+
+def attempt_all(kind, load, path, contents, *, least_refused=0.2):
+    """Attempts each of `contents` as the file `path`; some must be refused, or none was damaged."""
+    ends = collections.Counter()
+    for content in contents:
+        path.write_bytes(content)
+        ends[attempt(kind, functools.partial(load, path))] += 1
+    assert ends["refused"] >= least_refused * ends.total(), ends
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+NUMBERS = [b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x80", struct.pack("<Q", 2**62)]
+
+
+def damaged(content, number, seed):
+    """`number` damaged copies of `content`: cut, flipped, overwritten, shifted, repeated."""
+    rng = np.random.default_rng(seed)
+    for n in range(number):
+        found = bytearray(content)
+        for _ in range(int(rng.choice([1, 1, 2, 8]))):
+            at = int(rng.integers(len(found) or 1))
+            end = at + int(rng.integers(1, 40))
+            kind = (n + int(rng.integers(3))) % 6
+            if kind == 0:
+                del found[at:]
+            elif kind == 1 and found:
+                found[min(at, len(found) - 1)] ^= 1 << int(rng.integers(8))
+            elif kind == 2:
+                new = NUMBERS[int(rng.integers(len(NUMBERS)))]
+                found[at : at + len(new)] = new
+            elif kind == 3:
+                del found[at:end]
+            elif kind == 4:
+                found[at:at] = found[at:end] * int(rng.integers(1, 4))
+            else:
+                found[at:end] = rng.bytes(end - at)
+        yield bytes(found)
+
+
+JSON_VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**31,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x\n\x1b[2J",
+    "../../etc/passwd",
+    [],
+    [[[]]],
+    {},
+    {"a": [1]},
+    [1] * 300,
+    ["a", None, 2.5],
+]
+
+
+def paths_of(value, prefix=()):
+    yield prefix
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in items if isinstance(value, dict | list) else ():
+        yield from paths_of(entry, (*prefix, key))
+
+
+def damaged_json(value, number, seed):
+    """`number` copies of a JSON value with an entry replaced, missing, or of another entry."""
+    rng = np.random.default_rng(seed)
+    paths = list(paths_of(value))[1:]
+    for n in range(number):
+        copy = json.loads(json.dumps(value))
+        for _ in range(1 + n % 2):
+            path = paths[int(rng.integers(len(paths)))]
+            node = copy
+            try:
+                for key in path[:-1]:
+                    node = node[key]
+                if n % 7 == 0:
+                    del node[path[-1]]
+                else:
+                    node[path[-1]] = JSON_VALUES[int(rng.integers(len(JSON_VALUES)))]
+            except (KeyError, IndexError, TypeError):
+                pass  # an earlier change removed the place
+        yield copy
+
+
+def rezipped(content, name, number, seed):
+    """Zip archives whose entry `name` is damaged, with a checksum that fits."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    for n, payload in enumerate(damaged(entries[name], number, seed)):
+        stream = io.BytesIO()
+        method = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)[n % 2]
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            for entry, old in entries.items():
+                archive.writestr(entry, payload if entry == name else old)
+        yield stream.getvalue()
+
+
+def opcodes(number, seed):
+    """Pickles of random opcodes with arguments that are there."""
+    rng = np.random.default_rng(seed)
+    pieces = [b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n", b"ctorch\nSize\n"]
+    pieces += [b"ctorch._utils\n_rebuild_tensor_v2\n", b"X\x07\0\0\0storage", b"X\1\0\0\0" + b"0"]
+    pieces += [b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"q\0", b"q\1", b"h\0", b"h\1", b"K\3"]
+    pieces += [b"J\xff\xff\xff\x7f", b"U\2u1", b"ccopyreg\n_reconstructor\n", b"cbuiltins\nlist\n"]
+    simple = [code.code.encode("latin1") for code in pickletools.opcodes if code.arg is None]
+    pieces += 2 * [code for code in simple if code != b"."]
+    for _ in range(number):
+        chosen = rng.integers(len(pieces), size=int(rng.integers(2, 40)))
+        yield b"\x80\x04(" + b"".join(pieces[n] for n in chosen) + b"."
+
+
+# --- trees and networks of this package ------------------------------------------------------
+
+
+def backbone():
+    rng = np.random.default_rng(0)
+    shapes = resnet.param_shapes(SPEC)
+    return jax.tree.map(
+        lambda shape: rng.normal(size=shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Good files of this package: {"tree", "inr", "network": bytes}."""
+    folder = tmp_path_factory.mktemp("written")
+    tree = backbone()
+    params = jax.jit(lambda tree: hyper.init(jax.random.key(0), FAMILY, tree))(tree)
+    checkpoint.save_tree(folder / "tree", tree, {"spec": SPEC.to_dict()})
+    checkpoint.save_inr(folder / "inr", FAMILY, params, dataset="x", mean=[0.5], std=[0.2])
+    export.save_safetensors(folder / "network", SPEC, tree, normalization=NORMALIZATION)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+LOADERS = {
+    "tree": checkpoint.load_tree,
+    "inr": checkpoint.load_inr,
+    "network": export.load_safetensors,
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_damaged_safetensors_of_this_package_are_refused(written, tmp_path, kind):
+    """All of them: a checksum covers names, numbers and metadata."""
+    path = tmp_path / "file.safetensors"
+    contents = [c for c in damaged(written[kind], 130, seed=1) if c != written[kind]]
+    attempt_all(kind, LOADERS[kind], path, contents, least_refused=1.0)
+    path.write_bytes(written[kind])
+    assert attempt(kind, LOADERS[kind], path) == "loaded"
+
+
+def sealed(content, header):
+    """The file `content` with another header and a checksum that fits it."""
+    flat = safetensors.numpy.load(content)
+    if isinstance(header, dict):
+        header = {k: v for k, v in header.items() if k != checkpoint._CHECKSUM}
+        header[checkpoint._CHECKSUM] = checkpoint._file_digest(flat, header)
+    return safetensors.numpy.save(flat, {checkpoint.FORMAT: json.dumps(header)})
+
+
+@pytest.mark.parametrize("kind", ["inr", "network"])
+def test_headers_that_ask_for_other_networks_than_the_tensors_hold_are_refused(
+    written, tmp_path, kind
+):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(written[kind])
+    with safetensors.safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()[checkpoint.FORMAT])
+    del header[checkpoint._CHECKSUM]
+    contents = (sealed(written[kind], found) for found in damaged_json(header, 130, seed=2))
+    attempt_all(f"{kind} header", LOADERS[kind], path, contents)
+
+
+@pytest.mark.parametrize(
+    "header", ["[" * 100_000, "[1]", "null", "{", '"x"', '{"spec": 1e999}', "", "\x00"]
+)
+def test_headers_that_are_no_dict_are_refused(written, tmp_path, header):
+    flat = safetensors.numpy.load(written["tree"])
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(safetensors.numpy.save(flat, {checkpoint.FORMAT: header}))
+    for load in (checkpoint.load_inr, export.load_safetensors):
+        assert attempt("header", load, path) == "refused"
+
+
+def test_a_tensor_where_others_have_their_folder_is_refused(tmp_path):
+    path = tmp_path / "file.safetensors"
+    for names in (("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b")):
+        flat = {name: np.ones(1, np.float32) for name in names}
+        path.write_bytes(safetensors.numpy.save(flat, {checkpoint.FORMAT: "{}"}))
+        assert attempt("names", checkpoint.load_tree, path) == "refused"
+
+
+def test_a_bit_flipped_anywhere_in_a_tree_is_noticed(written, tmp_path):
+    path = tmp_path / "file.safetensors"
+    for position in np.random.default_rng(0).integers(len(written["tree"]), size=60):
+        content = bytearray(written["tree"])
+        content[position] ^= 1
+        path.write_bytes(content)
+        assert attempt("flip", checkpoint.load_tree, path) == "refused"
+
+
+def test_a_tree_from_before_checksums_is_read(written, tmp_path):
+    path = tmp_path / "file.safetensors"
+    flat = safetensors.numpy.load(written["tree"])
+    header = json.dumps({"spec": SPEC.to_dict()})
+    path.write_bytes(safetensors.numpy.save(flat, {checkpoint.FORMAT: header}))
+    assert checkpoint.load_tree(path)[1] == {"spec": SPEC.to_dict()}
+
+
+# --- specs, configs, metrics -----------------------------------------------------------------
+
+
+def test_damaged_specs_are_refused(tmp_path):
+    path = tmp_path / "best.json"
+    good = export.morph_to_dict(FAMILY, (1, 2))
+    load = functools.partial(export.load_morph, hypernetwork=FAMILY)
+    contents = [json.dumps(found).encode() for found in damaged_json(good, 150, seed=3)]
+    contents += damaged(json.dumps(good).encode(), 100, seed=4)
+    contents += [b"[" * 100_000, b'{"widths": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"null"]
+    attempt_all("spec", load, path, contents, least_refused=0.8)
+    path.write_text(json.dumps(good))
+    assert export.load_morph(path, FAMILY) == (1, 2)
+
+
+@pytest.fixture(scope="module")
+def config():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        found, _ = command_line.parse(
+            ["train.py", "--config=configs/digits.py:smoke"], lambda _: None, config_required=True
+        )
+    return json.loads(json.dumps(found))
+
+
+def test_damaged_configs_of_work_directories_are_refused(config, tmp_path, monkeypatch):
+    """As eval.py reads them; values that are merely unusual make an experiment."""
+    load_dataset = data.load_dataset
+    digits = load_dataset("digits")
+
+    def load_once(name, *, data_dir=None):
+        return (
+            digits if name == "digits" and not data_dir else load_dataset(name, data_dir=data_dir)
+        )
+
+    monkeypatch.setattr(data, "load_dataset", load_once)
+
+    def load(path):
+        found = lab.read_config(path.parent)
+        dataset, _ = lab.load_data(found)
+        lab.from_config(found, dataset)
+
+    path = tmp_path / "config.json"
+    contents = [json.dumps(found).encode() for found in damaged_json(config, 250, seed=5)]
+    contents += damaged(json.dumps(config).encode(), 100, seed=6)
+    contents += [b"[" * 100_000, b"[]", b"{}", b"null", b"\xff"]
+    attempt_all("config", load, path, contents)
+    path.write_text(json.dumps(config))
+    assert attempt("config", load, path) == "loaded"
+
+
+def test_overrides_of_any_kind_make_a_config_or_one_line(config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rng = np.random.default_rng(7)
+    names = list(command_line._flatten(config)) + ["train", "data", "inr.what", "", "a.b.c", "."]
+    values = ["", "1", "-1", "1e3", "1e999", "nan", "x", "(1,2)", "[", "None", "1" * 5000, "é\n"]
+    values += ["True", "0x10", "1_0", "lambda: 1", "__import__('os').system('x')", "{}", "1,2", "'"]
+    ends = collections.Counter()
+    for n in range(200):
+        name = names[int(rng.integers(len(names)))]
+        value = values[n % len(values)]
+        arguments = ["train.py", "--config=configs/digits.py", f"--config.{name}={value}"]
+        arguments += [["--what"], ["extra"], ["--config"]][n % 3] if n % 9 == 0 else []
+        parse = functools.partial(command_line.parse, config_required=True)
+        ends[attempt("override", parse, arguments, lambda _: None)] += 1
+    assert ends["loaded"] > 20 and ends["refused"] > 60, ends
+
+
+def test_damaged_metrics_are_continued_from_the_lines_that_are_intact(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"part": "inr", "step": n, "loss": 0.5}) for n in range(1, 6)]
+    good = "\n".join(lines).encode() + b"\n"
+    for content in [*damaged(good, 60, seed=8), b"1\n[]\nnull\n" + good + b'{"part": "inr", "st']:
+        path.write_bytes(content)
+        NUM_CASES["metrics"] += 1
+        progress.MetricsFile(path).rewind("inr", 3)
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        assert all(line["part"] != "inr" or line["step"] <= 3 for line in kept)
+    assert [line["step"] for line in kept] == [1, 2, 3]
+
+
+# --- teachers --------------------------------------------------------------------------------
+
+
+TENSORS = {"fc.weight": np.arange(6, dtype="f4").reshape(2, 3), "fc.bias": np.ones(2, "f4")}
+
+
+@pytest.mark.parametrize("name", teacher_files.WRITERS)
+def test_damaged_teachers_are_refused(tmp_path, name):
+    path = tmp_path / name
+    content = teacher_files.WRITERS[name](TENSORS)
+    attempt_all(name, teacher_import.read_tensors, path, damaged(content, 120, seed=9))
+
+
+@pytest.mark.parametrize("name, entry", [("zip.pt", "archive/data.pkl"), ("arrays.npz", None)])
+def test_teachers_damaged_beneath_their_checksums_are_refused(tmp_path, name, entry):
+    path = tmp_path / name
+    content = teacher_files.WRITERS[name](TENSORS)
+    contents = rezipped(content, entry or "fc.weight.npy", 150, seed=10)
+    attempt_all(f"{name} entry", teacher_import.read_tensors, path, contents)
+
+
+def test_damaged_headers_of_safetensors_teachers_are_refused(tmp_path):
+    content = teacher_files.safetensors_bytes(TENSORS)
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + length])
+    texts = (json.dumps(found).encode() for found in damaged_json(header, 120, seed=11))
+    contents = (struct.pack("<Q", len(text)) + text + content[8 + length :] for text in texts)
+    attempt_all("header", teacher_import.read_tensors, tmp_path / "a.safetensors", contents)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_random_programs_in_pickles_build_nothing(tmp_path, legacy):
+    wrap = teacher_files.legacy_bytes if legacy else teacher_files.zip_bytes
+    contents = (wrap(payload) for payload in opcodes(150, seed=12))
+    path = tmp_path / "teacher.pt"
+    attempt_all("opcodes", teacher_import.read_tensors, path, contents, least_refused=1.0)
+
+
+# --- data sets -------------------------------------------------------------------------------
+
+FEW = data_files.random_arrays(num_train=2, num_test=1)
+
+
+def load_cifar100(path):
+    return data.load_dataset("cifar100", data_dir=path)
+
+
+@pytest.mark.parametrize("version", ["python", "binary"])
+def test_damaged_cifar_archives_are_refused(tmp_path, version):
+    path = tmp_path / "cifar.tar.gz"
+    data_files.write_tar(path, data_files.cifar_files("cifar100", version, FEW))
+    content = path.read_bytes()
+    attempt_all(f"{version} tar.gz", load_cifar100, path, damaged(content, 60, seed=13))
+    # Beneath the compression.
+    contents = (gzip.compress(c, 1) for c in damaged(gzip.decompress(content), 60, seed=14))
+    attempt_all(f"{version} tar", load_cifar100, path, contents, least_refused=0.1)
+
+
+def test_damaged_cifar_pickles_are_refused(tmp_path):
+    files = data_files.cifar_files("cifar100", "python", FEW)
+    data_files.write_folder(tmp_path, files)
+    path = tmp_path / "cifar-100-python" / "train"
+    good = path.read_bytes()
+    head, tail = good[:200], good[-200:]
+    contents = [part + good[200:] for part in damaged(head, 120, seed=15)]
+    contents += [good[:-200] + part for part in damaged(tail, 60, seed=16)]
+    contents += opcodes(120, seed=17)
+    load = lambda _: load_cifar100(tmp_path)  # noqa: E731
+    attempt_all("cifar pickle", load, path, contents)
+
+
+def doubled_list(times):
+    """A pickle's list that holds one list twice, which holds another twice, and so on."""
+    return b"]K\1a" + b"".join(b"q%c]h%ca" % (n, n) + b"h%ca" % n for n in range(times))
+
+
+@pytest.mark.parametrize("field", ["labels", "data", "dtype", "key", "shape"])
+def test_structures_that_unfold_to_more_than_the_memory_are_refused(tmp_path, field):
+    files = data_files.cifar_files("cifar100", "python", FEW)
+    data_files.write_folder(tmp_path, files)
+    text = lambda value: b"U" + bytes([len(value)]) + value  # noqa: E731
+    tuples, lists = teacher_files._doubled(60), doubled_list(60)
+    array = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\1%sN\x89" + text(b"x") + b"tb"
+    payload = {
+        "labels": text(b"fine_labels") + lists + text(b"data") + array % b"K\1",
+        "data": text(b"data") + lists,
+        "dtype": text(b"data") + b"cnumpy\ndtype\n" + tuples + b"\x85R",
+        "key": tuples + b"K\1",
+        "shape": text(b"data") + array % tuples,
+    }[field]
+    path = tmp_path / "cifar-100-python" / "train"
+    path.write_bytes(b"\x80\x02}(" + payload + b"u.")
+    assert attempt("unfold", load_cifar100, tmp_path) == "refused"
+
+
+def test_a_tar_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_MAX_ARCHIVE_BYTES", 2**22)
+    path = tmp_path / "cifar.tar.gz"
+    member = tarfile.TarInfo("cifar-100-python/other")
+    member.size = 2**33
+    claims = tarfile.TarInfo("x")
+    claims.type, claims.size = tarfile.XHDTYPE, 2**33  # a header that tarfile reads at once
+    zeros = bytes(2**23)
+    for head in (member.tobuf(), claims.tobuf(tarfile.USTAR_FORMAT), b""):
+        path.write_bytes(gzip.compress(head + zeros, 1))
+        assert attempt("bomb", load_cifar100, path) == "refused"
+
+
+def test_a_tar_writes_nothing_wherever_its_members_point(tmp_path):
+    path = tmp_path / "inside" / "cifar.tar.gz"
+    path.parent.mkdir()
+    names = ["../train", "/tmp/train", "../../test", "a/../../test"]
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"xyz"))
+    assert attempt("tar names", load_cifar100, path) == "refused"
+    assert [p.name for p in tmp_path.iterdir()] == ["inside"]
+    assert [p.name for p in path.parent.iterdir()] == ["cifar.tar.gz"]
+
+
+def test_damaged_idx_files_are_refused(tmp_path):
+    arrays = data_files.random_arrays(size=4, channels=1, num_train=3, num_test=2)
+    data_files.write_folder(tmp_path, data_files.idx_files(arrays))
+    path = tmp_path / "train-images-idx3-ubyte"
+    load = lambda _: data.load_dataset("mnist", data_dir=tmp_path)  # noqa: E731
+    attempt_all("idx", load, path, damaged(path.read_bytes(), 60, seed=18))
+    good = path.read_bytes()
+    path.unlink()
+    zipped = tmp_path / f"{path.name}.gz"
+    attempt_all("idx.gz", load, zipped, damaged(gzip.compress(good), 60, seed=19))
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("npz") / "a.npz"
+    data_files.write_npz(path, data_files.random_arrays(size=4, num_train=3, num_test=2))
+    return path.read_bytes()
+
+
+def load_npz(path):
+    return data.load_dataset("mine", data_dir=path)
+
+
+def test_damaged_npz_data_sets_are_refused(npz, tmp_path):
+    path = tmp_path / "a.npz"
+    attempt_all("npz", load_npz, path, damaged(npz, 120, seed=20))
+    contents = rezipped(npz, "train_images.npy", 120, seed=21)
+    attempt_all("npz entry", load_npz, path, contents)
+
+
+def npy(shape, dtype="|u1", content=b""):
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy((2**40,)),
+        npy((2**20, 2**20, 2**20)),
+        npy((2**62, 4)),
+        npy((0, 2**62)),
+        npy((1,), "|O", pickle.dumps([1])),
+        npy((3,), [("a", "<i4")], bytes(12)),
+        npy((-1,), content=b"x"),
+        bytes(2**25),  # deflates to a thousandth
+    ],
+    ids=["huge", "cube", "overflow", "empty", "objects", "records", "negative", "bomb"],
+)
+def test_npz_entries_that_claim_more_than_there_is_take_no_memory(npz, tmp_path, content):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(npz)) as old, zipfile.ZipFile(stream, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, content if name == "train_images.npy" else old.read(name))
+    path = tmp_path / "a.npz"
+    path.write_bytes(stream.getvalue())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert attempt("npz claims", load_npz, path) == "refused"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**14  # 16 MiB, in KiB
+
+
+def test_a_checksum_of_an_npz_entry_that_does_not_match_is_noticed(npz, tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(io.BytesIO(npz)) as archive:
+        entry = archive.getinfo("train_images.npy")
+    checksum = struct.pack("<I", entry.CRC)
+    assert npz.count(checksum) >= 1
+    path.write_bytes(npz.replace(checksum, struct.pack("<I", zlib.crc32(b"other"))))
+    assert attempt("crc", load_npz, path) == "refused"
+
+
+def test_two_thousand_files_were_tried():
+    """The last test of this file; it counts where all of them ran."""
+    if len(NUM_CASES) < 30:
+        pytest.skip("counts only where the whole file runs")
+    assert NUM_CASES.total() >= 2000, NUM_CASES
