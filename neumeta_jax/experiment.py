@@ -29,6 +29,7 @@ from neumeta_jax import (
     architecture,
     checkpoint,
     data,
+    diagnosis,
     evaluation,
     hypernetwork as hyper,
     plotting,
@@ -51,6 +52,8 @@ from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 BACKBONE_FILE = "backbone.safetensors"
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
 NUM_MOMENT_IMAGES = 2000
+_log = logging.getLogger(__name__)
+
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
 
@@ -423,8 +426,14 @@ def _train(
     rest: tuple = (),
     mesh: jax.sharding.Mesh | None = None,
     evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
+    state_before: Callable[[], tuple[int, training.TrainState]],
+    locate: Callable[[training.TrainState, diagnosis.Step], str],
 ) -> training.TrainState:
-    """`training.run_steps` with metrics, progress, checkpoints and requests to stop."""
+    """`training.run_steps` with metrics, progress, checkpoints and requests to stop.
+
+    Where a step is not finite, `state_before` returns the last good step and state, from which
+    that step is reached again, and `locate` says what it finds there.
+    """
     every = (experiment.log_every, experiment.checkpoint_every, experiment.eval_every)
     last_saved = start
 
@@ -449,24 +458,40 @@ def _train(
             last_saved = step
         workdir.check_stop(step)
 
-    try:
-        state = training.run_steps(
-            call,
-            state,
-            start=start,
-            stop=stop,
-            key=key,
-            images=images,
-            images_per_step=images_per_step,
-            steps_per_call=steps_per_call,
-            every=every,
-            after=after,
-            rest=rest,
-            mesh=mesh,
+    run = functools.partial(
+        training.run_steps,
+        call,
+        key=key,
+        images=images,
+        images_per_step=images_per_step,
+        steps_per_call=steps_per_call,
+        every=every,
+        rest=rest,
+        mesh=mesh,
+    )
+
+    def find(bad):
+        first, good = state_before()
+        print(f"step {bad} is not finite; finding out where, from step {first} on", flush=True)
+        if first < bad:
+            good = run(good, start=first, stop=bad, after=lambda *_: None)
+        good = training.on_default_device(good, mesh)
+        num_images = images.labels.shape[0]
+        return locate(
+            good,
+            diagnosis.step_of(bad, key, num_images=num_images, images_per_step=images_per_step),
         )
+
+    try:
+        state = run(state, start=start, stop=stop, after=after)
     except training.NonFiniteLossError as error:
+        where = ""
+        try:
+            where = find(error.step)
+        except Exception as failure:  # the error itself must be told in any case
+            _log.warning("where the loss stopped being finite was not found: %r", failure)
         raise training.NonFiniteLossError(
-            error.step, error.metrics, phase=phase, last_saved=last_saved
+            error.step, error.metrics, phase=phase, last_saved=last_saved or None, where=where
         ) from None
     return training.on_default_device(state, mesh)
 
@@ -492,12 +517,14 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
     num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
     steps_per_call = training.default_steps_per_call()
     key = phase_key(experiment, 0)
-    state = training.teacher_init(key, spec, recipe, num_steps)
     saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "teacher")
-    start = 0
-    restored = saved.restore(state)
-    if restored:
-        start, state = restored
+
+    def last_state():
+        fresh = training.teacher_init(key, spec, recipe, num_steps)
+        return saved.restore(fresh) or (0, fresh)
+
+    start, state = last_state()
+    if start:
         print(f"teacher: continuing from step {start} of {num_steps}", flush=True)
     workdir.metrics.rewind("teacher", start)
     mesh = data_mesh(experiment)
@@ -540,6 +567,10 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
             mesh=mesh,
             shown=("loss", "accuracy"),
             evaluate=evaluate,
+            state_before=last_state,
+            locate=lambda state, step: diagnosis.locate_in_teacher(
+                spec, experiment.preprocessing, state.params, step, images
+            ),
         )
     return state.params
 
@@ -690,7 +721,8 @@ def train_inr(
     saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
     key = phase_key(experiment, 1)
     start, state = 0, None
-    restored = saved.restore(jax.eval_shape(first_state, key, backbone))
+    template = jax.eval_shape(first_state, key, backbone)
+    restored = saved.restore(template)
     if restored:
         start, state = restored
         params = state.result
@@ -735,6 +767,25 @@ def train_inr(
         def evaluate(state, phase=phase, inputs=inputs):
             return _progress_accuracy(experiment, splits, backbone, state.result, inputs, phase)
 
+        def state_before(phase=phase, params=params):
+            last = saved.restore(template)
+            if last and last[0] > phase.start:
+                return last
+            return phase.start, training.start_phase(params, hypernetwork, recipe, phase)
+
+        def locate(state, step, phase=phase, inputs=inputs):
+            return diagnosis.locate_in_inr(
+                hypernetwork,
+                recipe,
+                experiment.preprocessing,
+                state.params,
+                step,
+                images,
+                backbone,
+                inputs,
+                kind=phase.kind,
+            )
+
         with Progress(total, images_per_step, done=first) as progress:
             state = _train(
                 workdir,
@@ -752,6 +803,8 @@ def train_inr(
                 shown=shown[phase.kind],
                 rest=(teacher, inputs),
                 evaluate=evaluate,
+                state_before=state_before,
+                locate=locate,
                 **size,
             )
         params = state.result

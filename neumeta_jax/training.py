@@ -906,7 +906,10 @@ def fit_update(
 
 
 class NonFiniteLossError(FloatingPointError):
-    """Loss or gradient stopped being finite; `step` is the first step where it did."""
+    """Loss or gradient stopped being finite; `step` is the first step where it did.
+
+    `where` says more of the place, see `diagnosis`.
+    """
 
     def __init__(
         self,
@@ -915,13 +918,15 @@ class NonFiniteLossError(FloatingPointError):
         *,
         phase: str = "training",
         last_saved: int | None = None,
+        where: str = "",
     ):
         self.step = step
         self.metrics = dict(metrics)
         bad = ", ".join(f"{name} = {value}" for name, value in metrics.items())
         kept = "" if last_saved is None else f"; the checkpoint of step {last_saved} is kept"
         super().__init__(
-            f"Training needs a finite loss and gradient, got {bad} at step {step} ({phase}){kept}; "
+            f"Training needs a finite loss and gradient, got {bad} at step {step} ({phase})"
+            f"{where and ', ' + where}{kept}; "
             "lower the learning rates and start in a new work directory."
         )
 

@@ -1,5 +1,10 @@
+import contextlib
 import logging
+import os
+import pathlib
+import resource
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from neumeta_jax import checkpoint, hypernetwork as hyper, resnet
+from neumeta_jax import checkpoint, hypernetwork as hyper, progress, resnet, storage
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.hypernetwork import Hypernetwork
@@ -283,7 +288,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(saved, damage, cap
     assert record.levelno == logging.WARNING
     message = record.getMessage()
     assert f"{saved.directory / '3'} is damaged" in message and "\n" not in message
-    assert saved.steps() == [1, 3]  # it stays for whoever wants to look
+    assert saved.steps() == [1]
+    assert (saved.directory / "3.damaged").is_dir()  # it stays for whoever wants to look
 
 
 @pytest.mark.parametrize("damage", [truncate_all, remove_all_files, remove_the_state])
@@ -294,6 +300,138 @@ def test_a_damaged_checkpoint_can_be_saved_again(saved, damage):
     assert step == 3
     assert_equal(state, state_of(30))
     assert saved.steps() == [1, 3]
+
+
+def test_a_damaged_checkpoint_is_never_dropped(saved):
+    for number in range(2):
+        truncate_all(saved, 3)
+        assert saved.restore(TEMPLATE)[0] == 1
+        for step in (2, 3):
+            saved.save(step, state_of(step))
+        if number == 0:
+            shutil.rmtree(saved.directory / "2")
+            saved.save(1, state_of(1))
+    saved.save(4, state_of(4))
+    assert saved.steps() == [3, 4]
+    assert {"3.damaged", "3.damaged2"} <= {path.name for path in saved.directory.iterdir()}
+    assert saved.restore(TEMPLATE)[0] == 4
+
+
+def test_checkpoints_of_which_none_is_intact_stay_where_they_are(saved):
+    """As after a change of the software, when another version can still read them."""
+    for step in (1, 3):
+        truncate_all(saved, step)
+    with pytest.raises(ValueError, match="none of them is intact"):
+        saved.restore(TEMPLATE)
+    assert saved.steps() == [1, 3]
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    at = int(np.random.default_rng(len(content)).integers(len(content)))
+    content[at] ^= 0x20
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [flip_a_byte, halve, pathlib.Path.unlink])
+def test_any_harmed_file_of_a_checkpoint_is_noticed_or_does_not_matter(saved, tmp_path, harm):
+    """One file at a time; what comes back is one of the two states, bit for bit."""
+    intact = shutil.copytree(saved.directory, tmp_path / "intact")
+    fallen_back = 0
+    for file in files_of(saved, 3):
+        harm(file)
+        step, state = saved.restore(TEMPLATE)
+        assert_equal(state, state_of(step))
+        fallen_back += step == 1
+        shutil.rmtree(saved.directory)
+        shutil.copytree(intact, saved.directory)
+    assert fallen_back >= 4
+
+
+# --- faults of the disk ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """As on a full disk: the system refuses to make any file larger than `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """`folder` without the right to write; for root, who needs none, as another user."""
+    is_root = os.geteuid() == 0
+    folder.chmod(0o555)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def assert_refused_and_kept(saved, error):
+    assert is_one_sentence(error)
+    assert str(saved.directory / "5") in str(error.value)
+    assert "the checkpoint of step 3 is kept" in str(error.value)
+    assert saved.steps() == [1, 3]
+    step, state = saved.restore(TEMPLATE)
+    assert step == 3
+    assert_equal(state, state_of(3))
+    saved.save(5, state_of(5))  # once there is room
+    assert saved.restore(TEMPLATE)[0] == 5
+    assert not list(saved.directory.glob("*tmp*"))
+
+
+def test_a_save_on_a_full_disk_says_so_and_keeps_the_last_checkpoint(saved):
+    with (
+        no_file_beyond(200),
+        pytest.raises(storage.StorageError, match="File too large") as error,
+    ):
+        saved.save(5, state_of(5))
+    assert_refused_and_kept(saved, error)
+
+
+def test_a_save_into_a_read_only_folder_says_so_and_keeps_the_last_checkpoint():
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder).chmod(0o755)
+        saved = Checkpoints(pathlib.Path(folder) / "checkpoints")
+        for step in (1, 3):
+            saved.save(step, state_of(step))
+        with (
+            read_only(saved.directory),
+            pytest.raises(storage.StorageError, match="Permission denied") as error,
+        ):
+            saved.save(5, state_of(5))
+        assert_refused_and_kept(saved, error)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_tree_on_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path, size):
+    path = tmp_path / "tree.safetensors"
+    checkpoint.save_tree(path, TREE, METADATA)
+    with no_file_beyond(size), pytest.raises(storage.StorageError, match="tree.saf") as error:
+        checkpoint.save_tree(path, {"other": np.ones(300, "float32")}, {})
+    assert is_one_sentence(error)
+    assert_equal(checkpoint.load_tree(path)[0], TREE)
+    assert [p.name for p in tmp_path.iterdir()] == ["tree.safetensors"]
+
+
+def test_a_line_of_metrics_on_a_full_disk_is_one_sentence(tmp_path):
+    metrics = progress.MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.write("inr", 1, {"loss": 0.5})
+    with no_file_beyond(60), pytest.raises(storage.StorageError, match="metrics.jsonl") as error:
+        metrics.write("inr", 2, {"loss": 0.25, "text": "x" * 100})
+    assert is_one_sentence(error)
+    metrics.rewind("inr", 1)
+    assert metrics.path.read_text() == '{"part": "inr", "step": 1, "loss": 0.5}\n'
 
 
 def test_a_save_before_a_damaged_checkpoint_is_not_lost(saved):

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -427,6 +428,30 @@ def test_a_truncated_checkpoint_resumes_from_the_one_before_it(finished, copied,
     assert any(f"{damaged} is damaged" in record.getMessage() for record in caplog.records)
     assert_same_result(copied, finished[0])
     assert_same_grid(copied, finished[0])
+
+
+def test_a_disk_that_is_full_at_a_save_is_one_line_and_costs_no_step(
+    finished, tmp_path, monkeypatch
+):
+    reference, workdir = finished[0], tmp_path / "run"
+    save = checkpoint.Checkpoints.save
+
+    def save_on_full_disk(self, step, state):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if step > 8 else limits[0], limits[1]))
+        try:
+            save(self, step, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", save_on_full_disk)
+        message = refusal("train", CONFIG, f"--workdir={workdir}")
+    folder = workdir / "checkpoints" / "teacher"
+    assert f"{folder / '9'} could not be written (" in message
+    assert "the checkpoint of step 6 is kept" in message
+    assert "teacher: continuing from step 6 of 20" in train(workdir)
+    assert_same_result(workdir, reference)
 
 
 # --- refusals --------------------------------------------------------------------------------

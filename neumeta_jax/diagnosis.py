@@ -1,0 +1,172 @@
+"""Where a step of training stopped being finite: which block, at which width.
+
+The steps themselves only notice that it happened, which costs nothing. These functions are given
+the state before that step, which a run recomputes from its last checkpoint, and look at the step's
+networks one by one.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.training import Images, InrRecipe, PhaseInputs, Preprocessing
+
+
+class Step(NamedTuple):
+    """What a step of `training.run_steps` saw: its number, its key, int[images] indices."""
+
+    number: int
+    key: jax.Array
+    indices: jax.Array
+
+
+def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: int) -> Step:
+    """Step `number` of `training.run_steps` with `key`."""
+    order_key, step_key = jax.random.split(key)
+    epoch, position = data.epoch_of(number, num_images, images_per_step)
+    order = data.epoch_order(order_key, epoch, num_images)
+    return Step(number, step_key, data.batch_indices(order, position, images_per_step))
+
+
+def _first(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of `names` with an entry that is not finite, else ""."""
+    for name in names:
+        leaves = jax.tree.leaves(found.get(name, ()))
+        if not all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves):
+            return name
+    return ""
+
+
+def locate_in_teacher(
+    spec: resnet.ResNetSpec,
+    preprocessing: Preprocessing,
+    variables: Mapping,
+    step: Step,
+    images: Images,
+) -> str:
+    """Where a network with batch norm is first not finite, for an error's sentence; "" if nowhere.
+
+    Args:
+        spec: the network.
+        preprocessing: of the run.
+        variables: its linen variables before the step.
+        step, images: what the step saw.
+    """
+
+    @jax.jit
+    def activations(variables, images):
+        x = preprocessing.train(jax.random.fold_in(step.key, step.number), images)
+        _, mutated = resnet.ResNet(spec).apply(
+            variables,
+            x,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=True,
+        )
+        return {"images": x, **mutated["intermediates"]}
+
+    found = activations(variables, images.images[step.indices])
+    widths = {block.name: block.hidden_width for block in spec.blocks}
+    name = _first(found, ("images", "stem", "stem_bn", *widths, "head"))
+    if name in widths:
+        return f"first in the activations of {name} at hidden width {widths[name]}"
+    if name:
+        return f"first in the {'images' if name == 'images' else f'activations of {name}'}"
+    return "in the gradient or the update, not in the network before it"
+
+
+def locate_in_inr(
+    hypernetwork: Hypernetwork,
+    recipe: InrRecipe,
+    preprocessing: Preprocessing,
+    params: Mapping,
+    step: Step,
+    images: Images,
+    teacher: Mapping,
+    phase: PhaseInputs,
+    *,
+    kind: str,
+) -> str:
+    """Where a step of INR training is first not finite, for an error's sentence; "" if nowhere.
+
+    Args:
+        hypernetwork, recipe, preprocessing: of the run.
+        params: the parameters before the step.
+        step, images: what the step saw.
+        teacher, phase: the other arguments of the step.
+        kind: of the phase, "fit" or "train".
+    """
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    names = [spec.blocks[n].name for n in blocks]
+    step_key = jax.random.fold_in(step.key, step.number)
+    if kind == "fit":
+        width_key, noise_key = jax.random.split(step_key)
+        networks = [(np.array(hypernetwork.full_widths, np.int32), noise_key)]
+        if recipe.fit_widths == "random" and step.number % 2:
+            free = dataclasses.replace(recipe, sandwich=False)  # as `training.fit_update` draws
+            drawn = training.sample_widths(width_key, hypernetwork, free, 1)[0]
+            networks = [(np.asarray(drawn), noise_key)]
+        x = y = None
+    else:
+        width_key, data_key, noise_key = jax.random.split(step_key, 3)
+        drawn = training.sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
+        rows = [np.array(hypernetwork.full_widths, np.int32), *np.asarray(drawn)]
+        networks = list(zip(rows, jax.random.split(noise_key, recipe.num_sizes), strict=True))
+        x = jax.jit(preprocessing.train)(data_key, images.images[step.indices])
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            return "first in the images"
+        y = images.labels[step.indices]
+
+    @jax.jit
+    def generate(params, widths, key):
+        noise_key = key if recipe.noise else None
+        return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+
+    @jax.jit
+    def look(params, generated, x, y):
+        tree = training.mixed_tree(hypernetwork, params, generated, teacher, phase.active)
+        every_block = range(len(spec.blocks))
+        moments = resnet.hidden_moments(spec, tree, x.astype(jnp.float32), every_block)
+
+        def loss(tree):
+            return losses.cross_entropy(resnet.apply(spec, tree, x), y)
+
+        return tree, moments, jax.grad(loss)(tree)
+
+    for number, (widths, key) in enumerate(networks):
+        of_block = dict(zip(names, (int(width) for width in widths), strict=True))
+
+        def sentence(what, name, of_block=of_block, number=number):
+            width = of_block.get(name) or next(
+                (block.hidden_width for block in spec.blocks if block.name == name), None
+            )
+            at = f" at hidden width {width}" if width is not None else ""
+            return (
+                f"first in the {what} of {name}{at}, in network {number + 1} of "
+                f"{len(networks)} with the widths {','.join(map(str, of_block.values()))}"
+            )
+
+        generated = generate(params, widths, key)
+        if name := _first(generated, names):
+            return sentence("weights", name)
+        if x is None or y is None:
+            continue
+        batch = slice(None)
+        if not recipe.share_images:
+            batch = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
+        tree, moments, gradient = look(params, generated, x[batch], y[batch])
+        order = [*resnet.param_shapes(spec)]
+        for what, found, searched in (
+            ("weights", tree, order),
+            ("activations", moments, order),
+            ("gradient", gradient, order[::-1]),
+        ):
+            if name := _first(found, searched):
+                return sentence(what, name)
+    return "in the update, not in the networks before it"
