@@ -3,7 +3,8 @@
     python train.py --config=configs/digits.py --workdir=/tmp/digits
 
 The same command continues an interrupted run. `--config.field=value` overrides a field,
-`--config=FILE:PRESET` chooses a preset, `--dry_run` says what would happen.
+`--config=FILE:PRESET` chooses a preset, `--dry_run` says what would happen. Several hosts train
+together with `--distributed` or `--coordinator_address`, see `neumeta_jax/hosts.py`.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 
 from absl import flags
 
-from neumeta_jax import command_line, experiment as lab
+from neumeta_jax import command_line, experiment as lab, hosts
 from neumeta_jax.progress import format_seconds
 
 
@@ -21,6 +22,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "workdir", "", "Where the run lives; created if absent.", flag_values=values
     )
     flags.DEFINE_bool("dry_run", False, "Describe the run and exit.", flag_values=values)
+    hosts.define_flags(values)
 
 
 def main(argv):
@@ -31,6 +33,11 @@ def main(argv):
         )
     lab.quiet_logging()
     lab.enable_compilation_cache()
+    with hosts.joined(options):
+        run(config, options)
+
+
+def run(config, options):
     started = time.perf_counter()
     print("  ".join(f"{name} {version}" for name, version in lab.versions().items()))
 
@@ -48,7 +55,9 @@ def main(argv):
         # Fit the INR to the teacher, then add block after block at random widths.
         params = lab.train_inr(workdir, experiment, splits, backbone)
         path = lab.save_result(workdir, experiment, params)
-        print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
+    if not hosts.is_first():
+        return
+    print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
     lab.evaluate_and_write(
         pathlib.Path(options.workdir),
         experiment,

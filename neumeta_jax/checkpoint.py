@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 INR_FILE = "inr.safetensors"
-FORMAT = "neumeta-jax 1"
+FORMAT = "neumeta-jax 2"
+_OLD_FORMAT = "neumeta-jax 1"  # without a checksum
 _CHECKSUM = "sha256"
 
 _log = logging.getLogger(__name__)
@@ -86,16 +87,16 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
             f"{path} must be a complete safetensors file, but reading it failed ({error}); write "
             "it again."
         ) from error
-    if FORMAT not in header:
+    if FORMAT not in header and _OLD_FORMAT not in header:
         raise ValueError(
             f"{path} must be written by this software (format {FORMAT!r}); it is some other "
             "safetensors file."
         )
     tree: Params = {}
     try:
-        metadata = json.loads(header[FORMAT])
-        checksum = metadata.pop(_CHECKSUM, None)  # files of earlier versions have none
-        if checksum not in (None, _file_digest(flat, metadata)):
+        metadata = json.loads(header[FORMAT if FORMAT in header else _OLD_FORMAT])
+        checksum = metadata.pop(_CHECKSUM, None)
+        if FORMAT in header and checksum != _file_digest(flat, metadata):
             raise ValueError("its checksum does not match")
         for name, value in flat.items():
             node = tree
@@ -225,10 +226,17 @@ class Checkpoints:
     def _manager(self) -> "ocp.CheckpointManager":
         import orbax.checkpoint as ocp
 
+        directory = pathlib.Path(self.directory).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        # Of several processes the first alone comes here; it may not wait for the others.
+        alone = {jax.process_index()} if jax.process_count() > 1 else None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep, enable_async_checkpointing=False, create=True
+            max_to_keep=self.keep,
+            enable_async_checkpointing=False,
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=alone),
         )
-        return ocp.CheckpointManager(pathlib.Path(self.directory).absolute(), options=options)
+        return ocp.CheckpointManager(directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps that were saved, ascending, whether intact or not."""
@@ -246,6 +254,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         directory = pathlib.Path(self.directory) / str(step)
+        # Orbax would have all processes write their part of arrays that lie on devices.
+        state = jax.tree.map(np.asarray, state)
         earlier = [n for n in self.steps() if n != step]
         kept = f"the checkpoint of step {earlier[-1]} is kept" if earlier else ""
         try:
@@ -280,11 +290,8 @@ class Checkpoints:
             return None
         import orbax.checkpoint as ocp
 
-        # Not the devices that it was saved from, which this process may not have.
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), template
-        )
+        # On the host: not on the devices that it was saved from, which may not be here.
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
         damaged = []
         for step in reversed(steps):
             try:

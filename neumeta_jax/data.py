@@ -464,9 +464,10 @@ class _CifarUnpickler(pickles.Unpickler):
                 return _PickledDtype
             case "_codecs", "encode":  # How Python 3 writes bytes in protocol 2.
                 return lambda text, _: text.encode("latin1")
+        name = ascii(f"{module_name}.{global_name}"[:80])[1:-1]
         raise _RefusedError(
             f"{self._source} must hold nothing but arrays, lists and strings, got a request for "
-            f"{module_name}.{global_name}, which was refused; do not trust this file."
+            f"{name}, which was refused; do not trust this file."
         )
 
 

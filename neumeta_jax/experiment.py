@@ -31,6 +31,7 @@ from neumeta_jax import (
     data,
     diagnosis,
     evaluation,
+    hosts,
     hypernetwork as hyper,
     plotting,
     published,
@@ -310,7 +311,7 @@ class Workdir:
 
     @property
     def metrics(self) -> MetricsFile:
-        return MetricsFile(self.path / "metrics.jsonl")
+        return MetricsFile(self.path / "metrics.jsonl" if hosts.is_first() else None)
 
     def check_stop(self, step: int) -> None:
         """Raises `Interrupted` if the process was asked to stop."""
@@ -359,13 +360,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
 
-    While it is open, SIGTERM and SIGINT ask the run to save and stop.
+    While it is open, SIGTERM and SIGINT ask the run to save and stop. Of several processes the
+    first alone opens it.
 
     Raises:
         ValueError: if another config wrote the directory (naming the fields that differ), or
             another process is using it.
     """
     path = pathlib.Path(path)
+    workdir = Workdir(path)
+    if not hosts.is_first():
+        with _stopped_by_signals(workdir):
+            yield workdir
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
@@ -386,21 +393,25 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         else:
             write_json(path / "config.json", config)
         write_json(path / "versions.json", versions())
-        workdir = Workdir(path)
-
-        def request_stop(signum, frame):
-            del frame
-            if workdir.stop_requested:  # asked twice: at once
-                raise KeyboardInterrupt
-            workdir.stop_requested = True
-            print(f"{signal.Signals(signum).name}: saving and stopping", flush=True)
-
-        previous = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
+        with _stopped_by_signals(workdir):
             yield workdir
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(workdir: Workdir) -> Iterator[None]:
+    def request_stop(signum, frame):
+        del frame
+        if workdir.stop_requested:  # asked twice: at once
+            raise KeyboardInterrupt
+        workdir.stop_requested = True
+        print(f"{signal.Signals(signum).name}: saving and stopping", flush=True)
+
+    previous = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # --- the recipe's steps ----------------------------------------------------------------------
@@ -453,8 +464,10 @@ def _train(
                 record["validation"] = found
         if record:
             workdir.metrics.write(part, step, {"phase": phase, **record})
+        workdir.stop_requested = hosts.any_process(workdir.stop_requested)
         if due(step, experiment.checkpoint_every) or step == stop or workdir.stop_requested:
-            saved.save(step, state)
+            if hosts.is_first():
+                saved.save(step, state)
             last_saved = step
         workdir.check_stop(step)
 
@@ -496,8 +509,20 @@ def _train(
     return training.on_default_device(state, mesh)
 
 
+def _restore(saved: checkpoint.Checkpoints, template: Any) -> tuple[int, Any] | None:
+    """`saved.restore` by the first process, for all of them."""
+    if jax.process_count() == 1:
+        return saved.restore(template)
+    found = saved.restore(template) if hosts.is_first() else None
+    step = int(hosts.from_first(lambda: np.int32(found[0] if found else -1), np.int32(0)))
+    if step < 0:
+        return None
+    state = hosts.from_first(lambda: found[1] if found else None, template)
+    return step, jax.tree.map(jnp.array, state)
+
+
 def data_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
-    """The devices that share out the batches of a run: all of this process. None for one.
+    """The devices that share out the batches of a run: all there are. None for one.
 
     Raises:
         ValueError: if a batch of the run cannot be shared equally.
@@ -521,7 +546,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
 
     def last_state():
         fresh = training.teacher_init(key, spec, recipe, num_steps)
-        return saved.restore(fresh) or (0, fresh)
+        return _restore(saved, fresh) or (0, fresh)
 
     start, state = last_state()
     if start:
@@ -671,15 +696,35 @@ def measure_moments(
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
-    if path.exists():
-        params, _ = checkpoint.load_tree(path)
-        print(f"teacher: {path} is there already", flush=True)
-        return params
-    if experiment.teacher_file:
+    found = bool(hosts.from_first(lambda: np.int32(path.exists()), np.int32(0)))
+    trained = None
+    if not found and not experiment.teacher_file:
+        trained = train_teacher(workdir, experiment, splits)
+
+    def load_or_make():
+        if found:
+            params, _ = checkpoint.load_tree(path)
+            print(f"teacher: {path} is there already", flush=True)
+            return params
+        return _make_backbone(path, experiment, splits, trained)
+
+    template = jax.tree.map(
+        lambda shape: np.empty(shape, np.float32),
+        resnet.param_shapes(experiment.spec),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return hosts.from_first(load_or_make, template)
+
+
+def _make_backbone(
+    path: pathlib.Path, experiment: Experiment, splits: data.Splits, trained: Params | None
+) -> Params:
+    """Folds and orders the `trained` teacher, or one to be imported, and writes it to `path`."""
+    if trained is None:
         print(f"teacher: importing {experiment.teacher_file}", flush=True)
         variables = import_teacher(experiment, experiment.teacher_file)
     else:
-        variables = train_teacher(workdir, experiment, splits)
+        variables = trained
     # As many as are looked at during training: thrice the whole split takes longer than all else.
     images = splits.validation_images[: experiment.progress_images]
     labels = splits.validation_labels[: experiment.progress_images]
@@ -722,7 +767,7 @@ def train_inr(
     key = phase_key(experiment, 1)
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
-    restored = saved.restore(template)
+    restored = _restore(saved, template)
     if restored:
         start, state = restored
         params = state.result
@@ -768,7 +813,7 @@ def train_inr(
             return _progress_accuracy(experiment, splits, backbone, state.result, inputs, phase)
 
         def state_before(phase=phase, params=params):
-            last = saved.restore(template)
+            last = _restore(saved, template)
             if last and last[0] > phase.start:
                 return last
             return phase.start, training.start_phase(params, hypernetwork, recipe, phase)
@@ -845,6 +890,8 @@ _mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
     """Writes the trained INR with what is needed to use it elsewhere; returns the file's path."""
     path = workdir.path / checkpoint.INR_FILE
+    if not hosts.is_first():
+        return path
     checkpoint.save_inr(
         path,
         experiment.hypernetwork,

@@ -28,14 +28,15 @@ class MetricsFile:
     """Appends one JSON object per line; lines from beyond a restored step are dropped.
 
     A line belongs to a `part` of the run ("teacher", "inr"), each with its own count of steps.
+    Without a path nothing is written: of several processes only one has the file.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path | None):
         self.path = path
 
     def rewind(self, part: str, step: int) -> None:
         """Drops the lines of `part` after `step`, and what is no line of ours, one cut off say."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(errors="replace").splitlines():
@@ -50,6 +51,8 @@ class MetricsFile:
             partial.write_text("".join(kept))
 
     def write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         with storage.writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
 

@@ -89,12 +89,12 @@ def data_mesh(
 
     Args:
         recipes: whose batches must be shared equally.
-        devices: default all devices of this process.
+        devices: default all devices, those of other processes included.
 
     Raises:
         ValueError: if a batch cannot be shared equally.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
+    devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
     if count == 1:
         return None
@@ -116,10 +116,22 @@ def data_mesh(
 
 
 def replicate(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """`tree` on every device of `mesh`; as it is without one."""
+    """`tree`, the same in all processes, on every device of `mesh`; as it is without one."""
     if mesh is None:
         return tree
-    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P()))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)))
+        if isinstance(x, jax.Array) and x.sharding == everywhere:
+            return x
+        value = np.asarray(x)
+        return jax.make_array_from_callback(value.shape, everywhere, lambda index: value[index])
+
+    return jax.tree.map(one, tree)
 
 
 def on_default_device(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:

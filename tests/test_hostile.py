@@ -118,7 +118,7 @@ def attempt(kind, load, *args):
         f"{kind}: a traceback would end in {type(refusal).__name__}: {refusal}"
     )
     message = str(refusal)
-    assert message.isprintable() and message.endswith(".") and len(message) < 1500, message
+    assert message.isprintable() and message[-1:] in (".", "?") and len(message) < 1500, message
     cause = refusal
     while cause := cause.__cause__ or cause.__context__:
         assert not isinstance(cause, MemoryError), f"{kind}: {message}"
@@ -190,8 +190,9 @@ JSON_VALUES = [
 
 def paths_of(value, prefix=()):
     yield prefix
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, entry in items if isinstance(value, dict | list) else ():
+    if not isinstance(value, dict | list):
+        return
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
         yield from paths_of(entry, (*prefix, key))
 
 
@@ -322,7 +323,7 @@ def test_a_tensor_where_others_have_their_folder_is_refused(tmp_path):
     path = tmp_path / "file.safetensors"
     for names in (("a", "a/b"), ("a/b", "a"), ("a/b/c", "a/b")):
         flat = {name: np.ones(1, np.float32) for name in names}
-        path.write_bytes(safetensors.numpy.save(flat, {checkpoint.FORMAT: "{}"}))
+        path.write_bytes(sealed(safetensors.numpy.save(flat), {}))
         assert attempt("names", checkpoint.load_tree, path) == "refused"
 
 
@@ -339,7 +340,7 @@ def test_a_tree_from_before_checksums_is_read(written, tmp_path):
     path = tmp_path / "file.safetensors"
     flat = safetensors.numpy.load(written["tree"])
     header = json.dumps({"spec": SPEC.to_dict()})
-    path.write_bytes(safetensors.numpy.save(flat, {checkpoint.FORMAT: header}))
+    path.write_bytes(safetensors.numpy.save(flat, {checkpoint._OLD_FORMAT: header}))
     assert checkpoint.load_tree(path)[1] == {"spec": SPEC.to_dict()}
 
 
@@ -527,7 +528,7 @@ def test_a_tar_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
     claims = tarfile.TarInfo("x")
     claims.type, claims.size = tarfile.XHDTYPE, 2**33  # a header that tarfile reads at once
     zeros = bytes(2**23)
-    for head in (member.tobuf(), claims.tobuf(tarfile.USTAR_FORMAT), b""):
+    for head in (member.tobuf(), claims.tobuf(), b""):
         path.write_bytes(gzip.compress(head + zeros, 1))
         assert attempt("bomb", load_cifar100, path) == "refused"
 

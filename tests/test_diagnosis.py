@@ -1,0 +1,152 @@
+"""Where a loss stops being finite is named: step, block and width."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_hosts
+import test_recipe as recipe
+import test_training as tiny
+
+from neumeta_jax import checkpoint, diagnosis, hypernetwork as hyper, resnet, training
+
+config = test_hosts.config
+BLOCKS = [tiny.SPEC.blocks[n].name for n in tiny.FAMILY.blocks]
+FULL = tiny.FAMILY.full_widths
+
+
+@pytest.fixture(scope="module")
+def params():
+    backbone = tiny.random_backbone(tiny.SPEC)
+    return hyper.init(jax.random.key(1), tiny.FAMILY, backbone, alpha=0.7), backbone
+
+
+def locate(params, backbone, *, number=3, kind="train", **changes):
+    fields = {"batch_size": 4, "sandwich": True, **changes}
+    chosen = dataclasses.replace(tiny.RECIPE, **fields)
+    phase = training.Phase("x", kind, 0, 10, len(FULL), (), 0, 3)
+    step = diagnosis.step_of(
+        number,
+        jax.random.key(9),
+        num_images=tiny.NUM_IMAGES,
+        images_per_step=chosen.images_per_step,
+    )
+    return diagnosis.locate_in_inr(
+        tiny.FAMILY,
+        chosen,
+        tiny.PREPROCESSING,
+        params,
+        step,
+        tiny.random_images(),
+        backbone,
+        training.phase_inputs(tiny.FAMILY, chosen, phase),
+        kind=kind,
+    )
+
+
+def scaled(params, layer, factor):
+    layers = jax.tree.map(lambda x: x * factor, params["learned"][layer])
+    return {**params, "learned": {**params["learned"], layer: layers}}
+
+
+def test_finite_parameters_are_not_blamed(params):
+    assert locate(*params) == "in the update, not in the networks before it"
+    assert locate(*params, kind="fit") == "in the update, not in the networks before it"
+
+
+@pytest.mark.parametrize("kind", ["fit", "train"])
+def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, kind):
+    """All the last block's parameters are spoiled, and no other's."""
+    tree, backbone = params
+    groups = {group.name: group for group in tiny.FAMILY.groups}
+
+    def spoil(path, leaf):
+        positions = list(groups[path[0].key].positions)
+        if len(FULL) - 1 not in positions or leaf.shape[0] != len(positions):
+            return leaf
+        return leaf.at[positions.index(len(FULL) - 1)].set(jnp.nan)
+
+    spoiled = {**tree, "inr": jax.tree_util.tree_map_with_path(spoil, tree["inr"])}
+    found = locate(spoiled, backbone, kind=kind)
+    count = 1 if kind == "fit" else tiny.RECIPE.num_sizes
+    assert f"first in the weights of {BLOCKS[-1]} at hidden width " in found
+    assert f"in network 1 of {count} with the widths " in found
+
+
+def test_activations_that_overflow_name_the_first_block_that_has_them(params):
+    tree, backbone = params
+    found = locate(scaled(tree, "stem", 1e30), backbone)
+    first = tiny.SPEC.blocks[0]
+    assert (
+        f"activations of {first.name} at hidden width {first.hidden_width}, in network 1" in found
+    )
+
+
+def test_weights_that_are_not_generated_are_named_too(params):
+    tree, backbone = params
+    assert "first in the weights of head, in network 1" in locate(
+        scaled(tree, "head", np.inf), backbone
+    )
+
+
+def test_images_that_are_not_finite_are_named(params, monkeypatch):
+    bad = dataclasses.replace(tiny.PREPROCESSING, std=(0.25, float("nan"), 0.25))
+    monkeypatch.setattr(tiny, "PREPROCESSING", bad)
+    assert locate(*params) == "first in the images"
+
+
+@pytest.mark.parametrize("block", ["stage1_block0", "stage3_block0"])
+def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
+    variables = resnet.init_variables(jax.random.key(0), tiny.SPEC)
+    kernel = variables["params"][block]["conv1"]["kernel"]
+    variables["params"][block]["conv1"]["kernel"] = kernel * 1e38
+    step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
+    found = diagnosis.locate_in_teacher(
+        tiny.SPEC, tiny.PREPROCESSING, variables, step, tiny.random_images()
+    )
+    width = next(b.hidden_width for b in tiny.SPEC.blocks if b.name == block)
+    assert found == f"first in the activations of {block} at hidden width {width}"
+
+
+def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_path, monkeypatch):
+    """One block's weights are spoiled at one width, which is drawn for the first time in step 7."""
+    workdir = tmp_path / "run"
+    generate_blocks = hyper.generate_blocks
+    drawn = []
+
+    def spoiled(hypernetwork, inr_params, widths, **options):
+        tree = generate_blocks(hypernetwork, inr_params, widths, **options)
+        layers = tree["stage2_block0"]["conv1"]
+        bad = jnp.where((widths[1] == 4) & (widths[2] == 6), jnp.nan, 1.0)
+        layers["kernel"] = layers["kernel"] * bad
+        return tree
+
+    locate_in_inr = diagnosis.locate_in_inr
+
+    def recorded(hypernetwork, recipe, preprocessing, params, step, *args, **options):
+        drawn.append((hypernetwork, recipe, step))
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+        return locate_in_inr(hypernetwork, recipe, preprocessing, params, step, *args, **options)
+
+    monkeypatch.chdir(recipe.ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(hyper, "generate_blocks", spoiled)
+        patch.setattr(diagnosis, "locate_in_inr", recorded)
+        args = [config, f"--workdir={workdir}", "--config.train.sandwich=false"]
+        message = recipe.refusal("train", *args)
+
+    ((family, chosen, step),) = drawn
+    # When it had to happen: the first step that draws these widths.
+    for number in range(step.number + 1):
+        key = jax.random.split(jax.random.fold_in(step.key, number), 3)[0]
+        widths = np.asarray(training.sample_widths(key, family, chosen, 1))[0]
+        if tuple(widths[1:]) == (4, 6):
+            break
+    assert step.number == number > 5
+    assert f"at step {number} ([1/1] all blocks), first in the weights of stage2_block0" in message
+    assert "at hidden width 4, in network 2 of 2 with the widths 3,4,6" in message
+    kept = checkpoint.Checkpoints(workdir / "checkpoints" / "inr").steps()[-1]
+    assert f"the checkpoint of step {kept} is kept" in message
+    assert kept == number // 5 * 5
