@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import safetensors
@@ -33,6 +34,8 @@ def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> Sto
     """The StorageError for `error`, which writing `path` ended in."""
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     reason = lines[0][:200] if lines else type(error).__name__
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore, at length
+        reason = os.strerror(int(found[1]))
     return StorageError(
         f"{os.fspath(path)} could not be written ({reason}){kept and f'; {kept}'}; make room or "
         "make its folder writable, and run the same command again."

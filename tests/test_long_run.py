@@ -16,7 +16,7 @@ def test_a_long_run_keeps_two_checkpoints_and_reports_its_windows(tmp_path, caps
     rows = document["windows"]
     assert [row["last_step"] for row in rows] == [100, 200, 300, 400]
     assert all(row["checkpoints"] == 2 for row in rows)
-    assert all(0 < row["median_us"] for row in rows)
+    assert all(row["median_us"] > 0 for row in rows)
     sizes = [row["metrics_kib"] for row in rows]
     assert sizes == sorted(sizes) and sizes[0] > 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
