@@ -98,14 +98,20 @@ def parse(
     try:
         remaining = values(argv)
     except flags.Error as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(_sentence(str(error))) from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(" ".join(str(error).strip("'\"").split())) from None
+        raise UsageError(_sentence(str(error).strip("'\""))) from None
     if len(remaining) > 1:
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
         )
     return (values.config.to_dict() if path is not None else {}), values
+
+
+def _sentence(text: str) -> str:
+    """`text` on one line, with an end."""
+    line = " ".join(text.split())
+    return line if line.endswith((".", "?")) else f"{line}."
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None]:

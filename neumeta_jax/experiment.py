@@ -130,6 +130,11 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     Raises:
         ValueError: for a value that no run could use.
     """
+    for name in ("data", "network", "teacher", "inr", "train", "eval"):
+        if not isinstance(config[name], Mapping):
+            raise UsageError(
+                f"The config's {name} must be a section with fields, got {config[name]!r:.80}."
+            )
     section = config["data"]
     mean, std = tuple(section["mean"]), tuple(section["std"])
     if not mean or not std:

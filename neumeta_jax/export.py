@@ -162,7 +162,8 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
         spec = ResNetSpec.from_dict(info.pop("network"))
         wanted = _flat_shapes(resnet.param_shapes(spec))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} holds no usable network: {error}") from None
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}.") from None
     given = _flat_shapes(jax.tree.map(np.shape, params))
     for name in sorted(set(wanted) | set(given)):
         if wanted.get(name) != given.get(name):

@@ -70,9 +70,9 @@ def _first_difference(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> s
     if isinstance(spec, dict):
         for name, value in wanted["spec"].items():
             if spec.get(name) != value:
-                return f"{name} {spec.get(name)} there, {value} here"
+                return f"{name} {ascii(spec.get(name))[:80]} there, {value} here"
     if fields["blocks"] != wanted["blocks"]:
-        return f"blocks {fields['blocks']} there, {wanted['blocks']} here"
+        return f"blocks {ascii(fields['blocks'])[:80]} there, {wanted['blocks']} here"
     return "other fields in its spec"
 
 

@@ -214,7 +214,7 @@ def damaged_json(value, number, seed):
                     node[path[-1]] = JSON_VALUES[int(rng.integers(len(JSON_VALUES)))]
             except (KeyError, IndexError, TypeError):
                 pass  # an earlier change removed the place
-        yield copy
+        yield json.loads(json.dumps(copy))  # keys that are texts
 
 
 def rezipped(content, name, number, seed):
