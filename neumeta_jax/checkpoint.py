@@ -3,6 +3,7 @@
 Both can be read without running code from the file, and appear whole or not at all.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -313,8 +314,9 @@ class Checkpoints:
                     _reason(error),
                 )
                 continue
-            for directory in damaged:
-                _set_aside(directory)
+            with contextlib.suppress(OSError):  # a folder that can only be read
+                for directory in damaged:
+                    _set_aside(directory)
             # Orbax commits arrays to a device, which would compile every program a second time.
             return step, jax.tree.map(lambda x: jnp.array(np.asarray(x)), restored["state"])
         raise ValueError(

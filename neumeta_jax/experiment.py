@@ -53,9 +53,9 @@ from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 BACKBONE_FILE = "backbone.safetensors"
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
 NUM_MOMENT_IMAGES = 2000
-_log = logging.getLogger(__name__)
-
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,12 +469,14 @@ def _train(
                 record["validation"] = found
         if record:
             workdir.metrics.write(part, step, {"phase": phase, **record})
-        workdir.stop_requested = hosts.any_process(workdir.stop_requested)
-        if due(step, experiment.checkpoint_every) or step == stop or workdir.stop_requested:
+        stopping = hosts.any_process(workdir.stop_requested)  # a later signal: after the next step
+        if due(step, experiment.checkpoint_every) or step == stop or stopping:
             if hosts.is_first():
                 saved.save(step, state)
             last_saved = step
-        workdir.check_stop(step)
+        if stopping:
+            workdir.stop_requested = True
+            workdir.check_stop(step)
 
     run = functools.partial(
         training.run_steps,
