@@ -357,8 +357,7 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes `value` to `path`, whole or not at all."""
     with storage.replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "
-")
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from neumeta_jax import (
     experiment as lab,
     export,
     hypernetwork as hyper,
+    morphs,
     resnet,
     teacher_import,
 )
@@ -466,7 +467,7 @@ def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_
     family, params, _ = checkpoint.load_inr(workdir)
     widths = (3, 5)
     (tmp_path / "best.json").write_text(
-        json.dumps({**export.morph_to_dict(family, widths), "accuracy": 0.5})
+        json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5})
     )
     path = tmp_path / "net.safetensors"
     status, _, err = call(
@@ -584,17 +585,17 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
     workdir, tmp_path, change, match
 ):
     family = checkpoint.load_inr(workdir)[0]
-    changed = change(export.morph_to_dict(family, (3, 4)))
+    changed = change(morphs.morph_to_dict(family, (3, 4)))
     path = tmp_path / "best.json"
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(command_line.UsageError, match=match) as error:
-        export.load_morph(path, family)
+        morphs.load_morph(path, family)
     assert is_one_sentence(error)
 
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(2, 2, 2))
     family = hyper.Hypernetwork(spec, (0, 1, 2), Grid())
-    assert export.check_widths(family, (0, 1, 1)) == (0, 1, 1)
+    assert morphs.check_widths(family, (0, 1, 1)) == (0, 1, 1)
     with pytest.raises(ValueError, match="stage2_block0 takes hidden widths from 1 to 3, got 0"):
-        export.check_widths(family, (0, 0, 1))
+        morphs.check_widths(family, (0, 0, 1))

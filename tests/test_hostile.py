@@ -35,6 +35,7 @@ from neumeta_jax import (
     experiment as lab,
     export,
     hypernetwork as hyper,
+    morphs,
     progress,
     resnet,
     teacher_import,
@@ -349,14 +350,14 @@ def test_a_tree_from_before_checksums_is_read(written, tmp_path):
 
 def test_damaged_specs_are_refused(tmp_path):
     path = tmp_path / "best.json"
-    good = export.morph_to_dict(FAMILY, (1, 2))
-    load = functools.partial(export.load_morph, hypernetwork=FAMILY)
+    good = morphs.morph_to_dict(FAMILY, (1, 2))
+    load = functools.partial(morphs.load_morph, hypernetwork=FAMILY)
     contents = [json.dumps(found).encode() for found in damaged_json(good, 150, seed=3)]
     contents += damaged(json.dumps(good).encode(), 100, seed=4)
     contents += [b"[" * 100_000, b'{"widths": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"null"]
     attempt_all("spec", load, path, contents, least_refused=0.8)
     path.write_text(json.dumps(good))
-    assert export.load_morph(path, FAMILY) == (1, 2)
+    assert morphs.load_morph(path, FAMILY) == (1, 2)
 
 
 @pytest.fixture(scope="module")
