@@ -109,7 +109,7 @@ def locate_in_inr(
         width_key, noise_key = jax.random.split(step_key)
         networks = [(np.array(hypernetwork.full_widths, np.int32), noise_key)]
         if recipe.fit_widths == "random" and step.number % 2:
-            free = dataclasses.replace(recipe, sandwich=False)  # as `training.fit_update` draws
+            free = training.without_extremes(recipe)
             drawn = training.sample_widths(width_key, hypernetwork, free, 1)[0]
             networks = [(np.asarray(drawn), noise_key)]
         x = y = None

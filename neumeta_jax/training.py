@@ -864,6 +864,11 @@ def inr_update(
     return update
 
 
+def without_extremes(recipe: InrRecipe) -> InrRecipe:
+    """`recipe` with all sizes at random and no block skipped, as the fit phase draws them."""
+    return dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0)
+
+
 def fit_update(
     hypernetwork: Hypernetwork, recipe: InrRecipe
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -883,8 +888,7 @@ def fit_update(
         width_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
         widths, target = full, teacher
         if recipe.fit_widths == "random":
-            free = dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0)
-            drawn = sample_widths(width_key, hypernetwork, free, 1)[0]
+            drawn = sample_widths(width_key, hypernetwork, without_extremes(recipe), 1)[0]
             widths = jnp.where(step % 2 == 0, full, drawn)
             target = {
                 name: resnet.resample_block(teacher[name], width)
