@@ -5,7 +5,6 @@ the state before that step, which a run recomputes from its last checkpoint, and
 networks one by one.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
