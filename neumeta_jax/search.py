@@ -862,6 +862,8 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
         [c for c in record.archive if c.widths in set(uniform)], NUM_UNIFORM_FINALISTS
     )
     together = list(dict.fromkeys([*finalists, *uniform_finalists]))
+    if num_images == len(labels):
+        record.validation |= {c.widths: c.accuracy for c in record.archive if c.widths in together}
     missing = [widths for widths in together if widths not in record.validation]
     if missing:
         print(f"{len(missing)} finalists on all {len(labels)} validation images", flush=True)
