@@ -6,6 +6,7 @@ python eval.py --workdir=/tmp/digits --figures --random_ratios=20
 python eval.py --workdir=/tmp/digits --spec=/tmp/digits/search/best.json
 python eval.py --workdir=/tmp/digits --random_networks=200
 python eval.py --workdir=/tmp/digits --width_ratios=1,0.75,0.5 --skipped_blocks=0,1
+python eval.py --workdir=/tmp/digits --report
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
 
@@ -36,6 +37,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "figures",
         False,
         "Write against_macs, sweep and weights (.png, .csv) into the work directory too.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "report",
+        False,
+        "Write report.html too, a page to look at it all; implies --figures.",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -99,10 +106,10 @@ def main(argv):
             )
         needs_inr = [options.random_ratios, options.random_networks, options.spec]
         needs_inr.append(options.skipped_blocks)
-        if options.figures or any(value is not None for value in needs_inr):
+        if options.figures or options.report or any(value is not None for value in needs_inr):
             raise command_line.UsageError(
-                "--figures, --random_ratios, --random_networks, --skipped_blocks and --spec need a "
-                "trained INR, got --teacher; use --workdir."
+                "--figures, --report, --random_ratios, --random_networks, --skipped_blocks and "
+                "--spec need a trained INR, got --teacher; use --workdir."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir
@@ -141,7 +148,8 @@ def check_workdir(config, options):
         saved["data"]["dir"] = options.data_dir
     ratios = lab.parse_width_ratios(options.width_ratios)
     skipped = morphs.parse_skipped(options.skipped_blocks)
-    sweep_ratios = lab.parse_sweep_ratios(options.figures, options.sweep_ratios)
+    figures = options.figures or options.report
+    sweep_ratios = lab.parse_sweep_ratios(figures, options.sweep_ratios)
     dataset, splits = lab.load_data(saved)
     experiment = lab.from_config(saved, dataset)
     lab.check_same_family(experiment, hypernetwork)
@@ -164,6 +172,7 @@ def check_workdir(config, options):
             *run,
             width_ratios=ratios or experiment.width_ratios,
             sweep_ratios=sweep_ratios,
+            report=options.report,
             **compared,
         )
     if drawn:

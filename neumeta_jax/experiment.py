@@ -33,6 +33,7 @@ from neumeta_jax import (
     evaluation,
     hosts,
     hypernetwork as hyper,
+    page,
     plotting,
     published,
     resnet,
@@ -966,11 +967,13 @@ def evaluate_and_write(
     strategy: str = "auto",
     known: MutableMapping[tuple[int, ...], float] | None = None,
     comparison: evaluation.Comparison | None = None,
+    report: bool = False,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
-    sweep and weights, each as .png and .csv, and sweep.json. `known` holds accuracies by widths,
+    sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
+    page to look at all of it (see `page`). `known` holds accuracies by widths,
     of the same parameters, split and number of samples; networks in it are not evaluated again, and
     the others are added. So does `comparison` hold how consistent they are with the full network.
     """
@@ -1045,6 +1048,23 @@ def evaluate_and_write(
         trained_range=experiment.trained_range,
     )
     print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
+    if report:
+        document = page.page_document(
+            [*rows, *sweep],
+            experiment.spec,
+            title=f"ResNet{experiment.spec.depth} on {experiment.name}: every size from one INR",
+            subtitle=f"Top-1 accuracy on the {len(labels):,} images of the {split} split. The INR "
+            f"has {hyper.num_inr_params(params):,} parameters, the full-size network "
+            f"{experiment.spec.num_params:,}.",
+            trained_range=experiment.trained_range,
+            teacher_accuracy=teacher_accuracy,
+            slices=slices,
+            latency=page.read_latency(workdir / page.LATENCY_FILE),
+            config=read_config(workdir),
+            versions=versions(),
+        )
+        page.write_page(workdir / "report.html", document)
+        print(f"wrote {workdir / 'report.html'}; open it in a browser")
     return rows
 
 

@@ -1,0 +1,264 @@
+"""The page to look at: its data, and what it does in a real browser where there is one."""
+
+import base64
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from neumeta_jax import command_line, page
+from neumeta_jax.architecture import cifar_resnet, morph
+from neumeta_jax.evaluation import GridRow, WeightSlices
+
+SPEC, BLOCKS = cifar_resnet(14, num_classes=10, stage_widths=(4, 8, 16), image_size=8), (1, 3)
+
+
+def row(ratio, widths, accuracy):
+    small = morph(SPEC, BLOCKS, widths)
+    trained = 0.5 <= ratio <= 1
+    return GridRow(ratio, widths, small.num_params, small.num_macs, accuracy, trained)
+
+
+ROWS = [
+    row(1.0, (4, 8), 0.75),
+    row(0.5, (2, 4), 0.625),
+    row(0.25, (1, 2), 0.25),
+    row(1.0, (0, 8), 0.5),
+    row(0.5, (0, 3), 0.375),
+]
+LATENCY = {
+    "device": "a test",
+    "rows": [
+        {
+            "widths": list(widths),
+            "latency": {"jax": {"1": {"p50_ms": p50, "p90_ms": 2 * p50, "calls": 9}}},
+        }
+        for widths, p50 in (((4, 8), 3.0), ((2, 4), 1.5), ((3, 3), 1.0))
+    ],
+}
+
+
+def weight_slices():
+    widths = np.arange(2, 11)
+    kernels = np.full((len(widths), 3, 3, 10, 16), np.nan, np.float32)
+    values = np.random.default_rng(0).normal(size=(3, 3, 10, 16))
+    for n, width in enumerate(widths):
+        kernels[n, :, :, :width] = values[:, :, :width] * width
+    return WeightSlices("stage2_block1", 8, widths, kernels)
+
+
+def document(**changes):
+    options = {
+        "title": "ResNet14 on </script><b>noise</b>",
+        "subtitle": "A test",
+        "trained_range": (0.5, 1.0),
+        "teacher_accuracy": 0.8,
+        "slices": weight_slices(),
+        "latency": LATENCY,
+        "config": {"data": {"name": "noise", "mean": [0.5]}, "comment": "<!-- $title -->"},
+        "versions": {"python": "3.11"},
+    }
+    return page.page_document(ROWS, SPEC, **{**options, **changes})
+
+
+# --- the data --------------------------------------------------------------------------------
+
+
+def test_networks_are_distinct_and_in_order_with_their_depth_and_their_latency():
+    entries = page.network_entries([*ROWS, ROWS[0]], SPEC, LATENCY)
+    assert [(e["ratio"], e["depth"]) for e in entries] == [
+        (0.25, 14),
+        (0.5, 12),
+        (0.5, 14),
+        (1.0, 12),
+        (1.0, 14),
+    ]
+    assert entries[-1]["latency"] == {"jax, batch 1": {"p50_ms": 3.0, "p90_ms": 6.0}}
+    assert "latency" not in entries[0]
+
+
+@pytest.mark.parametrize("max_values, widths, out", [(10**6, 9, 16), (200, 9, 3)])
+def test_a_slice_reads_back_to_within_half_a_step(max_values, widths, out):
+    slices = weight_slices()
+    entry = page.slice_entry(slices, max_values=max_values)
+    assert (len(entry["widths"]), entry["out"]) == (widths, out)
+    values = np.frombuffer(base64.b64decode(entry["values"]), np.int8)
+    assert len(values) == out * sum(entry["widths"]) and len(values) <= max_values
+    start = 0
+    for n, width in enumerate(entry["widths"]):
+        found = values[start : start + out * width].reshape(out, width) * entry["scale"]
+        wanted = slices.kernels[n, 1, 1, :width, :out].T
+        assert np.abs(found - wanted).max() <= 0.5001 * entry["scale"]
+        start += out * width
+
+
+def test_of_many_widths_some_are_left_out():
+    kernels = np.ones((90, 3, 3, 100, 2), np.float32)
+    entry = page.slice_entry(WeightSlices("b", 64, np.arange(10, 100), kernels), max_values=3000)
+    assert entry["thinned"] == 4 and entry["widths"] == list(range(10, 100, 4))
+    assert len(base64.b64decode(entry["values"])) == 2 * sum(entry["widths"]) <= 3000 * 4 / 3 + 4000
+
+
+def test_a_page_with_weights_of_a_wide_network_stays_below_two_megabytes():
+    widths = np.arange(13, 161)
+    kernels = np.zeros((len(widths), 3, 3, 160, 128), np.float16)
+    text = page.render(document(slices=WeightSlices("stage3_block8", 128, widths, kernels)))
+    assert len(text.encode()) < 2e6
+
+
+def test_what_the_data_hold_cannot_end_their_element():
+    text = page.render(document())
+    assert text.count("</script>") == 2 and "<b>noise" not in text and "<!--" not in text
+    embedded = text.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(embedded) == json.loads(json.dumps(document()))
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+
+
+def test_a_page_of_no_networks_is_refused():
+    with pytest.raises(ValueError, match="at least one evaluated network"):
+        page.page_document([], SPEC, title="", subtitle="", trained_range=(0.5, 1))
+
+
+def test_a_page_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    page.write_page(path, document())
+    before = path.read_bytes()
+    monkeypatch.setattr(page, "render", lambda document: "\ud800")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        page.write_page(path, document())
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{"widths": [1]}]}'])
+def test_a_damaged_latency_file_is_named(tmp_path, text):
+    path = tmp_path / "latency.json"
+    assert page.read_latency(path) is None
+    path.write_text(text)
+    with pytest.raises(command_line.UsageError, match="latency.json must be what python -m"):
+        page.read_latency(path)
+    path.write_text(json.dumps(LATENCY))
+    assert page.read_latency(path) == LATENCY
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+BROWSER_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*BROWSER_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def open_page(browser, path, scheme="light", **changes):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    page.write_page(path, document(**changes))
+    browser.get(pathlib.Path(path).as_uri())
+
+    def text(name):
+        return browser.find_element("id", name).text
+
+    return text
+
+
+def press(browser, name, *keys):
+    browser.find_element("id", name).send_keys(*keys)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_sliders_change_the_numbers_and_nothing_goes_wrong(browser, tmp_path, scheme):
+    from selenium.webdriver.common.keys import Keys
+
+    text = open_page(browser, tmp_path / "report.html", scheme)
+    color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(c) for c in color[4:-1].split(","))
+    assert brightness > 600 if scheme == "light" else brightness < 150
+    assert text("title") == "ResNet14 on </script><b>noise</b>"
+    assert [text(name) for name in ("accuracy", "params", "latency")] == [
+        "75.00 %",
+        f"{SPEC.num_params:,}",
+        "3.00 ms",
+    ]
+    before = browser.execute_script("return document.getElementById('slice').toDataURL()")
+    press(browser, "width", Keys.PAGE_DOWN * 4, Keys.ARROW_LEFT)
+    assert text("width-value") == "0.59" and text("accuracy") == "62.50 %"
+    assert text("latency") == "1.50 ms" and "width ratio 0.5" in text("nearest")
+    after = browser.execute_script("return document.getElementById('slice').toDataURL()")
+    assert after != before
+    press(browser, "width", Keys.HOME)
+    assert text("accuracy") == "25.00 %" and "never trained" in text("nearest")
+    assert text("latency-note") == "p90 3.00 ms, at width 0.5"  # the nearest that was measured
+    press(browser, "depth", Keys.ARROW_LEFT)
+    assert text("depth-value") == "12" and text("accuracy") == "37.50 %"
+    assert text("latency-note") == "not measured at this depth"
+    assert browser.get_log("browser") == []
+
+
+def test_the_points_of_the_front_are_reached_by_keyboard(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    text = open_page(browser, tmp_path / "report.html")
+    point = browser.find_element("css selector", "#front .point[tabindex='0']")
+    point.send_keys(Keys.HOME)  # the cheapest network
+    tip = browser.find_element("css selector", "#front .tip")
+    assert tip.is_displayed() and "37.50 %" in tip.text
+    assert "on the front" in browser.switch_to.active_element.get_attribute("aria-label")
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert "25.00 %" in tip.text
+    label = browser.switch_to.active_element.get_attribute("aria-label")
+    assert "25.00 %" in label and "on the front" not in label
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    assert [text(n) for n in ("accuracy", "width-value", "depth-value")] == [
+        "25.00 %",
+        "0.25",
+        "14",
+    ]
+    browser.find_element("css selector", "#cost input[value='latency']").click()
+    assert len(browser.find_elements("css selector", "#front .point")) == 2  # those measured
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_of_one_network_and_no_extras_has_no_empty_parts(browser, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROWS", ROWS[:1])
+    text = open_page(
+        browser, tmp_path / "report.html", slices=None, latency=None, teacher_accuracy=None
+    )
+    assert text("accuracy") == "75.00 %"
+    for name in ("depth-row", "latency-tile", "measure-row", "int8-tile", "slice-card"):
+        assert not browser.find_element("id", name).is_displayed()
+    assert len(browser.find_elements("css selector", "#over-width .point")) == 1
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_nothing_is_wider_than_the_window(browser, tmp_path, width):
+    browser.set_window_size(width, 900)
+    open_page(browser, tmp_path / "report.html")
+    metrics = "return [document.documentElement.scrollWidth, innerWidth]"
+    needed, there = browser.execute_script(metrics)
+    assert needed <= there
