@@ -6,7 +6,7 @@ python eval.py --workdir=/tmp/digits --figures --random_ratios=20
 python eval.py --workdir=/tmp/digits --spec=/tmp/digits/search/best.json
 python eval.py --workdir=/tmp/digits --random_networks=200
 python eval.py --workdir=/tmp/digits --width_ratios=1,0.75,0.5 --skipped_blocks=0,1
-python eval.py --workdir=/tmp/digits --report
+python eval.py --workdir=/tmp/digits --report --int8
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
 
@@ -43,6 +43,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "report",
         False,
         "Write report.html too, a page to look at it all; implies --figures.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "int8",
+        False,
+        "Evaluate the grid with weights in 8 bits too, beside float32.",
         flag_values=values,
     )
     flags.DEFINE_list(
@@ -106,10 +112,11 @@ def main(argv):
             )
         needs_inr = [options.random_ratios, options.random_networks, options.spec]
         needs_inr.append(options.skipped_blocks)
-        if options.figures or options.report or any(value is not None for value in needs_inr):
+        given = options.figures or options.report or options.int8
+        if given or any(value is not None for value in needs_inr):
             raise command_line.UsageError(
-                "--figures, --report, --random_ratios, --random_networks, --skipped_blocks and "
-                "--spec need a trained INR, got --teacher; use --workdir."
+                "--figures, --report, --int8, --random_ratios, --random_networks, --skipped_blocks "
+                "and --spec need a trained INR, got --teacher; use --workdir."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir
@@ -167,12 +174,13 @@ def check_workdir(config, options):
     }
     compared = {**shared, "comparison": evaluation.Comparison()}
     run = (workdir, experiment, params, splits)
-    if ratios or sweep_ratios or not specs:
+    if ratios or sweep_ratios or options.int8 or not specs:
         lab.evaluate_and_write(
             *run,
             width_ratios=ratios or experiment.width_ratios,
             sweep_ratios=sweep_ratios,
             report=options.report,
+            int8=options.int8,
             **compared,
         )
     if drawn:

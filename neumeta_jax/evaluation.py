@@ -42,6 +42,7 @@ class GridRow:
         trained: whether the ratio lies in the trained range.
         agreement, kl_divergence, calibration_error, worst_class, worst_class_drop: against the
             full network, see `consistency.Consistency`; None where they were not asked for.
+        int8_accuracy: with weights rounded to 8 bits (see `quantize`); None: not evaluated.
     """
 
     width_ratio: float
@@ -55,6 +56,7 @@ class GridRow:
     calibration_error: float | None = None
     worst_class: int | None = None
     worst_class_drop: float | None = None
+    int8_accuracy: float | None = None
 
 
 @dataclasses.dataclass
@@ -145,6 +147,7 @@ _NO_MAP_ON_CPU = (
 _log = logging.getLogger(__name__)
 
 PerImage = Callable[[jax.Array, jax.Array], Any]
+Transform = Callable[[Mapping], Mapping]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +196,7 @@ class _Job:
     num_samples: int
     predictions: bool
     per_image: PerImage | None
+    transform: Transform | None
     mesh: Mesh | None
     container: ResNetSpec
     drawn_at: ResNetSpec
@@ -222,9 +226,10 @@ def _over_networks(job: _Job, function, *arguments):
 
 
 def _network(job: _Job, params, widths, key):
-    return hyper.generate(
+    tree = hyper.generate(
         job.hypernetwork, params, widths, spec=job.drawn_at, key=key, num_samples=job.num_samples
     )
+    return tree if job.transform is None else job.transform(tree)
 
 
 def _score(job: _Job, tree, images, labels):
@@ -515,6 +520,7 @@ def evaluate_grid(
     key: jax.Array | None = None,
     predictions: bool = False,
     per_image: PerImage | None = None,
+    transform: Transform | None = None,
     mesh: Mesh | None = None,
     macs_per_compilation: float | None = None,
     on_result: Callable[[int, float], None] | None = None,
@@ -558,6 +564,9 @@ def evaluate_grid(
         predictions: whether to return the predicted classes.
         per_image: maps logits float32[batch, classes] and labels int32[batch] to a tree of arrays
             [batch, ...], under `jit`. Each new function compiles anew.
+        transform: maps each generated tree to the one to evaluate, of the same shapes, under `jit`;
+            for example `quantize.fake_quantize`. Channels beyond a network's width are zero in what
+            it gets and must stay so.
         mesh: devices with the axes `MESH_AXES`: networks are spread over "configs" and each batch
             of images over "data". None computes on one device.
         macs_per_compilation: multiply-adds that take as long as compiling one shape; default: a
@@ -616,6 +625,7 @@ def evaluate_grid(
         num_samples=num_samples,
         predictions=predictions,
         per_image=per_image,
+        transform=transform,
         mesh=mesh,
         container=spec,
         drawn_at=spec,
@@ -1012,6 +1022,21 @@ def format_consistency(found: GridRow | consistency.Consistency) -> str:
 
 
 CONSISTENCY_HEADER = f"{'agrees %':>8}  {'KL nats':>7}  {'ECE %':>6}  {'worst class':>13}"
+
+
+def format_int8_row(row: GridRow) -> str:
+    """A line of the table under `INT8_TABLE_HEADER`, of a row with an `int8_accuracy`."""
+    assert row.int8_accuracy is not None
+    change = row.int8_accuracy - row.accuracy
+    return (
+        f"{row.width_ratio:6.3f}  {row.num_params:>10,}  {100 * row.accuracy:>9.2f}  "
+        f"{100 * row.int8_accuracy:>8.2f}  {100 * change:>+8.2f}"
+    )
+
+
+INT8_TABLE_HEADER = (
+    f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8}  {'change':>8}"
+)
 TABLE_HEADER = (
     f"{'ratio':>6}  {'widths':>12}  {'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  "
     f"{CONSISTENCY_HEADER}  range"
@@ -1029,7 +1054,10 @@ def grid_dict(rows: Sequence[GridRow], *, dataset: str, split: str, **extra) -> 
 
 
 def _row_dict(row: GridRow) -> dict:
-    return {**dataclasses.asdict(row), "widths": list(row.widths)}
+    fields = {**dataclasses.asdict(row), "widths": list(row.widths)}
+    if row.int8_accuracy is None:
+        del fields["int8_accuracy"]
+    return fields
 
 
 def write_grid(
@@ -1048,6 +1076,8 @@ def write_grid(
     path = directory / "grid.csv"
     with storage.replacing(path) as partial, partial.open("w", newline="") as file:
         fields = [field.name for field in dataclasses.fields(GridRow)]
+        if all(row.int8_accuracy is None for row in rows):
+            fields.remove("int8_accuracy")
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         for row in rows:

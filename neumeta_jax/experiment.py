@@ -36,6 +36,7 @@ from neumeta_jax import (
     page,
     plotting,
     published,
+    quantize,
     resnet,
     smoothing,
     storage,
@@ -954,6 +955,44 @@ def _evaluate(
     )
 
 
+def _evaluate_int8(
+    experiment: Experiment,
+    params: Params,
+    images: np.ndarray,
+    labels: np.ndarray,
+    rows: Sequence[GridRow],
+    *,
+    num_samples: int,
+    strategy: str,
+) -> list[GridRow]:
+    """`rows` with their `int8_accuracy`; prints both accuracies side by side as they come."""
+    print(f"\nweights in 8 bits, a scale for each output channel\n{evaluation.INT8_TABLE_HEADER}")
+    found: list[GridRow] = []
+
+    def on_row(row: GridRow):
+        found.append(dataclasses.replace(rows[len(found)], int8_accuracy=row.accuracy))
+        print(evaluation.format_int8_row(found[-1]), flush=True)
+
+    evaluation.evaluate_ratios(
+        experiment.hypernetwork,
+        params,
+        [row.width_ratio for row in rows],
+        images,
+        labels,
+        experiment.preprocessing,
+        trained_range=experiment.trained_range,
+        num_samples=num_samples,
+        key=phase_key(experiment, 3) if num_samples > 1 else None,
+        batch_size=experiment.eval_batch_size,
+        strategy=strategy,
+        transform=quantize.fake_quantize,
+        on_row=on_row,
+    )
+    worst = min(row.int8_accuracy - row.accuracy for row in found if row.int8_accuracy is not None)
+    print(f"largest loss by 8-bit weights: {max(0.0, -100 * worst):.2f} points")
+    return found
+
+
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
@@ -968,6 +1007,7 @@ def evaluate_and_write(
     known: MutableMapping[tuple[int, ...], float] | None = None,
     comparison: evaluation.Comparison | None = None,
     report: bool = False,
+    int8: bool = False,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
@@ -976,6 +1016,7 @@ def evaluate_and_write(
     page to look at all of it (see `page`). `known` holds accuracies by widths,
     of the same parameters, split and number of samples; networks in it are not evaluated again, and
     the others are added. So does `comparison` hold how consistent they are with the full network.
+    With `int8` the grid is evaluated with 8-bit weights too.
     """
     known = {} if known is None else known
     comparison = comparison or evaluation.Comparison()
@@ -989,6 +1030,10 @@ def evaluate_and_write(
     rows = _evaluate(experiment, params, images, labels, width_ratios=width_ratios, **options)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
+    if int8:
+        rows = _evaluate_int8(
+            experiment, params, images, labels, rows, num_samples=num_samples, strategy=strategy
+        )
     extra = {
         "trained_range": [low, high],
         "num_inr_params": hyper.num_inr_params(params),

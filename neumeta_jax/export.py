@@ -16,6 +16,12 @@ Batches are of any size. Images are normalised by the caller, or are the uint8 p
 file with --normalize, which puts the normalisation into the graph. It cannot go into the weights of
 the other two formats: the first convolution pads normalised images with zeros, which are no pixels.
 
+--int8 rounds the weights to 8 bits, with a scale for each output channel (`quantize`), in
+safetensors (`load_safetensors` multiplies them out), onnx (DequantizeLinear in front of each
+convolution) and stablehlo. --int8=full lets onnxruntime round the activations too, over ranges that
+it measures on training images; the file is compared with the float32 network then, within a wider
+tolerance.
+
 Every file is read back, run on images of the run's data set and compared before it takes its name.
 Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime and flatbuffers (which jax.export needs
 to write) are those of the extra: pip install 'neumeta-jax[export]'.
@@ -25,6 +31,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -47,6 +54,7 @@ from neumeta_jax import (
     data,
     experiment as lab,
     hypernetwork as hyper,
+    quantize,
     resnet,
     teacher_import,
 )
@@ -63,6 +71,12 @@ FORMATS = ("safetensors", "torch", "onnx", "stablehlo", "litert")
 GRAPH_FORMATS = ("onnx", "stablehlo")  # hold the computation, not only the weights
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4
+INT8 = ("weights", "full")
+INT8_FORMATS = {"weights": ("safetensors", "onnx", "stablehlo"), "full": ("onnx",)}
+# Of networks with 8-bit activations: their logits are off by several percent, those of a wrong file
+# by more than all of it.
+FULL_INT8_TOLERANCE = 0.5
+NUM_CALIBRATION_IMAGES = 512
 
 ONNX_OPSET = 13  # the first whose operators quantise per channel; every runtime since 2020 reads it
 ONNX_IR_VERSION = 7  # of ONNX 1.8, which brought opset 13
@@ -129,7 +143,10 @@ def save_safetensors(
     normalization: Normalization,
     **info: Any,
 ) -> None:
-    """Writes a folded network with all that it takes to run it; `load_safetensors` reads it."""
+    """Writes a folded network with all that it takes to run it; `load_safetensors` reads it.
+
+    The tree may be one of `quantize.quantize`.
+    """
     header = {
         "network": spec.to_dict(),
         "mean": list(normalization.mean),
@@ -144,6 +161,8 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
         spec, params, info = load_safetensors("half.safetensors")
         images = data.normalize(pixels, info["mean"], info["std"])
         logits = resnet.apply(spec, params, images)
+
+    Weights in 8 bits come multiplied by their scales, in float32.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -161,6 +180,7 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
     try:
         spec = ResNetSpec.from_dict(info.pop("network"))
         wanted = _flat_shapes(resnet.param_shapes(spec))
+        params = quantize.dequantize(params)
     except (TypeError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}.") from None
@@ -335,7 +355,7 @@ def to_onnx(
 
     Args:
         spec: the network's shapes.
-        params: its folded tree.
+        params: its folded tree, or that of `quantize.quantize`.
         normalization: put into the graph, whose images then are uint8 pixels; None: images are
             float32 and come normalised.
         **info: JSON values for the model's metadata, beside "network" (the spec).
@@ -357,11 +377,22 @@ def to_onnx(
         nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
 
+    def weight(name: str, layer: Mapping) -> str:
+        """A kernel OIHW, multiplied by its scales in the graph where it is integers."""
+        if "scale" not in layer:
+            return constant(name, _oihw(layer["kernel"]))
+        inputs = [
+            constant(f"{name}.int8", _oihw(layer["kernel"]), np.int8),
+            constant(f"{name}.scale", layer["scale"]),
+            constant(f"{name}.zero", np.zeros(len(layer["scale"])), np.int8),
+        ]
+        return node("DequantizeLinear", inputs, name, axis=0)
+
     def conv(x: str, layer: Mapping, name: str, stride: int = 1) -> str:
         size = layer["kernel"].shape[0]
         inputs = [
             x,
-            constant(f"{name}.weight", _oihw(layer["kernel"])),
+            weight(f"{name}.weight", layer),
             constant(f"{name}.bias", layer["bias"]),
         ]
         return node(
@@ -408,10 +439,15 @@ def to_onnx(
         elif not block.skippable:
             x = pad_shortcut(x, block)
         x = node("Relu", [node("Add", [x, y], f"{name}.sum")], name)
-    x = node("Flatten", [node("GlobalAveragePool", [x], "mean_over_pixels")], "features")
-    head = [constant("head.weight", params["head"]["kernel"])]
-    head.append(constant("head.bias", params["head"]["bias"]))
-    node("Gemm", [x, *head], OUTPUT_NAME)
+    x, head = node("GlobalAveragePool", [x], "mean_over_pixels"), params["head"]
+    if "scale" in head:
+        # onnxruntime would fuse integer weights with a Gemm into an operator that rounds what is
+        # multiplied too (logits off by 2 %); it does not with a convolution of one pixel.
+        x = conv(x, {**head, "kernel": np.asarray(head["kernel"])[None, None]}, "head")
+        node("Flatten", [x], OUTPUT_NAME)
+    else:
+        inputs = [constant("head.weight", head["kernel"]), constant("head.bias", head["bias"])]
+        node("Gemm", [node("Flatten", [x], "features"), *inputs], OUTPUT_NAME)
 
     shape = ["batch", spec.channels, spec.image_size, spec.image_size]
     graph = helper.make_graph(
@@ -436,6 +472,57 @@ def to_onnx(
     return model
 
 
+class _Batches:
+    """Calibration images for onnxruntime, one batch at a time (its CalibrationDataReader)."""
+
+    def __init__(self, images: np.ndarray):
+        self._batches = iter(np.split(images, range(64, len(images), 64)))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT_NAME: batch}
+
+
+def quantize_onnx(
+    path: str | os.PathLike,
+    model: "onnx.ModelProto",
+    images: np.ndarray,
+    *,
+    normalization: Normalization | None,
+) -> None:
+    """Writes `model` with weights and activations in 8 bits, by onnxruntime's static quantiser.
+
+    Weights have a scale for each output channel, activations one for each tensor, over the range
+    that they take on `images`.
+
+    Args:
+        path: where to.
+        model: of `to_onnx`, with float32 weights.
+        images: uint8[images, size, size, channels], of the training set.
+        normalization: of the images, where the graph does not do it itself.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    pixels = np.asarray(images)
+    if normalization is not None:
+        pixels = np.asarray(data.normalize(jnp.asarray(pixels), *normalization))
+    batches: Any = _Batches(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises shape inference and fusion, which change nothing
+    try:
+        quantize_static(
+            model,
+            path,
+            batches,
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+        )
+    finally:
+        logging.disable(previous)
+
+
 # --- StableHLO -------------------------------------------------------------------------------
 
 
@@ -452,7 +539,7 @@ def to_stablehlo(
 
     Args:
         spec: the network's shapes.
-        params: its folded tree.
+        params: its folded tree, or that of `quantize.quantize`.
         normalization: put into the graph, whose images are then uint8 pixels; None: images are
             float32 and come normalised. NHWC.
 
@@ -465,7 +552,7 @@ def to_stablehlo(
     def network(images):
         if normalization is not None:
             images = data.normalize(images, *normalization)
-        return resnet.apply(spec, weights, images)
+        return resnet.apply(spec, quantize.dequantize(weights), images)
 
     size = f"batch, {spec.image_size}, {spec.image_size}, {spec.channels}"
     images = jax.ShapeDtypeStruct(
@@ -624,7 +711,9 @@ def export(
     format: str,
     normalization: Normalization,
     normalize: bool = False,
-    tolerance: float = TOLERANCE,
+    int8: str | None = None,
+    calibration: np.ndarray | None = None,
+    tolerance: float | None = None,
     **info: Any,
 ) -> Equivalence:
     """Writes a network, reads it back, and lets it take its name if it computes the same.
@@ -637,20 +726,32 @@ def export(
         format: one of `FORMATS`.
         normalization: what the network was trained with.
         normalize: whether to put it into the graph, for "onnx" and "stablehlo".
-        tolerance: largest relative logit error (see `Equivalence`) to accept.
+        int8: "weights", "full" or None, see `INT8_FORMATS`. A file with 8-bit weights must compute
+            what the network of the rounded weights does, a file with 8-bit activations too what
+            the float32 network does.
+        calibration: uint8 images of the training set to measure the ranges of activations on, for
+            "full".
+        tolerance: largest relative logit error (see `Equivalence`) to accept; default: `TOLERANCE`,
+            or `FULL_INT8_TOLERANCE` for "full".
         **info: JSON values for the header or metadata of "safetensors" and "onnx".
 
     Raises:
         ValueError: if an argument is out of range, the file cannot be written, or it computes
             something else; nothing has changed at `path` then.
     """
-    check_format(format, normalize=normalize)
+    check_format(format, normalize=normalize, int8=int8)
     if not len(images):
         raise UsageError("An export needs at least one image to compare on, got none.")
+    if int8 == "full" and (calibration is None or not len(calibration)):
+        raise UsageError("An export with int8='full' needs calibration images, got none.")
+    if tolerance is None:
+        tolerance = FULL_INT8_TOLERANCE if int8 == "full" else TOLERANCE
     path = check_writable(path)
-    with _on_cpu():
-        normalised = data.normalize(jnp.asarray(images), *normalization)
-        wanted = _batched_logits(spec, params, normalised)
+    if int8 == "weights":
+        params = quantize.quantize(params)
+    if int8:
+        info["int8"] = int8
+    wanted = network_logits(spec, params, images, normalization)
     # The suffix, because readers go by it.
     partial = path.with_name(f"{path.name}.partial{_SUFFIXES[format]}")
     baked = normalization if normalize else None
@@ -663,7 +764,11 @@ def export(
             elif format == "onnx":
                 metadata = {**info, **normalization._asdict()}
                 model = to_onnx(spec, params, normalization=baked, **metadata)
-                partial.write_bytes(model.SerializeToString(deterministic=True))
+                if int8 == "full":
+                    outside = None if normalize else normalization
+                    quantize_onnx(partial, model, calibration, normalization=outside)
+                else:
+                    partial.write_bytes(model.SerializeToString(deterministic=True))
             else:
                 partial.write_bytes(to_stablehlo(spec, params, normalization=baked))
         except (OSError, safetensors.SafetensorError) as error:
@@ -687,14 +792,25 @@ def export(
     return equivalence
 
 
-def _batched_logits(spec: ResNetSpec, params: Mapping, images: jax.Array) -> np.ndarray:
-    network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
+def network_logits(
+    spec: ResNetSpec, params: Mapping, images: np.ndarray, normalization: Normalization
+) -> np.ndarray:
+    """Logits float32[images, classes] of uint8 images NHWC, in float32 on the CPU.
+
+    The tree may be one of `quantize.quantize`.
+    """
+    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
     starts = range(0, len(images), _BATCH_SIZE)
-    return np.concatenate([np.asarray(network(images[n : n + _BATCH_SIZE])) for n in starts])
+    with _on_cpu():
+        tree = quantize.dequantize(params)
+        normalised = data.normalize(jnp.asarray(images), *normalization)
+        return np.concatenate(
+            [np.asarray(network(normalised[n : n + _BATCH_SIZE])) for n in starts]
+        )
 
 
-def check_format(format: str, *, normalize: bool) -> None:
-    """Raises ValueError if `format` is unknown, needs what is not installed, or takes no pixels."""
+def check_format(format: str, *, normalize: bool, int8: str | None = None) -> None:
+    """Raises ValueError if `format` is unknown, needs what is not installed, or cannot do that."""
     if format not in FORMATS:
         raise UsageError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
     check_extra(format)
@@ -702,6 +818,13 @@ def check_format(format: str, *, normalize: bool) -> None:
         raise UsageError(
             f"--normalize is for {' and '.join(GRAPH_FORMATS)}, got {format}, which holds weights "
             "and no computation; normalise images before the network."
+        )
+    if int8 is not None and int8 not in INT8:
+        raise UsageError(f"--int8 is one of {', '.join(INT8)} or absent, got {int8!r}.")
+    if int8 and format not in INT8_FORMATS[int8]:
+        raise UsageError(
+            f"--int8={int8} is for {', '.join(INT8_FORMATS[int8])}, got {format}; choose another "
+            "--format."
         )
 
 
@@ -730,11 +853,21 @@ def define_flags(values: flags.FlagValues) -> None:
         "Put the normalisation into the graph (onnx, stablehlo), which then takes uint8 pixels.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "int8",
+        None,
+        "Weights in 8 bits (--int8), or activations too (--int8=full, onnx only).",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "num_images", 256, "Images of the data set to compare on, at most.", flag_values=values
     )
     flags.DEFINE_float(
-        "tolerance", TOLERANCE, "Largest relative logit error to accept.", flag_values=values
+        "tolerance",
+        None,
+        f"Largest relative logit error to accept; default {TOLERANCE:g}, {FULL_INT8_TOLERANCE:g} "
+        "with --int8=full.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "num_samples",
@@ -772,14 +905,14 @@ def _check_options(options: flags.FlagValues) -> None:
     if len(given) != 1:
         shown = " and ".join(f"--{name}" for name in given) or "none of them"
         raise UsageError(f"An export needs one of --width, --widths and --spec, got {shown}.")
-    if options.num_images < 1 or not options.tolerance > 0:
+    if options.num_images < 1 or not (options.tolerance is None or options.tolerance > 0):
         raise UsageError(
             "--num_images must be at least 1 and --tolerance above 0, got "
             f"{options.num_images} and {options.tolerance}."
         )
     if options.num_samples is not None and options.num_samples < 1:
         raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
-    check_format(options.format, normalize=options.normalize)
+    check_format(options.format, normalize=options.normalize, int8=options.int8)
     check_writable(options.out)
 
 
@@ -792,6 +925,7 @@ def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
+    argv = ["--int8=weights" if arg in ("--int8", "-int8") else arg for arg in argv]
     config, options = command_line.parse(argv, define_flags, config_required=False)
     _check_options(options)
     lab.quiet_logging()
@@ -818,14 +952,17 @@ def main(argv: Sequence[str]) -> None:
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
     note_range(experiment, widths)
+    images = images[: options.num_images]
     equivalence = export(
         options.out,
         spec,
         tree,
-        images[: options.num_images],
+        images,
         format=options.format,
         normalization=normalization,
         normalize=options.normalize,
+        int8=options.int8,
+        calibration=splits.train_images[:NUM_CALIBRATION_IMAGES],
         tolerance=options.tolerance,
         dataset=experiment.name,
         morph=morph_to_dict(hypernetwork, widths),
@@ -834,6 +971,10 @@ def main(argv: Sequence[str]) -> None:
     shown = _describe_input(spec, options.format, options.normalize)
     print(f"wrote {options.out} ({options.format}, {size:,} bytes), which {shown}")
     print(f"normalisation: mean {normalization.mean}, std {normalization.std} of images in [0, 1]")
+    if options.int8 == "weights":
+        pair = (quantize.quantize(tree), tree)
+        found, wanted = (network_logits(spec, each, images, normalization) for each in pair)
+        print(f"int8 weights against float32 ones: {compare(found, wanted)}")
     print(f"equivalence: {equivalence} of the {split} split of {experiment.name}")
 
 

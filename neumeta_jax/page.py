@@ -5,6 +5,7 @@ over the width axis, the Pareto front, and a slice of the weights at every width
 """
 
 import base64
+import html
 import importlib.resources
 import json
 import os
@@ -52,6 +53,8 @@ def network_entries(
             "accuracy": row.accuracy,
             "trained": row.trained,
         }
+        if row.int8_accuracy is not None:
+            entry["int8"] = row.int8_accuracy
         if row.widths in measured:
             entry["latency"] = measured[row.widths]
         entries.append(entry)
@@ -170,8 +173,7 @@ def render(document: Mapping[str, Any]) -> str:
     an escape of JSON's.
     """
     template = importlib.resources.files("neumeta_jax").joinpath(TEMPLATE).read_text("utf-8")
-    escape = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-    title = "".join(escape.get(character, character) for character in document["title"])
+    title = html.escape(document["title"])
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return string.Template(template).substitute(title=title, data=text)
 
