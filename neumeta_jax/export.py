@@ -616,22 +616,22 @@ def check_extra(format: str) -> None:
         )
 
 
-def check_writable(path: str | os.PathLike) -> pathlib.Path:
-    """`path`, if a file can be put there.
+def check_writable(path: str | os.PathLike, *, flag: str = "--out") -> pathlib.Path:
+    """`path`, which `flag` gave, if a file can be put there.
 
     Raises:
         ValueError: if not.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
-        raise UsageError(f"--out must name a file, but {path} is something else; choose another.")
+        raise UsageError(f"{flag} must name a file, but {path} is something else; choose another.")
     probe = path.with_name(f"{path.name}.partial")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"{path} must be writable, but: {error.strerror}; choose another --out."
+            f"{path} must be writable, but: {error.strerror}; choose another {flag}."
         ) from None
     return path
 

@@ -61,13 +61,16 @@ class StateDict(dict):
         pass
 
 
-class Unpickler(pickle._Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler  # whose methods type checkers do not know
+
+
+class Unpickler(_PythonUnpickler):
     """Builds containers, numbers and text, and calls what a subclass's `find_class` returns.
 
     This is the unpickler in Python, whose steps can be replaced; the one in C hashes any key.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, stream: io.BytesIO, *, encoding: str):
         check(stream)

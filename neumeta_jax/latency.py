@@ -1,0 +1,352 @@
+"""How long networks of a trained INR take on this machine, and what a change of size costs.
+
+    python -m neumeta_jax.latency --workdir=/tmp/digits
+    python -m neumeta_jax.latency --workdir=/tmp/digits --width_ratios=1,0.5 --spec=best.json
+
+Each network is measured at its own shapes, without masked channels, in JAX (compiled, weights and
+images on the device) and in onnxruntime on the CPU, where that is installed. One call of each is
+timed in turn, in an order that is drawn anew each time, so that what else the machine does hits all
+alike. No data set is needed: the images are noise, on which the time does not depend.
+
+Writes latency.json and latency.csv into the work directory; `eval.py --report` shows them.
+"""
+
+import csv
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from neumeta_jax import (
+    architecture,
+    checkpoint,
+    command_line,
+    experiment as lab,
+    export,
+    hypernetwork as hyper,
+    page,
+    resnet,
+)
+from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax.command_line import UsageError
+from neumeta_jax.export import Normalization
+from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.resnet import Params
+
+BATCH_SIZES = (1, 64)
+NUM_CALLS = 50
+NUM_WARM_UP = 3
+RUNTIMES = ("jax", "onnxruntime")
+
+
+class Network(NamedTuple):
+    """One network to measure: its name, ratio (None: of a file) and hidden widths."""
+
+    name: str
+    width_ratio: float | None
+    widths: tuple[int, ...]
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """{"p50_ms", "p90_ms", "calls"} of the times of single calls.
+
+    >>> percentiles([0.001, 0.002, 0.003])
+    {'p50_ms': 2.0, 'p90_ms': 2.8, 'calls': 3}
+    """
+    p50, p90 = np.percentile(seconds, (50, 90))
+    return {
+        "p50_ms": round(1e3 * float(p50), 4),
+        "p90_ms": round(1e3 * float(p90), 4),
+        "calls": len(seconds),
+    }
+
+
+def time_interleaved(
+    calls: Mapping[Any, Callable[[], Any]], *, rounds: int, seed: int = 0
+) -> dict[Any, list[float]]:
+    """Seconds of each of `rounds` calls of each function, one of each in turn, in random order."""
+    for call in calls.values():
+        for _ in range(NUM_WARM_UP):
+            call()
+    rng, keys = np.random.default_rng(seed), list(calls)
+    times: dict[Any, list[float]] = {key: [] for key in keys}
+    for _ in range(rounds):
+        for number in rng.permutation(len(keys)):
+            started = time.perf_counter()
+            calls[keys[number]]()
+            times[keys[number]].append(time.perf_counter() - started)
+    return times
+
+
+def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started, result
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that XLA reserves for one call: weights, images, logits and temporary buffers.
+
+    None where the backend does not say. The program itself and the runtime are not in it.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    return (
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    ) - found.alias_size_in_bytes
+
+
+def measure(
+    hypernetwork: Hypernetwork,
+    params: Mapping,
+    networks: Sequence[Network],
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    rounds: int = NUM_CALLS,
+    runtimes: Sequence[str] = RUNTIMES,
+    key: jax.Array | None = None,
+    num_samples: int = 1,
+) -> list[dict[str, Any]]:
+    """A row of JSON types for each network.
+
+    Args:
+        hypernetwork, params: the family and its learned parameters.
+        networks: what to measure.
+        batch_sizes: images per call.
+        rounds: calls of each network, batch size and runtime.
+        runtimes: some of `RUNTIMES`.
+        key, num_samples: of the noise that the networks are generated with.
+
+    Returns:
+        {"name", "width_ratio", "widths", "num_params", "num_macs",
+         "latency": {runtime: {batch: `percentiles`}},
+         "memory_bytes": {batch: `peak_memory` in JAX},
+         "file_bytes": {"safetensors", "onnx"},
+         "switch_ms": what a change to this network costs: "generate" (by a program that serves all
+            sizes, and the cut to this one), then "compile" (JAX, the smallest batch) or
+            "onnxruntime" (writing the graph and loading it)}.
+    """
+    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    largest = np.max([hypernetwork.full_widths, *(n.widths for n in networks)], axis=0).tolist()
+    container = architecture.morph(spec, blocks, largest)
+
+    @jax.jit
+    def generate(params, widths):
+        return hyper.generate(
+            hypernetwork, params, widths, spec=container, key=key, num_samples=num_samples
+        )
+
+    def draw(widths) -> tuple[ResNetSpec, Params]:
+        tree = jax.device_get(generate(params, np.array(widths, np.int32)))
+        return resnet.slice_params(container, tree, blocks, widths)
+
+    draw(networks[0].widths)  # compiled once for all
+    rng, calls, rows = np.random.default_rng(0), {}, []
+    for number, network in enumerate(networks):
+        generation, (small, tree) = _seconds(functools.partial(draw, network.widths))
+        row: dict[str, Any] = {
+            "name": network.name,
+            "width_ratio": network.width_ratio,
+            "widths": list(network.widths),
+            "num_params": small.num_params,
+            "num_macs": small.num_macs,
+            "latency": {runtime: {} for runtime in runtimes},
+            "memory_bytes": {},
+            "file_bytes": {"safetensors": _safetensors_size(small, tree)},
+            "switch_ms": {"generate": 1e3 * generation},
+        }
+        on_device = jax.device_put(tree)
+        session = None
+        if "onnxruntime" in runtimes:
+            seconds, (session, size) = _seconds(functools.partial(_load_onnx, small, tree))
+            row["switch_ms"]["onnxruntime"] = 1e3 * seconds
+            row["file_bytes"]["onnx"] = size
+        for batch in sorted(batch_sizes):
+            shape = (batch, small.image_size, small.image_size, small.channels)
+            pixels = rng.normal(size=shape).astype(np.float32)
+            if "jax" in runtimes:
+                images = jax.device_put(pixels)
+                program = jax.jit(
+                    lambda tree, images, small=small: resnet.apply(small, tree, images)
+                )
+                lowered = functools.partial(program.lower, on_device, images)
+                seconds, compiled = _seconds(lambda lowered=lowered: lowered().compile())
+                row["switch_ms"].setdefault("compile", 1e3 * seconds)
+                row["memory_bytes"][str(batch)] = peak_memory(compiled)
+                calls[number, "jax", batch] = functools.partial(
+                    _run_compiled, compiled, on_device, images
+                )
+            if session is not None:
+                feed = {export.INPUT_NAME: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
+                calls[number, "onnxruntime", batch] = functools.partial(session.run, None, feed)
+        row["switch_ms"] = {name: round(value, 3) for name, value in row["switch_ms"].items()}
+        rows.append(row)
+    for (number, runtime, batch), times in time_interleaved(calls, rounds=rounds).items():
+        rows[number]["latency"][runtime][str(batch)] = percentiles(times)
+    return rows
+
+
+def _run_compiled(compiled: jax.stages.Compiled, params: Params, images: jax.Array) -> None:
+    jax.block_until_ready(compiled(params, images))
+
+
+def _load_onnx(spec: ResNetSpec, params: Params) -> tuple[Any, int]:
+    """(a session on the CPU, the graph's size in bytes)."""
+    import onnxruntime
+
+    content = export.to_onnx(spec, params).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return session, len(content)
+
+
+def _safetensors_size(spec: ResNetSpec, params: Params) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "net.safetensors"
+        plain = Normalization((0.0,) * spec.channels, (1.0,) * spec.channels)
+        export.save_safetensors(path, spec, params, normalization=plain)
+        return path.stat().st_size
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `measure` found as plain text: latency and memory, then the cost of changes."""
+    lines = [
+        f"{'network':>12}  {'MACs (M)':>8}  {'runtime':>11}  {'batch':>5}  {'p50 ms':>9}  "
+        f"{'p90 ms':>9}  {'memory MiB':>10}"
+    ]
+    for row in rows:
+        for runtime, batches in row["latency"].items():
+            for batch, found in batches.items():
+                memory = row["memory_bytes"].get(batch) if runtime == "jax" else None
+                shown = f"{memory / 2**20:10.2f}" if memory is not None else f"{'':>10}"
+                lines.append(
+                    f"{row['name'][-12:]:>12}  {row['num_macs'] / 1e6:8.2f}  {runtime:>11}  "
+                    f"{batch:>5}  {found['p50_ms']:9.3f}  {found['p90_ms']:9.3f}  {shown}"
+                )
+    lines.append("\na change to this size, ms, and its files, KiB")
+    for row in rows:
+        costs = ", ".join(f"{name} {value:.1f}" for name, value in row["switch_ms"].items())
+        files = ", ".join(f"{n} {size / 1024:.0f}" for n, size in row["file_bytes"].items())
+        lines.append(f"{row['name'][-12:]:>12}  {costs}; {files}")
+    return "\n".join(lines)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line for each network, runtime and batch size; appears whole or not at all."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    kept = ("name", "width_ratio", "num_params", "num_macs")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [*kept, "widths", "runtime", "batch", "p50_ms", "p90_ms", "calls", "memory_bytes"]
+        )
+        for row in rows:
+            for runtime, batches in row["latency"].items():
+                for batch, found in batches.items():
+                    memory = row["memory_bytes"].get(batch) if runtime == "jax" else None
+                    values = [found["p50_ms"], found["p90_ms"], found["calls"], memory]
+                    widths = " ".join(map(str, row["widths"]))
+                    writer.writerow(
+                        [*(row[name] for name in kept), widths, runtime, batch, *values]
+                    )
+    partial.replace(path)
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
+    flags.DEFINE_list(
+        "width_ratios", None, "Comma-separated; default: the config's.", flag_values=values
+    )
+    flags.DEFINE_list(
+        "spec",
+        None,
+        "JSON files with widths, spec and blocks of one network each, to measure too.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "batch_sizes", list(map(str, BATCH_SIZES)), "Images per call.", flag_values=values
+    )
+    flags.DEFINE_integer("calls", NUM_CALLS, "Timed calls of each.", flag_values=values)
+
+
+def _networks(
+    hypernetwork: Hypernetwork, ratios: Sequence[float], files: Sequence[str]
+) -> list[Network]:
+    found: dict[tuple[int, ...], Network] = {}
+    for ratio in ratios:
+        widths = tuple(hypernetwork.widths(ratio).tolist())
+        found.setdefault(widths, Network(f"{ratio:g}", ratio, widths))
+    for file in files:
+        widths = export.load_morph(file, hypernetwork)
+        found.setdefault(widths, Network(pathlib.Path(file).stem, None, widths))
+    return list(found.values())
+
+
+def main(argv: Sequence[str]) -> None:
+    config, options = command_line.parse(argv, define_flags, config_required=False)
+    if not options.workdir:
+        raise UsageError("Latency needs --workdir=DIR, a work directory of train.py.")
+    if not all(size.isdecimal() and int(size) > 0 for size in options.batch_sizes):
+        raise UsageError(
+            "--batch_sizes takes integers of at least 1 with commas between, got "
+            f"{','.join(options.batch_sizes)!r}."
+        )
+    if options.calls < 1:
+        raise UsageError(f"--calls must be at least 1, got {options.calls}.")
+    ratios = lab.parse_width_ratios(options.width_ratios)
+    workdir = pathlib.Path(options.workdir)
+    saved = lab.read_config(workdir)
+    if config:
+        lab.check_same_config(workdir, config)
+    out = export.check_writable(workdir / page.LATENCY_FILE, flag="--workdir")
+    hypernetwork, params, _ = checkpoint.load_inr(workdir)
+    ratios = ratios or tuple(saved["eval"]["width_ratios"])
+    networks = _networks(hypernetwork, ratios, options.spec or ())
+    num_samples = saved["eval"]["num_samples"]
+
+    installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
+    versions: dict[str, Any] = lab.versions()
+    if installed:
+        versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    else:
+        print("note: without onnxruntime only JAX is measured; pip install 'neumeta-jax[export]'")
+    device = f"{versions['devices']}; {os.cpu_count()} CPU cores"
+    print(f"{len(networks)} networks, {options.calls} calls of each, on {device}", flush=True)
+
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
+    try:
+        rows = measure(
+            hypernetwork,
+            jax.tree.map(jnp.asarray, params),
+            networks,
+            batch_sizes=[int(size) for size in options.batch_sizes],
+            rounds=options.calls,
+            runtimes=RUNTIMES if installed else RUNTIMES[:1],
+            key=jax.random.key(0) if num_samples > 1 else None,
+            num_samples=num_samples,
+        )
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    print(format_table(rows))
+    lab.write_json(out, {"device": device, "versions": versions, "rows": rows})
+    write_csv(out.with_suffix(".csv"), rows)
+    print(f"\nwrote {out} and latency.csv")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,156 @@
+"""Latency: what is measured of which network, and what is refused. No test depends on speed."""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    export,
+    hypernetwork as hyper,
+    latency,
+    page,
+    resnet,
+)
+from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
+from neumeta_jax.inr import Grid
+
+SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
+FAMILY = hyper.Hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("latency")
+    shapes = jax.eval_shape(
+        lambda key: hyper.init(key, FAMILY, resnet.init_params(key, SPEC)), jax.random.key(0)
+    )
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
+    checkpoint.save_inr(path / checkpoint.INR_FILE, FAMILY, params)
+    config = {"eval": {"width_ratios": [1.0, 0.5], "num_samples": 1}}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def call(*args):
+    """(exit status, standard output, standard error) of the command."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [latency.__file__, *map(str, args)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command_line.run(latency.main)
+            except SystemExit as stop:
+                status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_each_function_is_called_once_in_every_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = latency.time_interleaved(calls, rounds=20)
+    timed = order[3 * latency.NUM_WARM_UP :]
+    rounds = [timed[n : n + 3] for n in range(0, 60, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 2  # not always in the same order
+    assert {name: len(found) for name, found in times.items()} == {"a": 20, "b": 20, "c": 20}
+
+
+def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
+    # Wider than the full size, and with a block less.
+    widths = (0, 5)
+    (tmp_path / "best.json").write_text(json.dumps(export.morph_to_dict(FAMILY, widths)))
+    status, out, err = call(
+        f"--workdir={workdir}", f"--spec={tmp_path / 'best.json'}", "--calls=3", "--batch_sizes=2,1"
+    )
+    assert status == 0, err
+    document = json.loads((workdir / "latency.json").read_text())
+    assert page.read_latency(workdir / "latency.json") == document
+    assert "onnxruntime" in document["versions"] and "CPU cores" in document["device"]
+    rows = document["rows"]
+    assert [(row["name"], row["width_ratio"]) for row in rows] == [
+        ("1", 1.0),
+        ("0.5", 0.5),
+        ("best", None),
+    ]
+    for row in rows:
+        small = morph(SPEC, FAMILY.blocks, row["widths"])
+        assert (row["num_params"], row["num_macs"]) == (small.num_params, small.num_macs)
+        assert set(row["latency"]) == {"jax", "onnxruntime"}
+        for batches in row["latency"].values():
+            assert set(batches) == {"1", "2"}
+            for found in batches.values():
+                assert 0 < found["p50_ms"] <= found["p90_ms"] and found["calls"] == 3
+        assert row["memory_bytes"]["2"] > row["memory_bytes"]["1"] > 4 * small.num_params
+        assert min(row["file_bytes"].values()) > 4 * small.num_params
+        assert set(row["switch_ms"]) == {"generate", "compile", "onnxruntime"}
+        assert min(row["switch_ms"].values()) > 0
+    assert rows[2]["widths"] == list(widths)
+    with (workdir / "latency.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * 2 * 2 and lines[-1]["widths"] == "0 5"
+    assert "best" in out and "p90 ms" in out
+
+
+def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatch):
+    kept = {}
+
+    def keep(calls, *, rounds):
+        kept.update(calls)
+        return {key: [1.0] * rounds for key in calls}
+
+    monkeypatch.setattr(latency, "time_interleaved", keep)
+    family, params, _ = checkpoint.load_inr(workdir)
+    network = latency.Network("", None, (1, 3))
+    latency.measure(family, params, [network], batch_sizes=(2,), rounds=1)
+    compiled, tree, images = kept[0, "jax", 2].args
+    (onnx_logits,) = kept[0, "onnxruntime", 2]()
+    small, wanted = export.draw(family, params, network.widths)
+    logits = jax.jit(lambda tree: resnet.apply(small, tree, images))(wanted)
+    np.testing.assert_allclose(compiled(tree, images), logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(onnx_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "args, shown",
+    [
+        ([], "needs --workdir=DIR"),
+        (["--batch_sizes=1,0"], "--batch_sizes takes integers of at least 1"),
+        (["--calls=0"], "--calls must be at least 1, got 0"),
+        (["--width_ratios=2"], "A width ratio must lie in (0, 1.5], got 2"),
+        (["--spec=gone.json"], "--spec=gone.json must be a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(workdir, monkeypatch, args, shown):
+    monkeypatch.setattr(latency, "measure", None)
+    args = [*args, f"--workdir={workdir}"] if args else []
+    status, _, err = call(*args)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and shown in err
+
+
+def test_without_onnxruntime_jax_alone_is_measured(workdir, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
+    )
+    asked = {}
+
+    def measure(*args, **options):
+        asked.update(options)
+        return []
+
+    monkeypatch.setattr(latency, "measure", measure)
+    status, out, err = call(f"--workdir={workdir}")
+    assert status == 0, err
+    assert asked["runtimes"] == ("jax",) and "only JAX is measured" in out
+    assert pathlib.Path(workdir / "latency.json").is_file()
