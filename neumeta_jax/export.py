@@ -512,7 +512,7 @@ def quantize_onnx(
     try:
         quantize_static(
             model,
-            path,
+            pathlib.Path(path),
             batches,
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QInt8,
@@ -764,7 +764,7 @@ def export(
             elif format == "onnx":
                 metadata = {**info, **normalization._asdict()}
                 model = to_onnx(spec, params, normalization=baked, **metadata)
-                if int8 == "full":
+                if int8 == "full" and calibration is not None:
                     outside = None if normalize else normalization
                     quantize_onnx(partial, model, calibration, normalization=outside)
                 else:
