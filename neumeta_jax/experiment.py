@@ -243,7 +243,7 @@ def parse_sweep_ratios(figures: bool, values: Sequence[str] | None) -> tuple[flo
     """Width ratios of the sweep that `--figures` asks for, increasing; empty without it."""
     if values and not figures:
         raise UsageError(
-            f"--sweep_ratios needs --figures, got {','.join(values)} without it; add --figures."
+            f"--sweep_ratios needs --figures or --report, got {','.join(values)} without; add one."
         )
     given = parse_width_ratios(values, flag="--sweep_ratios")
     return tuple(sorted(set(given or SWEEP_RATIOS))) if figures else ()

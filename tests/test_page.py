@@ -1,6 +1,7 @@
 """The page to look at: its data, and what it does in a real browser where there is one."""
 
 import base64
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -22,7 +23,7 @@ def row(ratio, widths, accuracy):
 
 
 ROWS = [
-    row(1.0, (4, 8), 0.75),
+    dataclasses.replace(row(1.0, (4, 8), 0.75), int8_accuracy=0.7),
     row(0.5, (2, 4), 0.625),
     row(0.25, (1, 2), 0.25),
     row(1.0, (0, 8), 0.5),
@@ -204,9 +205,11 @@ def test_the_sliders_change_the_numbers_and_nothing_goes_wrong(browser, tmp_path
         f"{SPEC.num_params:,}",
         "3.00 ms",
     ]
+    assert (text("int8"), text("int8-note")) == ("70.00 %", "−5.00 points")
     before = browser.execute_script("return document.getElementById('slice').toDataURL()")
     press(browser, "width", Keys.PAGE_DOWN * 4, Keys.ARROW_LEFT)
     assert text("width-value") == "0.59" and text("accuracy") == "62.50 %"
+    assert text("int8-note") == "−5.00 points, at width 1"  # the nearest that was evaluated
     assert text("latency") == "1.50 ms" and "width ratio 0.5" in text("nearest")
     after = browser.execute_script("return document.getElementById('slice').toDataURL()")
     assert after != before
@@ -244,7 +247,7 @@ def test_the_points_of_the_front_are_reached_by_keyboard(browser, tmp_path):
 
 
 def test_a_page_of_one_network_and_no_extras_has_no_empty_parts(browser, tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROWS", ROWS[:1])
+    monkeypatch.setitem(globals(), "ROWS", [dataclasses.replace(ROWS[0], int8_accuracy=None)])
     text = open_page(
         browser, tmp_path / "report.html", slices=None, latency=None, teacher_accuracy=None
     )

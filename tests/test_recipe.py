@@ -680,6 +680,34 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
         assert f"{100 * row['accuracy']:.2f}" in out
     assert len(read_csv(copied / "depths.csv")) == 4
     assert (copied / "depths.png").read_bytes().startswith(b"\x89PNG")
+def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypatch):
+    forbid_training(monkeypatch)
+    status, out, err = call(
+        "eval",
+        f"--workdir={copied}",
+        "--width_ratios=1,0.5",
+        "--sweep_ratios=0.5,0.52,1",
+        "--report",
+        "--int8",
+        "--strategy=loop",
+    )
+    assert status == 0, err
+    rows = json.loads((copied / "grid.json").read_text())["rows"]
+    lines = read_csv(copied / "grid.csv")
+    assert [row["width_ratio"] for row in rows] == [1.0, 0.5]
+    for row, line in zip(rows, lines, strict=True):
+        assert abs(row["int8_accuracy"] - row["accuracy"]) < 0.1
+        assert float(line["int8_accuracy"]) == row["int8_accuracy"]
+        shown = f"{100 * row['accuracy']:.2f}  {100 * row['int8_accuracy']:8.2f}"
+        assert shown in out
+    assert "largest loss by 8-bit weights" in out
+    embedded = (copied / "report.html").read_text().split('id="data">')[1]
+    found = json.loads(embedded.split("</script>")[0])
+    networks = {network["ratio"]: network for network in found["networks"]}
+    assert sorted(networks) == [0.5, 0.52, 1.0]
+    assert networks[0.5]["int8"] == rows[1]["int8_accuracy"] and "int8" not in networks[0.52]
+    assert found["config"]["data.name"] == "digits" and "jax" in found["versions"]
+    assert found["trained_range"] == [0.5, 1.0] and found["slices"]["block"] == "stage2_block1"
 
 
 @pytest.mark.parametrize(
@@ -688,7 +716,7 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
         ("--skipped_blocks=0,one", "--skipped_blocks takes numbers of blocks"),
         ("--figures --sweep_ratios=1,wide", "--sweep_ratios takes numbers"),
         ("--figures --sweep_ratios=1,1.6", "1.6"),
-        ("--sweep_ratios=1,0.5", "needs --figures, got 1,0.5"),
+        ("--sweep_ratios=1,0.5", "needs --figures or --report, got 1,0.5"),
         ("--random_ratios=0", "got 0 and 0"),
         ("--random_ratios=5 --seed=-1", "got 5 and -1"),
         ("--random_ratios=many", "many"),
@@ -731,7 +759,8 @@ def test_eval_refuses_another_config_than_the_runs(finished):
 def test_eval_says_what_it_needs(tmp_path):
     assert "--workdir=DIR" in refusal("eval")
     assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
-    assert "use --workdir" in refusal("eval", "--teacher=x.npz", CONFIG, "--figures")
+    for flag in ("--figures", "--report", "--int8"):
+        assert "use --workdir" in refusal("eval", "--teacher=x.npz", CONFIG, flag)
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
 
