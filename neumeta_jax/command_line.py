@@ -200,7 +200,7 @@ def _checked_overrides(argv: Sequence[str], fields: Mapping[str, Any]) -> list[s
                 # ml_collections refuses integers written as 1e3.
                 parsed = int(value) if value.lstrip("+-").isdigit() else int(parsed)
         except (ValueError, OverflowError):
-            raise UsageError(f"--config.{name} must be {kind}, got {value!r}.") from None
+            raise UsageError(f"--config.{name} must be {kind}, got {value[:80]!r}.") from None
         if equals:
             checked[number] = f"--config.{name}={parsed}"
         else:

@@ -194,11 +194,14 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
             )
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{os.fspath(path)} must hold float32 tensors; export it again.")
-    if not len(info["mean"]) == len(info["std"]) == spec.channels:
-        raise ValueError(
-            f"{os.fspath(path)} must hold a mean and a std for each of {spec.channels} channels, "
-            f"got {info['mean']} and {info['std']}; export it again."
-        )
+    for name in ("mean", "std"):
+        values = info[name]
+        numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
+        if not numbers or len(values) != spec.channels:
+            raise ValueError(
+                f"{os.fspath(path)} must hold a mean and a std for each of {spec.channels} "
+                f"channels, got {ascii(values)[:80]} as {name}; export it again."
+            )
     return spec, params, info
 
 
