@@ -472,6 +472,7 @@ def lower_job(strategy):
         num_samples=1,
         predictions=True,
         per_image=None,
+        transform=None,
         mesh=None,
         container=SPEC,
         drawn_at=SPEC,

@@ -680,6 +680,8 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
         assert f"{100 * row['accuracy']:.2f}" in out
     assert len(read_csv(copied / "depths.csv")) == 4
     assert (copied / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypatch):
     forbid_training(monkeypatch)
     status, out, err = call(
