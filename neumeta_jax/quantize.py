@@ -66,7 +66,10 @@ def _dequantize_layer(layer: Mapping) -> Params:
 
 
 def _each_layer(tree: Mapping, function) -> Params:
-    return {
-        name: function(part) if "kernel" in part else _each_layer(part, function)
-        for name, part in tree.items()
-    }
+    found = {}
+    for name, part in tree.items():
+        if not isinstance(part, Mapping):  # of no network; its shape is refused elsewhere
+            found[name] = part
+        else:
+            found[name] = function(part) if "kernel" in part else _each_layer(part, function)
+    return found
