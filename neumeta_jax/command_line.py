@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 USAGE_ERROR = 2
+MAX_MESSAGE = 500  # letters
 INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
 
 
@@ -98,9 +99,9 @@ def parse(
     try:
         remaining = values(argv)
     except flags.Error as error:
-        raise UsageError(_sentence(str(error))) from None
+        raise UsageError(sentence(str(error))) from None
     except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(_sentence(str(error).strip("'\""))) from None
+        raise UsageError(sentence(str(error).strip("'\""))) from None
     if len(remaining) > 1:
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
@@ -108,9 +109,11 @@ def parse(
     return (values.config.to_dict() if path is not None else {}), values
 
 
-def _sentence(text: str) -> str:
-    """`text` on one line, with an end."""
+def sentence(text: str) -> str:
+    """`text` on one printable line, with an end; of a long one the first part."""
     line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    line = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}..."
     return line if line.endswith((".", "?")) else f"{line}."
 
 

@@ -182,8 +182,8 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
         wanted = _flat_shapes(resnet.param_shapes(spec))
         params = quantize.dequantize(params)
     except (TypeError, ValueError) as error:
-        reason = str(error).rstrip(".")
-        raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}.") from None
+        reason = command_line.sentence(str(error))
+        raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}") from None
     given = _flat_shapes(jax.tree.map(np.shape, params))
     for name in sorted(set(wanted) | set(given)):
         if wanted.get(name) != given.get(name):
