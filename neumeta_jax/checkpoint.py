@@ -118,7 +118,8 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
 def _reason(error: Exception) -> str:
     """The first line of an error, for a sentence."""
     lines = str(error).splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    line = lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    return line if line.isprintable() else ascii(line)[1:-1]  # it may quote the file
 
 
 def save_inr(
