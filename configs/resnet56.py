@@ -9,11 +9,11 @@ stopped at any time (`timeout -s TERM 480 python train.py ...`) and the same com
 The recipe is that of configs/resnet20.py, chosen there on validation images; see
 results/cifar100_resnet20/README.md.
 
-Hardware and time: one GPU of the H200 class; not run to the end yet. See README.md, Limits. What it
-takes: 21,094 steps of 3 x 128 images, 1.26e9 multiply-adds for each image that is drawn (three networks
-forward and backward at full shape, the teacher forward), 6.8e15 FLOPs in all. At the 70 GFLOP/s that
-two CPU cores reach in such a step (results/speed) that is 27 hours; 25 minutes take 4.5 TFLOP/s, half
-a percent of the bfloat16 rate of an H200, and 70 ms a step.
+Hardware and time: one GPU of the H200 class; not run to the end yet. See README.md, Limits. What
+it takes: 21,094 steps of 3 x 128 images, 1.26e9 multiply-adds for each image that is drawn (three
+networks forward and backward at full shape, the teacher forward), 6.8e15 FLOPs in all. At the 70
+GFLOP/s that two CPU cores reach in such a step (results/speed) that is 27 hours; 25 minutes take
+4.5 TFLOP/s, half a percent of the bfloat16 rate of an H200, and 70 ms a step.
 
 Presets: `:protocol_a` trains on width ratios [0.5, 1] only (the papers' protocol), the default is
 protocol B, [0.25, 1]; `:cifar10` for the public cifar10_resnet56; `:smoke` touches everything on a
