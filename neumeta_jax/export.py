@@ -745,7 +745,8 @@ def export(
     check_format(format, normalize=normalize, int8=int8)
     if not len(images):
         raise UsageError("An export needs at least one image to compare on, got none.")
-    if int8 == "full" and (calibration is None or not len(calibration)):
+    calibration = np.zeros(0) if calibration is None else calibration
+    if int8 == "full" and not len(calibration):
         raise UsageError("An export with int8='full' needs calibration images, got none.")
     if tolerance is None:
         tolerance = FULL_INT8_TOLERANCE if int8 == "full" else TOLERANCE

@@ -8,7 +8,7 @@ convolutional networks for efficient inference", 2018 (arXiv 1806.08342), sectio
 LiteRT and onnxruntime.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -62,14 +62,15 @@ def _dequantize_layer(layer: Mapping) -> Params:
         return dict(layer)
     # Not jnp.asarray(..., float32), which would put float32 constants into an exported graph.
     kernel = jnp.asarray(layer["kernel"]).astype(jnp.float32) * layer["scale"]
-    return {"kernel": kernel, "bias": layer["bias"]}
+    kept = {name: value for name, value in layer.items() if name != "scale"}
+    return {**kept, "kernel": kernel}
 
 
-def _each_layer(tree: Mapping, function) -> Params:
-    found = {}
-    for name, part in tree.items():
-        if not isinstance(part, Mapping):  # of no network; its shape is refused elsewhere
-            found[name] = part
-        else:
-            found[name] = function(part) if "kernel" in part else _each_layer(part, function)
-    return found
+def _each_layer(tree: Mapping, function: Callable[[Mapping], Params]) -> Params:
+    """`tree` with `function` applied to what has a kernel; what is no layer stays as it is."""
+    if "kernel" in tree:
+        return function(tree)
+    return {
+        name: _each_layer(part, function) if isinstance(part, Mapping) else part
+        for name, part in tree.items()
+    }
