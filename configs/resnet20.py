@@ -10,9 +10,10 @@ Hardware, time and result: results/cifar100_resnet20/README.md.
 
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
 [0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
-generated blocks of each stage, with one size more in each step; `:smoke` touches everything in
-about a minute; `:grid` is an INR of cell averages and `:per_tensor_mlp` the papers' kind at a size
-that two cores can hold; these two have not been run with this recipe.
+generated blocks of each stage, with one size more in each step and a depth term in the weights;
+`:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
+`:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
+with this recipe.
 """
 
 from ml_collections import ConfigDict
@@ -113,6 +114,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.batch_size = 500
     config.eval.num_samples = 1
 
+    if preset == "depth":
+        config.inr.depth_term = True
     if preset == "grid":
         config.channel_order = "smoothness"
         config.inr = ConfigDict()

@@ -33,6 +33,7 @@ class TensorGroup:
 
     Attributes:
         name: for example "stage2_conv1_kernel".
+        stage: of its blocks, from 1.
         layer, kind: "conv1" or "conv2"; "kernel" or "bias".
         positions: which generated blocks (positions in training order) the group covers.
         indices: the tensor index i of each, in 0..num_tensors - 1.
@@ -45,6 +46,7 @@ class TensorGroup:
     """
 
     name: str
+    stage: int
     layer: str
     kind: str
     positions: tuple[int, ...]
@@ -88,6 +90,7 @@ def tensor_groups(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[TensorGroup,
             groups.append(
                 TensorGroup(
                     name=f"{prefix}_{layer}_{kind}",
+                    stage=stage,
                     layer=layer,
                     kind=kind,
                     positions=tuple(positions),
@@ -102,6 +105,13 @@ def tensor_groups(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[TensorGroup,
                 )
             )
     return tuple(groups)
+
+
+def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:
+    """How many of the generated blocks at `positions` are skipped, float32 in [0, 1]; 0 of none."""
+    if not positions:
+        return jnp.zeros(())
+    return jnp.mean((jnp.asarray(widths)[jnp.array(positions)] == 0).astype(jnp.float32))
 
 
 class Coordinates(NamedTuple):

@@ -128,8 +128,8 @@ def locate_in_inr(
         return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
 
     @jax.jit
-    def look(params, generated, x, y):
-        tree = training.mixed_tree(hypernetwork, params, generated, teacher, phase.active)
+    def look(params, generated, widths, x, y):
+        tree = training.mixed_tree(hypernetwork, params, generated, teacher, phase.active, widths)
         every_block = range(len(spec.blocks))
         moments = resnet.hidden_moments(spec, tree, x.astype(jnp.float32), every_block)
 
@@ -159,7 +159,7 @@ def locate_in_inr(
         batch = slice(None)
         if not recipe.share_images:
             batch = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-        tree, moments, gradient = look(params, generated, x[batch], y[batch])
+        tree, moments, gradient = look(params, generated, widths, x[batch], y[batch])
         order = [*resnet.param_shapes(spec)]
         for what, found, searched in (
             ("weights", tree, order),

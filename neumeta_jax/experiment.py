@@ -889,7 +889,7 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
 
 def _mixed_network_impl(hypernetwork, params, widths, backbone, active):
     generated = hyper.generate_blocks(hypernetwork, params["inr"], widths)
-    return training.mixed_tree(hypernetwork, params, generated, backbone, active)
+    return training.mixed_tree(hypernetwork, params, generated, backbone, active, widths)
 
 
 _mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)

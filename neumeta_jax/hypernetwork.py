@@ -5,7 +5,9 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
 
     {"inr":     what the INR kind keeps,
      "alpha":   float32[num_blocks], the SkipInit scalar of each generated block,
-     "learned": the folded tree of everything that is not generated}
+     "learned": the folded tree of everything that is not generated,
+     "depth":   for an INR with a depth term, a tree like "learned", added to it times the share of
+                the generated blocks of a layer's stage that are skipped}
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ import jax.typing
 import numpy as np
 
 from neumeta_jax import coordinates
-from neumeta_jax.architecture import ResNetSpec, morph, widths_at
+from neumeta_jax.architecture import NUM_STAGES, ResNetSpec, morph, widths_at
 from neumeta_jax.coordinates import TensorGroup
 from neumeta_jax.inr import INR
 from neumeta_jax.resnet import Params, mask_block, slice_params
@@ -95,16 +97,21 @@ def init(
         inr_params = inr.with_moments(inr_params, groups, stacked)
     if from_backbone:
         inr_params = inr.start_from(inr_params, groups, pack_blocks(hypernetwork, backbone))
-    return {
+    learned = jax.tree.map(jnp.asarray, learned_params(hypernetwork, backbone))
+    params = {
         "inr": inr_params,
         "alpha": jnp.full(len(hypernetwork.blocks), alpha, jnp.float32),
-        "learned": jax.tree.map(jnp.asarray, learned_params(hypernetwork, backbone)),
+        "learned": learned,
     }
+    if inr.depth_term:
+        params["depth"] = jax.tree.map(jnp.zeros_like, learned)
+    return params
 
 
 def num_inr_params(params: Mapping) -> int:
-    """How many numbers the INR and the SkipInit scalars hold."""
-    return sum(x.size for x in jax.tree.leaves({"inr": params["inr"], "alpha": params["alpha"]}))
+    """How many numbers the INR, the SkipInit scalars and a depth term hold."""
+    counted = {name: tree for name, tree in params.items() if name != "learned"}
+    return sum(x.size for x in jax.tree.leaves(counted))
 
 
 def check_widths(
@@ -143,6 +150,20 @@ def check_widths(
             allowed = f"from {lowest} to {block.hidden_width}" if limited else f"from {lowest} on"
             larger = "; larger ones need generate(..., spec=a larger ResNetSpec)" if limited else ""
             raise ValueError(f"{block.name} takes hidden widths {allowed}, got {width}{larger}.")
+
+
+def learned_at(hypernetwork: Hypernetwork, params: Mapping, widths: jax.Array) -> Params:
+    """The folded layers that are not generated, as the network of hidden `widths` has them."""
+    if "depth" not in params:
+        return dict(params["learned"])
+    spec, tree = hypernetwork.spec, {}
+    stages = {block.name: block.stage for block in spec.blocks} | {"head": NUM_STAGES}
+    for name, layers in params["learned"].items():
+        stage = stages.get(name, 1)  # the stem feeds the first
+        members = [p for p, n in enumerate(hypernetwork.blocks) if spec.blocks[n].stage == stage]
+        share = coordinates.skipped_share(widths, members)
+        tree[name] = jax.tree.map(lambda x, d, s=share: x + s * d, layers, params["depth"][name])
+    return tree
 
 
 def check_num_samples(num_samples: int, key: jax.Array | None) -> None:
@@ -297,7 +318,7 @@ def generate(
 
     Args:
         hypernetwork: the family.
-        params: {"inr", "alpha", "learned"}, see `init`.
+        params: {"inr", "alpha", "learned"[, "depth"]}, see `init`.
         widths: int[num_blocks], hidden channels of each generated block; 0 = block skipped.
         spec: shapes of the result, where they are to differ from the full-size network: smaller
             (then nothing larger can be asked for) or larger, for widths beyond the full size.
@@ -334,11 +355,11 @@ def generate(
         num_samples=num_samples,
         sample_batch=sample_batch,
     )
-    tree = dict(params["learned"])
+    tree = learned_at(hypernetwork, params, widths)
     for position, n in enumerate(hypernetwork.blocks):
         name = spec.blocks[n].name
         layers = skip_init(generated[name], params["alpha"][position])
-        tree[name] = {**params["learned"].get(name, {}), **layers}
+        tree[name] = {**tree.get(name, {}), **layers}
     if dtype is not None:
         tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     return tree

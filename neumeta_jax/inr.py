@@ -33,6 +33,11 @@ class INR(Protocol):
         """Whether `with_moments` makes use of the second moments of the hidden channels."""
         ...
 
+    @property
+    def depth_term(self) -> bool:
+        """Whether weights depend on which blocks are skipped, those not generated included."""
+        ...
+
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         """Fresh parameters."""
         ...
@@ -155,6 +160,7 @@ class PerTensorMLP:
     noise_scale: float = 1.0
     noise_per: str = "query"
     needs_moments = False
+    depth_term = False
 
     def __post_init__(self):
         if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
@@ -338,6 +344,7 @@ class SharedMLP:
     integrated: bool = True
     max_cell: float = 1.0
     needs_moments = False
+    depth_term = False
 
     def __post_init__(self):
         sizes = self.hidden_width, self.num_layers, self.embedding_size
@@ -547,6 +554,7 @@ class Grid:
     resampling: str = "cell"
     noise_scale: float = 0.0
     needs_moments = False
+    depth_term = False
 
     def __post_init__(self):
         if self.num_terms < 1 or self.noise_scale < 0:
@@ -671,7 +679,9 @@ class Projection:
 
         W(w) = sum over m < num_terms of (1 - w)^m G_m, times 1 + (1 - w) S with `modulated`
 
-    where S has one value for each kernel slice (for biases (1 - w) S is added). M is measured once
+    where S has one value for each kernel slice (for biases (1 - w) S is added). With `depth_term`
+    d D is added to the sum, d the share of the generated blocks of its stage that are skipped: what
+    is left of a stage can make up for them. M is measured once
     on the teacher, (hidden + 1)^2 numbers a block. The projection is a closed form in the width, so
     that it holds at sizes never seen in training, and it needs no calibration data afterwards.
     At full size it is the identity. Beyond the full size, channels are doubled and what reads them
@@ -680,12 +690,14 @@ class Projection:
     Least-squares repair of pruned channels: He, Zhang and Sun, arXiv 1707.06168, there for one
     network and on data; here it is part of the function that is trained.
 
-    Parameters: `num_terms` times what it generates (plus a ninth, `modulated`) plus the moments.
+    Parameters: `num_terms` times what it generates (plus a ninth, `modulated`; one more,
+    `depth_term`) plus the moments.
     Generation: one elimination in a (hidden + 1)^2 matrix per block, one matrix product per tensor.
 
     Attributes:
         num_terms: 1 leaves the width out of the learned values.
         modulated: learn S.
+        depth_term: learn D, here and for what is not generated (see `hypernetwork`).
         ridge: of the least squares, relative to the diagonal of M.
         channel_dropout: in training (with a key), half of the networks drop each channel of their
             blocks with a probability drawn from [0, channel_dropout], and are projected onto what
@@ -700,10 +712,15 @@ class Projection:
 
     num_terms: int = 1
     modulated: bool = False
+    depth_term: bool = False
     ridge: float = 1e-3
     channel_dropout: float = 0.0
     max_cell: float = 1.0
     needs_moments = True
+
+    @property
+    def _values_only(self) -> Grid:
+        return Grid(num_terms=self.num_terms + self.depth_term)
 
     def __post_init__(self):
         if self.num_terms < 1 or not self.ridge > 0:
@@ -717,7 +734,7 @@ class Projection:
             raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
 
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
-        params = Grid(num_terms=self.num_terms).init(key, groups)
+        params = self._values_only.init(key, groups)
         for group in groups:
             if self.modulated:
                 shape = (len(group.positions), group.rows, group.columns)
@@ -771,8 +788,12 @@ class Projection:
             copies = jnp.maximum(jnp.sum(selected, axis=1, keepdims=True), 1.0)
             project = (selected / copies) @ compensation[:, :full]
 
+            stage = sorted({p for g in groups if g.stage == reader.stage for p in g.positions})
+            skipped = coordinates.skipped_share(widths, stage)
             values = {
-                part: self._values(inr_params[prefix + part], by_name[prefix + part], ratio)
+                part: self._values(
+                    inr_params[prefix + part], by_name[prefix + part], ratio, skipped
+                )
                 for part in ("conv1_kernel", "conv1_bias", "conv2_kernel", "conv2_bias")
             }
             for part in ("conv1_kernel", "conv1_bias"):
@@ -783,10 +804,12 @@ class Projection:
             raw[prefix + "conv2_bias"] = values["conv2_bias"] + constant[:, :, None, None]
         return {group.name: raw[group.name] for group in groups}
 
-    def _values(self, params, group, ratio):
+    def _values(self, params, group, ratio, skipped):
         """W(w), float32[tensors, rows, columns, outputs] of the full size."""
         small = jnp.maximum(1 - ratio, 0.0)
         powers = small[:, None] ** jnp.arange(self.num_terms)
+        if self.depth_term:
+            powers = jnp.pad(powers, ((0, 0), (0, 1)), constant_values=skipped)
         values = jnp.einsum("tm,tmrco->trco", powers, params["values"])
         if self.modulated:
             modulation = small[:, None, None, None] * params["modulation"][..., None]
@@ -834,7 +857,7 @@ class Projection:
         groups: Sequence[TensorGroup],
         raw: Mapping[str, jax.Array],
     ) -> Params:
-        started = Grid(num_terms=self.num_terms).start_from(inr_params, groups, raw)
+        started = self._values_only.start_from(inr_params, groups, raw)
         for group in groups:
             for leaf in ("modulation", "moments"):
                 if leaf in inr_params[group.name]:

@@ -441,7 +441,7 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
 
 
 def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
-    """AdamW or Muon with rates for "inr", "alpha" and "learned", behind a clip by value.
+    """AdamW or Muon with rates for "inr" (and "depth"), "alpha", "learned", behind a clip.
 
     Muon takes steps whose singular values are all about equal (Jordan, "Muon", 2024), here for the
     kernels of convolutions, those that an INR holds as values included, and for hidden layers of
@@ -460,6 +460,7 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
             )
         return optax.adamw(learning_rate, weight_decay=recipe.weight_decay)
 
+    rates = {"inr": "inr", "depth": "inr", "alpha": "alpha", "learned": "learned"}
     return optax.chain(
         optax.clip(recipe.clip),
         optax.multi_transform(
@@ -469,7 +470,7 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
                 "learned": one_rate(recipe.learned_learning_rate),
             },
             lambda params: {
-                name: jax.tree.map(lambda _, n=name: n, params[name]) for name in params
+                name: jax.tree.map(lambda _, n=name: rates[n], params[name]) for name in params
             },
         ),
     )
@@ -571,11 +572,12 @@ def update_mask(
         else:
             flag = jnp.float32(0)
         learned[name] = jax.tree.map(lambda _, f=flag: f, layers)
-    return {
+    mask = {
         "inr": hypernetwork.inr.update_mask(params["inr"], hypernetwork.groups, phase.active),
         "alpha": phase.active.astype(jnp.float32),
         "learned": learned,
     }
+    return {**mask, "depth": learned} if "depth" in params else mask
 
 
 def sample_widths(
@@ -662,13 +664,14 @@ def mixed_tree(
     generated: Params,
     teacher: Mapping,
     active: jax.Array,
+    widths: jax.Array,
 ) -> Params:
     """The network of a phase: generated blocks where `active`, the teacher's elsewhere."""
-    tree = dict(params["learned"])
+    tree = hyper.learned_at(hypernetwork, params, widths)
     for position, n in enumerate(hypernetwork.blocks):
         name = hypernetwork.spec.blocks[n].name
         layers = hyper.skip_init(generated[name], params["alpha"][position])
-        layers = {**params["learned"].get(name, {}), **layers}
+        layers = {**tree.get(name, {}), **layers}
         original = {layer: teacher[name][layer] for layer in layers}
         tree[name] = jax.tree.map(
             lambda new, old, a=active[position]: jnp.where(a, new, old), layers, original
@@ -818,8 +821,10 @@ def inr_update(
         def all_networks(params):
             generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)
             trees = jax.vmap(
-                lambda blocks: mixed_tree(hypernetwork, params, blocks, teacher, phase.active)
-            )(generated)
+                lambda blocks, widths: mixed_tree(
+                    hypernetwork, params, blocks, teacher, phase.active, widths
+                )
+            )(generated, widths)
             terms = jax.vmap(penalties, in_axes=(0, 0, None, None))(
                 generated, is_full, teacher, phase
             )

@@ -693,6 +693,54 @@ def test_a_projection_has_its_moments_wherever_its_values_start():
             )
 
 
+def without_depth_term(members, params, widths):
+    """The family, and parameters, that have the weights of one network of a family with the term.
+
+    Its values are those at the share of skipped blocks in each stage.
+    """
+    skipped = {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
+    for stage in skipped:
+        positions = [p for p, n in enumerate(BLOCKS) if SPEC.blocks[n].stage == stage]
+        if positions:
+            skipped[stage] = float(np.mean([widths[p] == 0 for p in positions]))
+    plain = Projection(num_terms=2, modulated=True)
+    fields = {}
+    for group in members.groups:
+        entry = params["inr"][group.name]
+        values = np.array(entry["values"])
+        values[:, 0] += skipped[group.stage] * values[:, 2]
+        fields[group.name] = {**entry, "values": values[:, :2]}
+    stages = {block.name: block.stage for block in SPEC.blocks} | {"stem": 1, "head": 3}
+    learned = {
+        name: jax.tree.map(lambda x, d, s=stages[name]: x + skipped[s] * d, layers, depth)
+        for (name, layers), depth in zip(
+            params["learned"].items(), params["depth"].values(), strict=True
+        )
+    }
+    params = {"inr": fields, "alpha": params["alpha"], "learned": learned}
+    return Hypernetwork(SPEC, BLOCKS, plain), params
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_a_depth_term_counts_as_far_as_blocks_of_its_stage_are_skipped(widths):
+    members, params = family(Projection(num_terms=2, modulated=True, depth_term=True))
+    tree = generate(members, params, widths)
+    plain, plain_params = without_depth_term(members, params, widths)
+    assert_same_tree(tree, generate(plain, plain_params, widths))
+    as_learned = np.array_equal(tree["stem"]["kernel"], params["learned"]["stem"]["kernel"])
+    assert as_learned == all(widths)
+
+
+def test_a_depth_term_starts_at_nothing():
+    backbone, moments = backbone_and_moments()
+    members, params = projection_of(backbone, moments, Projection(depth_term=True))
+    plain, plain_params = projection_of(backbone, moments)
+    for widths in (WIDTHS["uneven"], WIDTHS["skipped"]):
+        assert_same_tree(
+            generate(members, params, widths), generate(plain, plain_params, widths), tolerance=0
+        )
+
+
 def test_a_projected_layer_is_the_least_squares_solution():
     backbone, moments = backbone_and_moments()
     members, params = projection_of(backbone, moments)

@@ -11,7 +11,7 @@ import pytest
 from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP, SharedMLP
+from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP, Projection, SharedMLP
 from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
@@ -505,18 +505,39 @@ def test_all_or_none_of_the_learned_parameters_train(params, learned, flag):
     assert set(map(float, jax.tree.leaves(mask["learned"]))) == {flag}
 
 
+def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
+    family = Hypernetwork(SPEC, FAMILY.blocks, Projection(depth_term=True))
+    params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+    inputs = training.phase_inputs(family, RECIPE, one_phase(2, stage=3))
+    full = jnp.array(family.full_widths)
+
+    def loss(params, widths):
+        generated = hyper.generate_blocks(family, params["inr"], widths)
+        tree = training.mixed_tree(family, params, generated, backbone, inputs.active, widths)
+        return jnp.sum(resnet.apply(SPEC, tree, jnp.ones((1, 8, 8, 3))) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))
+    for widths, stages in ((full, set()), (full.at[1].set(0), {2})):
+        found = gradient(params, widths)
+        learned = {name for name, x in leaves(found["depth"]).items() if np.any(x)}
+        assert all(f"stage{stage}_" in name for name in learned for stage in stages)
+        assert bool(learned) == bool(stages)
+
+
 def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
     apply = jax.jit(lambda tree: resnet.apply(SPEC, tree, images))
-    generated = hyper.generate_blocks(FAMILY, params["inr"], jnp.array(FAMILY.full_widths))
+    full = jnp.array(FAMILY.full_widths)
+    generated = hyper.generate_blocks(FAMILY, params["inr"], full)
 
     def logits(active):
-        return apply(training.mixed_tree(FAMILY, params, generated, backbone, jnp.array(active)))
+        active = jnp.array(active)
+        return apply(training.mixed_tree(FAMILY, params, generated, backbone, active, full))
 
     teacher = apply(backbone)
     np.testing.assert_array_equal(logits([False, False]), teacher)
     assert np.max(np.abs(logits([True, False]) - teacher)) > 1e-3
-    whole = hyper.generate(FAMILY, params, jnp.array(FAMILY.full_widths))
+    whole = hyper.generate(FAMILY, params, full)
     np.testing.assert_array_equal(logits([True, True]), apply(whole))
 
 
