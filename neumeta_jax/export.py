@@ -11,20 +11,22 @@
 | torch | a state_dict for a CIFAR ResNet whose blocks take hidden widths (`to_state_dict`) | NCHW |
 | onnx | a float32 graph of opset 13 with its ResNetSpec, mean and std as metadata | NCHW |
 | stablehlo | one `jax.export` artefact for cpu, cuda and tpu | NHWC |
+| litert | a LiteRT (TensorFlow Lite) file with the metadata of onnx (`litert`) | NHWC |
 
 Batches are of any size. Images are normalised by the caller, or are the uint8 pixels of an image
 file with --normalize, which puts the normalisation into the graph. It cannot go into the weights of
-the other two formats: the first convolution pads normalised images with zeros, which are no pixels.
+the first two formats: the first convolution pads normalised images with zeros, which are no pixels.
 
 --int8 rounds the weights to 8 bits, with a scale for each output channel (`quantize`), in
 safetensors (`load_safetensors` multiplies them out), onnx (DequantizeLinear in front of each
-convolution) and stablehlo. --int8=full lets onnxruntime round the activations too, over ranges that
-it measures on training images; the file is compared with the float32 network then, within a wider
-tolerance.
+convolution), stablehlo and litert (DEQUANTIZE). --int8=full lets the quantiser of onnxruntime
+(onnx) or LiteRT (litert) round the activations too, over the ranges that they take on training
+images; the file is compared with the float32 network then, within a wider tolerance.
 
 Every file is read back, run on images of the run's data set and compared before it takes its name.
-Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime and flatbuffers (which jax.export needs
-to write) are those of the extra: pip install 'neumeta-jax[export]'.
+Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime, ai-edge-litert, ai-edge-quantizer and
+flatbuffers (which jax.export needs to write) are those of the extra:
+pip install 'neumeta-jax[export]'.
 """
 
 import contextlib
@@ -54,6 +56,7 @@ from neumeta_jax import (
     data,
     experiment as lab,
     hypernetwork as hyper,
+    litert,
     quantize,
     resnet,
     teacher_import,
@@ -68,11 +71,14 @@ if TYPE_CHECKING:
     import onnx
 
 FORMATS = ("safetensors", "torch", "onnx", "stablehlo", "litert")
-GRAPH_FORMATS = ("onnx", "stablehlo")  # hold the computation, not only the weights
+GRAPH_FORMATS = ("onnx", "stablehlo", "litert")  # hold the computation, not only the weights
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4
 INT8 = ("weights", "full")
-INT8_FORMATS = {"weights": ("safetensors", "onnx", "stablehlo"), "full": ("onnx",)}
+INT8_FORMATS = {
+    "weights": ("safetensors", "onnx", "stablehlo", "litert"),
+    "full": ("onnx", "litert"),
+}
 # Of networks with 8-bit activations: their logits are off by several percent, those of a wrong file
 # by more than all of it.
 FULL_INT8_TOLERANCE = 0.5
@@ -87,8 +93,13 @@ _SUFFIXES = {
     "torch": ".pt",
     "onnx": ".onnx",
     "stablehlo": ".stablehlo",
+    "litert": ".tflite",
 }
-_EXTRAS = {"onnx": ("onnx", "onnxruntime"), "stablehlo": ("flatbuffers",)}
+_EXTRAS = {
+    "onnx": ("onnx", "onnxruntime"),
+    "stablehlo": ("flatbuffers",),
+    "litert": ("ai_edge_litert", "ai_edge_quantizer"),
+}
 _BATCH_SIZE = 256
 
 
@@ -606,16 +617,11 @@ def compare(found: np.ndarray, wanted: np.ndarray) -> Equivalence:
 
 def check_extra(format: str) -> None:
     """Raises ValueError if a package that writes and runs `format` is not installed."""
-    if format == "litert":
-        raise UsageError(
-            "LiteRT files need TensorFlow's converter, which no extra of this version brings; "
-            "export onnx or stablehlo instead."
-        )
     missing = [name for name in _EXTRAS.get(format, ()) if importlib.util.find_spec(name) is None]
     if missing:
+        packages = " and ".join(missing).replace("_", "-")
         raise UsageError(
-            f"{format} files need {' and '.join(missing)}; install them with "
-            "pip install 'neumeta-jax[export]'."
+            f"{format} files need {packages}; install them with pip install 'neumeta-jax[export]'."
         )
 
 
@@ -687,6 +693,8 @@ def logits_of_file(
         network = run_graph
     elif format == "stablehlo":
         network = jax.export.deserialize(bytearray(path.read_bytes())).call
+    elif format == "litert":
+        network = litert.reader(path)
     else:
         if format == "torch":
             tensors = teacher_import.read_tensors(path)
@@ -728,7 +736,7 @@ def export(
         images: uint8[images, size, size, channels], to compare on.
         format: one of `FORMATS`.
         normalization: what the network was trained with.
-        normalize: whether to put it into the graph, for "onnx" and "stablehlo".
+        normalize: whether to put it into the graph, for `GRAPH_FORMATS`.
         int8: "weights", "full" or None, see `INT8_FORMATS`. A file with 8-bit weights must compute
             what the network of the rounded weights does, a file with 8-bit activations too what
             the float32 network does.
@@ -736,7 +744,7 @@ def export(
             "full".
         tolerance: largest relative logit error (see `Equivalence`) to accept; default: `TOLERANCE`,
             or `FULL_INT8_TOLERANCE` for "full".
-        **info: JSON values for the header or metadata of "safetensors" and "onnx".
+        **info: JSON values for the header or metadata of "safetensors", "onnx" and "litert".
 
     Raises:
         ValueError: if an argument is out of range, the file cannot be written, or it computes
@@ -758,7 +766,8 @@ def export(
     wanted = network_logits(spec, params, images, normalization)
     # The suffix, because readers go by it.
     partial = path.with_name(f"{path.name}.partial{_SUFFIXES[format]}")
-    baked = normalization if normalize else None
+    baked, outside = (normalization, None) if normalize else (None, normalization)
+    metadata = {**info, **normalization._asdict()}
     try:
         try:
             if format == "safetensors":
@@ -766,13 +775,16 @@ def export(
             elif format == "torch":
                 partial.write_bytes(to_torch(to_state_dict(spec, params)))
             elif format == "onnx":
-                metadata = {**info, **normalization._asdict()}
                 model = to_onnx(spec, params, normalization=baked, **metadata)
-                if int8 == "full" and calibration is not None:
-                    outside = None if normalize else normalization
+                if int8 == "full":
                     quantize_onnx(partial, model, calibration, normalization=outside)
                 else:
                     partial.write_bytes(model.SerializeToString(deterministic=True))
+            elif format == "litert":
+                content = litert.to_litert(spec, params, normalization=baked, **metadata)
+                if int8 == "full":
+                    content = litert.quantize_litert(content, calibration, normalization=outside)
+                partial.write_bytes(content)
             else:
                 partial.write_bytes(to_stablehlo(spec, params, normalization=baked))
         except (OSError, safetensors.SafetensorError) as error:
@@ -820,7 +832,7 @@ def check_format(format: str, *, normalize: bool, int8: str | None = None) -> No
     check_extra(format)
     if normalize and format not in GRAPH_FORMATS:
         raise UsageError(
-            f"--normalize is for {' and '.join(GRAPH_FORMATS)}, got {format}, which holds weights "
+            f"--normalize is for {', '.join(GRAPH_FORMATS)}, got {format}, which holds weights "
             "and no computation; normalise images before the network."
         )
     if int8 is not None and int8 not in INT8:
@@ -854,13 +866,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "normalize",
         False,
-        "Put the normalisation into the graph (onnx, stablehlo), which then takes uint8 pixels.",
+        f"Put the normalisation into the graph ({', '.join(GRAPH_FORMATS)}), which then takes "
+        "uint8 pixels.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "int8",
         None,
-        "Weights in 8 bits (--int8), or activations too (--int8=full, onnx only).",
+        "Weights in 8 bits (--int8), or activations too (--int8=full, onnx and litert).",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -923,7 +936,7 @@ def _check_options(options: flags.FlagValues) -> None:
 def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
     dtype = "uint8" if normalize else "float32"
     size = f"{spec.image_size}, {spec.image_size}"
-    channels_last = format in ("safetensors", "stablehlo")
+    channels_last = format in ("safetensors", "stablehlo", "litert")
     shape = f"{size}, {spec.channels}" if channels_last else f"{spec.channels}, {size}"
     return f"takes {dtype}[batch, {shape}], " + ("pixels" if normalize else "normalised")
 

@@ -26,6 +26,7 @@ from neumeta_jax import (
     experiment as lab,
     export,
     hypernetwork as hyper,
+    litert,
     morphs,
     resnet,
     teacher_import,
@@ -41,7 +42,12 @@ NETWORKS = {
     "pad": ResNetSpec((3, 4, 7), (2, 3, 4), 4, image_size=9, channels=2, shortcut="pad"),
 }
 both_shortcuts = pytest.mark.parametrize("name", NETWORKS)
-written_formats = pytest.mark.parametrize("format", export.FORMATS[:-1])
+no_litert = pytest.mark.skipif(
+    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed"
+)
+written_formats = pytest.mark.parametrize(
+    "format", [*export.FORMATS[:-1], pytest.param("litert", marks=no_litert)]
+)
 
 
 def network(name):
@@ -321,8 +327,10 @@ def test_a_file_that_computes_something_else_does_not_take_its_name(tmp_path, fo
         "torch": "to_state_dict",
         "onnx": "to_onnx",
         "stablehlo": "to_stablehlo",
+        "litert": "to_litert",
     }[format]
-    write = getattr(export, writer)
+    module = litert if format == "litert" else export
+    write = getattr(module, writer)
 
     def wrong(*args, **options):
         position = 2 if format == "safetensors" else 1
@@ -333,7 +341,7 @@ def test_a_file_that_computes_something_else_does_not_take_its_name(tmp_path, fo
         args[position] = {**args[position], "stem": {**stem, "kernel": kernel}}
         return write(*args, **options)
 
-    monkeypatch.setattr(export, writer, wrong)
+    monkeypatch.setattr(module, writer, wrong)
     with pytest.raises(export.EquivalenceError, match="was not written") as error:
         export.export(path, spec, params, images, format=format, normalization=normalization)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -379,8 +387,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, format):
     "options, match",
     [
         ({"format": "coreml"}, "must be one of safetensors, torch, onnx, stablehlo, litert"),
-        ({"format": "litert"}, "LiteRT files need TensorFlow's converter"),
-        ({"format": "torch", "normalize": True}, "--normalize is for onnx and stablehlo"),
+        ({"format": "torch", "normalize": True}, "--normalize is for onnx, stablehlo, litert"),
         ({"format": "onnx", "images": np.zeros((0, 8, 8, 3), np.uint8)}, "at least one image"),
     ],
 )
@@ -450,6 +457,7 @@ def call(*args):
         ("--format=torch", "--widths=3,0"),
         ("--format=onnx", "--widths=6,1", "--normalize"),
         ("--format=stablehlo", "--width=1", "--num_samples=2"),
+        pytest.param(("--format=litert", "--width=0.5", "--normalize"), marks=no_litert),
     ],
     ids=lambda options: options[0].split("=")[1],
 )
@@ -508,7 +516,6 @@ def nothing_runs(monkeypatch):
         ({"workdir": "nowhere"}, "nowhere must be a work directory of train.py"),
         ({"format": None}, "An export needs --format"),
         ({"format": "coreml"}, "<safetensors|torch|onnx|stablehlo|litert>"),
-        ({"format": "litert"}, "export onnx or stablehlo instead"),
         ({"out": None}, "An export needs --out"),
         ({"out": "/dev/null"}, "/dev/null is something else"),
         ({"out": "missing/net.onnx"}, "missing/net.onnx must be writable, but: No such file"),
@@ -529,7 +536,7 @@ def nothing_runs(monkeypatch):
         ({"num_images": 0}, "--num_images must be at least 1"),
         ({"num_samples": 0}, "--num_samples must be at least 1"),
         ({"tolerance": "nan"}, "--tolerance above 0"),
-        ({"format": "torch", "normalize": "true"}, "--normalize is for onnx and stablehlo"),
+        ({"format": "torch", "normalize": "true"}, "--normalize is for onnx, stablehlo, litert"),
     ],
     ids=str,
 )
@@ -550,12 +557,20 @@ def test_the_command_refuses_in_one_sentence(workdir, tmp_path, nothing_runs, ch
 
 @pytest.mark.parametrize(
     "format, package",
-    [("onnx", "onnx"), ("onnx", "onnxruntime"), ("stablehlo", "flatbuffers")],
+    [
+        ("onnx", "onnx"),
+        ("onnx", "onnxruntime"),
+        ("stablehlo", "flatbuffers"),
+        pytest.param("litert", "ai-edge-litert", marks=no_litert),
+        pytest.param("litert", "ai-edge-quantizer", marks=no_litert),
+    ],
 )
 def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, format, package):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+        importlib.util,
+        "find_spec",
+        lambda name: None if name.replace("_", "-") == package else find_spec(name),
     )
     status, _, err = call(
         f"--workdir={workdir}", "--width=1", f"--format={format}", f"--out={tmp_path / 'net'}"

@@ -1,18 +1,26 @@
 """Weights in 8 bits: how far they are off, and that files hold them."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
 
-from neumeta_jax import evaluation, export, hypernetwork as hyper, quantize, resnet
+from neumeta_jax import evaluation, export, hypernetwork as hyper, litert, quantize, resnet
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, generated_blocks
 from neumeta_jax.export import Normalization
 from neumeta_jax.inr import Grid
 from neumeta_jax.training import Preprocessing
 
 NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+no_litert = pytest.mark.skipif(
+    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed"
+)
+weights_formats = pytest.mark.parametrize(
+    "format", [*export.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
+)
 SPEC = ResNetSpec((4, 6, 8), (3, 0, 6, 5, 2, 7), num_classes=5, image_size=8)
 
 
@@ -74,7 +82,7 @@ def test_a_padded_network_rounds_as_the_dense_one_does():
     jax.tree.map(np.testing.assert_array_equal, sliced, dense)
 
 
-@pytest.mark.parametrize("format", export.INT8_FORMATS["weights"])
+@weights_formats
 def test_a_file_with_8_bit_weights_computes_what_the_rounded_network_does(tmp_path, format):
     params, images = network()
     path = tmp_path / "net"
@@ -87,7 +95,7 @@ def test_a_file_with_8_bit_weights_computes_what_the_rounded_network_does(tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
-@pytest.mark.parametrize("format", export.INT8_FORMATS["weights"])
+@weights_formats
 def test_a_file_with_8_bit_weights_is_smaller(tmp_path, format):
     spec = cifar_resnet(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
     params, _ = network(spec)
@@ -98,6 +106,8 @@ def test_a_file_with_8_bit_weights_is_smaller(tmp_path, format):
             export.save_safetensors(path, spec, tree, normalization=NORMALIZATION)
         elif format == "onnx":
             path.write_bytes(export.to_onnx(spec, tree).SerializeToString())
+        elif format == "litert":
+            path.write_bytes(litert.to_litert(spec, tree))
         else:
             path.write_bytes(export.to_stablehlo(spec, tree))
         sizes.append(path.stat().st_size)
@@ -155,7 +165,7 @@ def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
     "options, match",
     [
         ({"format": "torch", "int8": "weights"}, "--int8=weights is for safetensors, onnx, stable"),
-        ({"format": "stablehlo", "int8": "full"}, "--int8=full is for onnx, got stablehlo"),
+        ({"format": "stablehlo", "int8": "full"}, "is for onnx, litert, got stablehlo"),
         (
             {"format": "onnx", "int8": "half"},
             "--int8 is one of weights, full or absent, got 'half'",
