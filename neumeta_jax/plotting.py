@@ -405,6 +405,47 @@ def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, t
     save_table(path, rows)
 
 
+def plot_comparison(
+    path: str | os.PathLike,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    references: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+) -> None:
+    """Writes a PNG of accuracy against multiply-adds, a curve for each method.
+
+    Args:
+        path: as in `plot_against_macs`.
+        series: by method, (multiply-adds, accuracy in percent) of each size.
+        title: figure title.
+        references: published results by name, (multiply-adds, accuracies in percent), in gray.
+    """
+    figure = _figure(7.2, 5.2)
+    axis = figure.subplots()
+    colors = (*ENTRIES, "#c23b80", "#2a9d9d")
+    for number, (name, points) in enumerate(series.items()):
+        x, y = zip(*sorted(points), strict=True)
+        axis.plot(
+            [size / 1e6 for size in x],
+            y,
+            color=colors[number % len(colors)],
+            marker="osD^vPX*"[number % 8],
+            markersize=5,
+            linewidth=1.3,
+            label=name,
+        )
+    for number, (name, (x, y)) in enumerate(references.items()):
+        style = {"color": "0.55", "marker": "osD^"[number % 4], "markersize": 4, "linewidth": 1}
+        sizes = [size / 1e6 for size in x]
+        axis.plot(sizes, y, linestyle="--", label=f"{name} (published, full length)", **style)
+    _restrain(axis)
+    axis.set_xlabel("multiply-adds (millions)")
+    axis.set_ylabel("test top-1 accuracy (%)")
+    _legend_below(figure, axis)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
 # --- what the figures share ------------------------------------------------------------------
 
 

@@ -1,0 +1,440 @@
+"""The tables and figures of results/, made from the files of the runs that are in it.
+
+    python -m neumeta_jax.report results --out=results/README.md --readme=README.md
+
+Reads every `row.json` (a row of the comparison, see `baselines`), `grid.json` with the
+`config.json` beside it, and `depths.json` below the folder. Writes the report with a figure of each
+comparison beside it (PNG and CSV), and puts the tables between the two markers of a README:
+
+    <!-- results: begin -->
+    <!-- results: end -->
+
+Equal files give equal text. Rows that differ in their seed alone are averaged.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from neumeta_jax import architecture, command_line, plotting, published, storage
+from neumeta_jax.command_line import UsageError
+from neumeta_jax.progress import format_seconds
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTICE = "Written by `python -m neumeta_jax.report`; change the files it is made from instead."
+RATIOS = (1.0, 0.75, 0.5, 0.25)  # of the overview
+ROW_FIELDS = {
+    *("method", "variant", "source", "seed", "dataset", "network", "budget_images", "sizes"),
+    *("network_passes", "training_macs", "storage_bytes", "continuous", "switch_images"),
+    *("switch_seconds", "wall_seconds", "command", "commit", "device"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The rows of a comparison that differ in their seed alone, by seed."""
+
+    rows: tuple[Mapping[str, Any], ...]
+
+    @property
+    def one(self) -> Mapping[str, Any]:
+        return self.rows[0]
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return self.one["method"] + (f" ({self.one['variant']})" if self.one["variant"] else "")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        return tuple(size["width_ratio"] for size in self.one["sizes"])
+
+    def accuracies(self, ratio: float, split: str = "test") -> list[float]:
+        """In percent, an entry for each seed."""
+        return [
+            size[split]
+            for row in self.rows
+            for size in row["sizes"]
+            if size["width_ratio"] == ratio
+        ]
+
+    def mean(self, ratio: float) -> float:
+        return statistics.mean(self.accuracies(ratio))
+
+    @property
+    def overall(self) -> float:
+        """Mean test accuracy over seeds and sizes, in percent."""
+        return statistics.mean(self.mean(ratio) for ratio in self.ratios)
+
+    def average(self, field: str) -> float:
+        return statistics.mean(row[field] for row in self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Rows of one data set, network and budget, best first."""
+
+    dataset: str
+    network: str
+    budget_images: int
+    methods: tuple[Method, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}, {self.network}, {self.budget_images:,} images for each size"
+
+    @property
+    def stem(self) -> str:
+        """Of the figure's file name."""
+        return f"comparison_{self.dataset}_{self.network.lower()}_{self.budget_images}"
+
+    @property
+    def references(self) -> tuple[tuple[published.Curve, ...], tuple[published.Single, ...]]:
+        """What is published, of networks trained in full: see `published.references`."""
+        if self.dataset not in published.NUM_CLASSES:
+            return (), ()
+        spec = architecture.cifar_resnet(
+            int(self.network.removeprefix("ResNet")),
+            num_classes=published.NUM_CLASSES[self.dataset],
+        )
+        return published.references(self.dataset, spec)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _read(path: pathlib.Path, fields: Iterable[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} must be JSON, but it is damaged; restore or remove it.") from None
+    missing = set(fields) - set(found if isinstance(found, dict) else ())
+    if missing:
+        raise UsageError(
+            f"{path} must be as this software writes it, but it lacks {sorted(missing)}; restore "
+            "or remove it."
+        )
+    return found
+
+
+def read_comparisons(root: pathlib.Path) -> list[Comparison]:
+    """The comparisons of all row.json below `root`, by data set, network and budget.
+
+    Raises:
+        UsageError: for a damaged file, two files of one row and seed, or rows of other sizes.
+    """
+    groups: dict[tuple, dict[tuple, dict[int, tuple[pathlib.Path, dict]]]] = {}
+    for path in sorted(root.rglob("row.json")):
+        row = _read(path, ROW_FIELDS)
+        group = groups.setdefault((row["dataset"], row["network"], row["budget_images"]), {})
+        seeds = group.setdefault((row["method"], row["variant"]), {})
+        if row["seed"] in seeds:
+            raise UsageError(
+                f"{path} and {seeds[row['seed']][0]} must not be of one row, budget and seed; "
+                "remove one of them."
+            )
+        seeds[row["seed"]] = path, row
+        sizes = [size["widths"] for size in row["sizes"]]
+        first_path, first = next(iter(next(iter(group.values())).values()))
+        if sizes != [size["widths"] for size in first["sizes"]]:
+            raise UsageError(
+                f"{path} and {first_path} must be of the same sizes to be compared; remove one."
+            )
+    comparisons = []
+    for key, group in sorted(groups.items()):
+        methods = [
+            Method(tuple(seeds[seed][1] for seed in sorted(seeds))) for seeds in group.values()
+        ]
+        methods.sort(key=lambda method: (-round(method.overall, 6), method.name))
+        comparisons.append(Comparison(*key, tuple(methods)))
+    return comparisons
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are words and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    """In percent; the mean and, of several seeds, the sample standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _compression(ratio: float) -> str:
+    return f"{100 * (1 - ratio):.4g} %"
+
+
+def _megabytes(number: float) -> str:
+    return f"{number / 1e6:.2f} MB"
+
+
+def accuracy_table(comparison: Comparison) -> str:
+    """Test accuracy of every method, best first, and of what is published, marked as such."""
+    ratios = comparison.methods[0].ratios
+    header = (
+        "test top-1 at compression",
+        *map(_compression, ratios),
+        "stored",
+        "sizes between",
+        "a change of size needs",
+    )
+    lines = []
+    for method in comparison.methods:
+        row = method.one
+        images = row["switch_images"]
+        lines.append(
+            (
+                method.name,
+                *(_accuracy(method.accuracies(ratio)) for ratio in ratios),
+                _megabytes(row["storage_bytes"]),
+                "yes" if row["continuous"] else "no",
+                f"{images:,} images" if images else "no data",
+            )
+        )
+    curves, singles = comparison.references
+    for curve in curves:
+        found = dict(zip(curve.width_ratios, curve.accuracies, strict=True))
+        cells = [f"{100 * found[r]:.2f}" if r in found else "" for r in ratios]
+        lines.append((f"*published, not at this budget:* {curve.name}", *cells, "", "", ""))
+    for single in singles:
+        if single.name == comparison.network:
+            cells = [f"{100 * single.accuracy:.2f}" if r == 1 else "" for r in ratios]
+            name = f"*published, not at this budget:* {single.name} trained in full (the teacher)"
+            lines.append((name, *cells, "", "", ""))
+    return table(header, lines)
+
+
+def cost_table(comparison: Comparison) -> str:
+    """What every method took; means over seeds."""
+    header = (
+        "method",
+        "seeds",
+        "images per size",
+        "network passes (images)",
+        "multiply-adds of training (T)",
+        "wall-clock",
+        "a change of size (s)",
+        "commit",
+        "device",
+    )
+    lines = []
+    for method in comparison.methods:
+        row = method.one
+        lines.append(
+            (
+                method.name,
+                ", ".join(str(row["seed"]) for row in method.rows),
+                f"{max(size['images'] for size in row['sizes']):,}",
+                f"{row['network_passes']:,}",
+                f"{row['training_macs'] / 1e12:.2f}",
+                format_seconds(method.average("wall_seconds")),
+                f"{method.average('switch_seconds'):.3g}",
+                ", ".join(dict.fromkeys(str(row["commit"]) for row in method.rows)),
+                ", ".join(dict.fromkeys(row["device"] for row in method.rows)),
+            )
+        )
+    return table(header, lines)
+
+
+def commands(comparison: Comparison) -> str:
+    """The command and the source of every method."""
+    lines = [
+        f"- {method.name}; {method.one['source']}: `{method.one['command']}`"
+        for method in sorted(comparison.methods, key=lambda method: method.name)
+    ]
+    return "\n".join(lines)
+
+
+def overview_table(root: pathlib.Path) -> str:
+    """A line for each grid.json below `root` that is of a test split; "" if there is none.
+
+    Runs on width and depth have a line more for each number of skipped blocks in depths.json, and
+    runs that were evaluated in 8 bits one for that.
+    """
+    header = (
+        "data, network",
+        "one INR, trained on",
+        *(f"{_compression(ratio)}" for ratio in RATIOS),
+        "INR parameters",
+        "files",
+    )
+    lines = []
+    for path in sorted(root.rglob("grid.json")):
+        grid = _read(path, ("dataset", "split", "trained_range", "num_inr_params", "rows"))
+        if grid["split"] != "test":
+            continue
+        config = _read(path.with_name("config.json"), ("network", "inr", "train"))
+        low, high = grid["trained_range"]
+        depth = bool(config["train"].get("skip_blocks"))
+        trained = f"widths [{low:g}, {high:g}]" + (" and depth" if depth else "")
+        kind = config["inr"]["kind"]
+        trained += "" if kind == "projection" else f"; INR kind `{kind}`"
+        folder = path.parent.relative_to(root).as_posix()
+        name = f"{grid['dataset']}, ResNet{config['network']['depth']}"
+        size = f"{grid['num_inr_params']:,}"
+
+        def add(text, rows, field="accuracy", *, name=name, size=size, folder=folder):
+            found = {row["width_ratio"]: row for row in rows}
+            cells = []
+            for ratio in RATIOS:
+                row = found.get(ratio)
+                mark = "" if row is None or row["trained"] else " (never trained)"
+                cells.append("" if row is None else f"{100 * row[field]:.2f}{mark}")
+            lines.append((name, text, *cells, size, f"[{folder}]({folder})"))
+
+        add(trained, grid["rows"])
+        depths = path.with_name("depths.json")
+        found = _read(depths, ("rows", "split")) if depths.exists() else {}
+        if found.get("split") == "test":
+            rows = found["rows"]
+            for number in sorted({row["skipped_blocks"] for row in rows} - {0}):
+                some = [row for row in rows if row["skipped_blocks"] == number]
+                blocks = "one block" if number == 1 else f"{number} blocks"
+                add(f"the same, without {blocks} of each stage", some)
+        rows = [row for row in grid["rows"] if row.get("int8_accuracy") is not None]
+        if rows:
+            add("the same, weights in 8 bits", rows, "int8_accuracy")
+    return table(header, lines, left=2) if lines else ""
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def _linked_from(text: str, prefix: str) -> str:
+    """`text` of the report with its links as they are from another folder."""
+    return text.replace("](", f"]({prefix}") if prefix else text
+
+
+def report(root: pathlib.Path, comparisons: Sequence[Comparison]) -> str:
+    """The text of the report, with links from `root`."""
+    parts = ["# Results", NOTICE]
+    overview = overview_table(root)
+    if overview:
+        parts += ["## Runs to the end", "Test top-1 in percent at compression 0 to 75 %.", overview]
+    for comparison in comparisons:
+        parts += [
+            f"## Comparison: {comparison.name}",
+            "Every row has the same teacher, data, split, augmentation and family of sizes, and "
+            f"sees {comparison.budget_images:,} training images at each size; best mean first. "
+            "± is the standard deviation over seeds.",
+            accuracy_table(comparison),
+            f"![accuracy against multiply-adds]({comparison.stem}.png)",
+            cost_table(comparison),
+            "Network passes are images through a network forward and backward, summed over sizes; "
+            "their multiply-adds take a backward pass as two forward passes and masked networks at "
+            "full size, and leave out what generates weights.",
+            commands(comparison),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_block(root: pathlib.Path, comparisons: Sequence[Comparison], prefix: str) -> str:
+    """What stands between the markers of a README in another folder, the markers included."""
+    parts = [overview_table(root)]
+    for comparison in comparisons:
+        parts += [
+            f"**{comparison.name}**, everybody on the same budget:",
+            accuracy_table(comparison),
+        ]
+    text = _linked_from("\n\n".join(part for part in parts if part), prefix)
+    return f"{BEGIN}\n\n{text}\n\n{END}"
+
+
+def replace_block(path: pathlib.Path, block: str) -> str:
+    """The text of the README at `path` with `block` in place of what its markers enclose.
+
+    Raises:
+        UsageError: unless it has each marker once, in their order.
+    """
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"{path} must have the lines {BEGIN} and {END} once each; add them.")
+    before, rest = text.split(BEGIN)
+    return before + block + rest.split(END)[1]
+
+
+def write_figure(path: pathlib.Path, comparison: Comparison) -> None:
+    """Accuracy against multiply-adds, of each method its best variant; and all as CSV."""
+    best: dict[str, Method] = {}
+    for method in comparison.methods:  # best first
+        best.setdefault(method.one["method"], method)
+    curves, singles = comparison.references
+    plotting.plot_comparison(
+        path,
+        {
+            method.name: [
+                (size["num_macs"], method.mean(size["width_ratio"])) for size in method.one["sizes"]
+            ]
+            for method in best.values()
+        },
+        title=f"{comparison.name}, test split",
+        references={
+            **{c.name: (c.num_macs, [100 * a for a in c.accuracies]) for c in curves},
+            **{
+                f"{s.name} trained in full": ([s.num_macs], [100 * s.accuracy])
+                for s in singles
+                if s.name == comparison.network
+            },
+        },
+    )
+    plotting.save_table(
+        path,
+        [
+            {
+                "method": row["method"],
+                "variant": row["variant"],
+                "seed": row["seed"],
+                **{name: size[name] for name in ("width_ratio", "num_params", "num_macs")},
+                **{name: size[name] for name in ("images", "validation", "test")},
+            }
+            for method in comparison.methods
+            for row in method.rows
+            for size in row["sizes"]
+        ],
+    )
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    with storage.replacing(path) as partial:
+        partial.write_text(text)
+    print(f"wrote {path}")
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("results", type=pathlib.Path, help="folder with the files of runs")
+    parser.add_argument("--out", type=pathlib.Path, help="default: README.md in the folder")
+    parser.add_argument("--readme", type=pathlib.Path, help="to put the tables into as well")
+    args = parser.parse_args(argv[1:])
+    if not args.results.is_dir():
+        raise UsageError(f"{args.results} must be a folder with the files of runs; there is none.")
+    out = args.out or args.results / "README.md"
+    comparisons = read_comparisons(args.results)
+    if not comparisons and not overview_table(args.results):
+        raise UsageError(f"{args.results} must hold a row.json or grid.json, but it has none.")
+    readme = None
+    if args.readme:
+        start = args.readme.resolve().parent
+        prefix = pathlib.PurePath(os.path.relpath(args.results.resolve(), start)).as_posix() + "/"
+        block = readme_block(args.results, comparisons, prefix)
+        readme = replace_block(args.readme, block)
+    for comparison in comparisons:
+        write_figure(out.parent / f"{comparison.stem}.png", comparison)
+    write_text(out, report(args.results, comparisons))
+    if readme is not None:
+        write_text(args.readme, readme)
+
+
+if __name__ == "__main__":
+    command_line.run(main, sys.argv)

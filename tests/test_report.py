@@ -1,0 +1,194 @@
+"""The report is made of the files of runs and of nothing else."""
+
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+
+from neumeta_jax import command_line, report
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def row(method="slimmable", *, variant="", seed=0, images=1000, accuracies=(60.0, 50.0), **fields):
+    sizes = [
+        {
+            "width_ratio": ratio,
+            "compression": 100 * (1 - ratio),
+            "widths": [int(16 * ratio), int(32 * ratio)],
+            "num_params": int(1000 * ratio),
+            "num_macs": int(40e6 * ratio),
+            "images": images,
+            "validation": accuracy + 20,
+            "test": accuracy,
+        }
+        for ratio, accuracy in zip((1.0, 0.5), accuracies, strict=True)
+    ]
+    return {
+        "method": method,
+        "variant": variant,
+        "source": "arXiv 0000.00000",
+        "seed": seed,
+        "dataset": "cifar100",
+        "network": "ResNet20",
+        "budget_images": images,
+        "sizes": sizes,
+        "network_passes": 2 * images,
+        "training_macs": 2_340_000_000_000,
+        "storage_bytes": 1_234_567,
+        "continuous": False,
+        "switch_images": 0,
+        "switch_seconds": 0.0123,
+        "wall_seconds": 65.0,
+        "command": "python -m x",
+        "commit": "abc",
+        "device": "1 x cpu",
+        **fields,
+    }
+
+
+def put(folder, name, content):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def cells(text, start):
+    """The cells of the first line of a table that starts with `start`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def make(folder, *args):
+    report.main(["report", str(folder), *args])
+    return (folder / "README.md").read_text()
+
+
+def test_seeds_are_averaged_and_the_best_method_comes_first(tmp_path):
+    for seed, first in enumerate((60.0, 61.0, 62.0)):
+        put(tmp_path, f"a/{seed}/row.json", row(seed=seed, accuracies=(first, 50.0)))
+    better = row("this project", variant="all", accuracies=(70.0, 65.0), continuous=True)
+    put(tmp_path, "b/row.json", {**better, "switch_images": 2000})
+    text = make(tmp_path)
+    assert cells(text, "slimmable")[:5] == [
+        "61.00 ± 1.00",
+        "50.00 ± 0.00",
+        "1.23 MB",
+        "no",
+        "no data",
+    ]
+    assert cells(text, "this project (all)")[:2] == ["70.00", "65.00"]
+    assert cells(text, "this project (all)")[3:] == ["yes", "2,000 images"]
+    assert text.index("| this project (all) |") < text.index("| slimmable |")
+    assert "- slimmable; arXiv 0000.00000: `python -m x`" in text
+    cost = [line for line in text.splitlines() if line.startswith("| slimmable | 0, 1, 2 |")]
+    assert "| 1,000 | 2,000 | 2.34 | 1:05 | 0.0123 | abc | 1 x cpu |" in cost[0]
+    # What others published is there, and marked.
+    name = "*published, not at this budget:* ResNet20 trained in full (the teacher)"
+    assert cells(text, name)[:2] == ["68.83", ""]
+    stem = "comparison_cifar100_resnet20_1000"
+    with Image.open(tmp_path / f"{stem}.png") as figure:
+        assert figure.width > 800
+    lines = (tmp_path / f"{stem}.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 4
+    assert lines[1] == "this project,all,0,1.0,1000,40000000,1000,90.0,70.0"
+    assert f"({stem}.png)" in text
+
+
+def test_budgets_and_networks_are_not_mixed(tmp_path):
+    put(tmp_path, "a/row.json", row(images=1000))
+    put(tmp_path, "b/row.json", row(images=2000))
+    put(tmp_path, "c/row.json", {**row(), "network": "ResNet56"})
+    text = make(tmp_path)
+    headings = [line for line in text.splitlines() if line.startswith("## Comparison")]
+    assert headings == [
+        "## Comparison: cifar100, ResNet20, 1,000 images for each size",
+        "## Comparison: cifar100, ResNet20, 2,000 images for each size",
+        "## Comparison: cifar100, ResNet56, 1,000 images for each size",
+    ]
+    assert cells(text, "*published, not at this budget:* HTTY")[:2] == ["66.13", "66.10"]
+
+
+GRID = {
+    "dataset": "cifar100",
+    "split": "test",
+    "trained_range": [0.5, 1.0],
+    "num_inr_params": 4321,
+    "rows": [
+        {"width_ratio": 1.0, "accuracy": 0.68, "trained": True, "int8_accuracy": 0.675},
+        {"width_ratio": 0.25, "accuracy": 0.55, "trained": False, "int8_accuracy": 0.5},
+    ],
+}
+CONFIG = {"network": {"depth": 20}, "inr": {"kind": "grid"}, "train": {"skip_blocks": 0.5}}
+
+
+def test_the_overview_has_a_line_for_each_way_in_which_a_run_was_evaluated(tmp_path):
+    put(tmp_path, "run/grid.json", GRID)
+    put(tmp_path, "run/config.json", CONFIG)
+    depths = [
+        {"skipped_blocks": n, "width_ratio": 1.0, "accuracy": 0.6 - n / 10, "trained": True}
+        for n in (0, 1)
+    ]
+    put(tmp_path, "run/depths.json", {"rows": depths, "split": "test"})
+    put(tmp_path, "other/grid.json", {**GRID, "split": "validation"})  # not of the test split
+    lines = [line for line in make(tmp_path).splitlines() if "[run](run)" in line]
+    assert [line.split(" | ")[1:6] for line in lines] == [
+        ["widths [0.5, 1] and depth; INR kind `grid`", "68.00", "", "", "55.00 (never trained)"],
+        ["the same, without one block of each stage", "50.00", "", "", ""],
+        ["the same, weights in 8 bits", "67.50", "", "", "50.00 (never trained)"],
+    ]
+
+
+def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_path):
+    results = tmp_path / "results"
+    put(results, "run/grid.json", GRID)
+    put(results, "run/config.json", CONFIG)
+    text = f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    readme = put(tmp_path, "README.md", text)
+    make(results, f"--readme={readme}")
+    first = readme.read_text()
+    assert first.startswith("# A\n\n") and first.endswith("\n\nafter\n") and "old" not in first
+    assert "[run](results/run)" in first and "68.00" in first
+    make(results, f"--readme={readme}")
+    assert readme.read_text() == first
+
+
+def test_the_committed_report_is_that_of_the_committed_files():
+    comparisons = report.read_comparisons(RESULTS)
+    text = report.report(RESULTS, comparisons)
+    assert (RESULTS / "README.md").read_text() == text, "run python -m neumeta_jax.report"
+    for comparison in comparisons:
+        assert (RESULTS / f"{comparison.stem}.png").exists()
+
+
+def test_the_readmes_table_is_that_of_the_committed_files():
+    block = report.readme_block(RESULTS, report.read_comparisons(RESULTS), "results/")
+    assert report.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
+
+
+def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):
+    def refused(words, *args):
+        with pytest.raises(command_line.UsageError, match=words):
+            make(tmp_path, *args)
+
+    refused("must hold a row.json or grid.json")
+    with pytest.raises(command_line.UsageError, match="must be a folder"):
+        make(tmp_path / "nothing")
+    path = put(tmp_path, "a/row.json", "{")
+    refused("must be JSON")
+    path.write_text(json.dumps({k: v for k, v in row().items() if k != "sizes"}))
+    refused(r"lacks \['sizes'\]")
+    path.write_text(json.dumps(row()))
+    put(tmp_path, "b/row.json", row())
+    refused("must not be of one row, budget and seed")
+    other = row("pruned")
+    other["sizes"][1]["widths"] = [1, 2]
+    put(tmp_path, "b/row.json", other)
+    refused("must be of the same sizes")
+    (tmp_path / "b/row.json").unlink()
+    readme = put(tmp_path, "top.md", f"{report.END}\n{report.BEGIN}\n")
+    refused("once each", f"--readme={readme}")
+    assert not (tmp_path / "README.md").exists()
