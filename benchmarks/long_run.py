@@ -86,7 +86,7 @@ def run(
     )
     state = training.TrainState({"w": jnp.ones(NUM_VALUES)}, ())
     with Progress(num_steps, 4) as progress:
-        lab._train(
+        lab.run_part(
             lab.Workdir(workdir),
             experiment,
             part="inr",

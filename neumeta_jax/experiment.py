@@ -423,7 +423,7 @@ def _stopped_by_signals(workdir: Workdir) -> Iterator[None]:
 # --- the recipe's steps ----------------------------------------------------------------------
 
 
-def _train(
+def run_part(
     workdir: Workdir,
     experiment: Experiment,
     *,
@@ -517,7 +517,7 @@ def _train(
     return training.on_default_device(state, mesh)
 
 
-def _restore(saved: checkpoint.Checkpoints, template: Any) -> tuple[int, Any] | None:
+def restore(saved: checkpoint.Checkpoints, template: Any) -> tuple[int, Any] | None:
     """`saved.restore` by the first process, for all of them."""
     if jax.process_count() == 1:
         return saved.restore(template)
@@ -554,7 +554,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
 
     def last_state():
         fresh = training.teacher_init(key, spec, recipe, num_steps)
-        return _restore(saved, fresh) or (0, fresh)
+        return restore(saved, fresh) or (0, fresh)
 
     start, state = last_state()
     if start:
@@ -577,7 +577,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
         return {"1.0": accuracy}
 
     with Progress(num_steps, recipe.batch_size, done=start) as progress:
-        state = _train(
+        state = run_part(
             workdir,
             experiment,
             part="teacher",
@@ -775,7 +775,7 @@ def train_inr(
     key = phase_key(experiment, 1)
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
-    restored = _restore(saved, template)
+    restored = restore(saved, template)
     if restored:
         start, state = restored
         params = state.result
@@ -821,7 +821,7 @@ def train_inr(
             return _progress_accuracy(experiment, splits, backbone, state.result, inputs, phase)
 
         def state_before(phase=phase, params=params):
-            last = _restore(saved, template)
+            last = restore(saved, template)
             if last and last[0] > phase.start:
                 return last
             return phase.start, training.start_phase(params, hypernetwork, recipe, phase)
@@ -840,7 +840,7 @@ def train_inr(
             )
 
         with Progress(total, images_per_step, done=first) as progress:
-            state = _train(
+            state = run_part(
                 workdir,
                 experiment,
                 part="inr",

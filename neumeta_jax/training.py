@@ -164,7 +164,8 @@ class TeacherRecipe:
             )
 
 
-def _teacher_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
+def sgd_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
+    """SGD of `recipe` on parameters of a network; weight decay leaves out vectors."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, recipe.learning_rate, min(num_steps // 20, 500), max(num_steps, 1)
     )
@@ -181,7 +182,7 @@ def teacher_init(
 ) -> TrainState:
     """State whose `params` are the linen variables {"params", "batch_stats"}."""
     variables = jax.jit(resnet.init_variables, static_argnums=1)(key, spec)
-    optimizer = _teacher_optimizer(recipe, num_steps)
+    optimizer = sgd_optimizer(recipe, num_steps)
     return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
 
 
@@ -198,7 +199,7 @@ def teacher_update(
     On a `mesh` (see `data_mesh`) the compiler shares out the batch. Batch norm sees all of it, so
     that the statistics are those of one device.
     """
-    optimizer = _teacher_optimizer(recipe, num_steps)
+    optimizer = sgd_optimizer(recipe, num_steps)
     model = resnet.ResNet(spec)
 
     def update(state, step, key, images, indices):

@@ -1,0 +1,194 @@
+"""The rows of the comparison: other ways to a family of sizes, on the same data and budget.
+
+    python -m neumeta_jax.baselines --config=configs/baselines.py:slimmable --workdir=DIR \\
+        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+
+Each row sees `baseline.images` training images at each size (1.1 epochs; `--budget=X` times as
+many) and is made of the same teacher, split and augmentation; `neumeta_jax.baselines` says what the
+methods are and what it writes, `python -m neumeta_jax.report` makes tables of it. `:NAME_resnet56`
+is the same row for a ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with
+batches of 128, for a GPU.
+
+Rates were chosen for budgets of about an epoch. Training from scratch needs a hundred times as
+much; a network from scratch at this budget is a lower bound and no judgement.
+
+Hardware and time: results/README.md has the device and the wall-clock of each row.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+# A network with soft labels learns from them and from labels as 4 to 1, as the INR's recipe does.
+DISTILLED = {
+    "distill_from": "teacher",
+    "ce_weight": 0.2,
+    "distillation_weight": 0.8,
+    "temperature": 2.0,
+}
+INDIVIDUAL = {
+    "method": "individual",
+    "title": "trained individually",
+    "source": "He et al., 2016",
+    "init": "random",
+    "learning_rate": 0.1,
+}
+SLIMMABLE = {
+    "method": "slimmable",
+    "title": "slimmable, 4 widths",
+    "source": "Yu et al., arXiv 1812.08928",
+    "learning_rate": 0.01,  # the losses of the widths are added up
+}
+UNIVERSAL = {
+    "method": "universally_slimmable",
+    "title": "universally slimmable",
+    "source": "Yu and Huang, arXiv 1903.05134",
+    "learning_rate": 0.01,
+    # The full network learns from labels and the others from its answers alone.
+    "distill_from": "full",
+    "ce_weight": 0.0,
+    "distillation_weight": 1.0,
+    "temperature": 1.0,
+}
+PRUNING = {
+    "method": "pruning",
+    "title": "pruned",
+    "source": "Molchanov et al., arXiv 1906.10771; Li et al., arXiv 1608.08710 (L1)",
+    "criteria": ("random", "l1", "l2", "taylor", "surgeon"),
+}
+FINETUNED = {
+    "method": "pruning_finetuned",
+    "title": "pruned, each size fine-tuned",
+    "source": "Molchanov et al., arXiv 1906.10771",
+    "variant": "taylor",
+    "learning_rate": 0.01,
+}
+NEUMETA = {"method": "inr", "title": "NeuMeta, all blocks", "source": "arXiv 2410.11878"}
+HTTY = {"method": "inr", "title": "HTTY", "source": "arXiv 2505.05510"}
+OURS = {"method": "inr", "title": "this project", "source": "configs/resnet20.py"}
+
+# Name of the preset -> the fields of the section `baseline` that are not its defaults.
+ROWS = {
+    "individual": INDIVIDUAL,
+    "individual_distilled": {**INDIVIDUAL, **DISTILLED, "variant": "distilled"},
+    "slimmable": SLIMMABLE,
+    "slimmable_distilled": {**SLIMMABLE, **DISTILLED, "variant": "distilled"},
+    "universally_slimmable": UNIVERSAL,
+    "universally_slimmable_distilled": {**UNIVERSAL, **DISTILLED, "variant": "distilled"},
+    "pruning": PRUNING,
+    "pruning_finetuned": FINETUNED,
+    "pruning_finetuned_distilled": {**FINETUNED, **DISTILLED, "variant": "taylor, distilled"},
+    "neumeta": {**NEUMETA, "variant": "as published"},
+    "neumeta_fitted": {**NEUMETA, "variant": "fitted to the teacher first"},
+    "htty": {**HTTY, "variant": "as published"},
+    "ours": {**OURS, "variant": "widths [0.25, 1]"},
+    "ours_a": {**OURS, "variant": "widths [0.5, 1]; 0.25 never trained"},
+}
+LARGE = "_resnet56"
+PRESETS = ("", *ROWS, *(name + LARGE for name in ROWS))
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in PRESETS:
+        raise ValueError(f"configs/baselines.py has the presets {PRESETS[1:]}, got {preset!r}.")
+    large = preset.endswith(LARGE)
+    name = preset.removesuffix(LARGE) or "ours"
+    if name == "ours_a":
+        config = _load("resnet56" if large else "resnet20").get_config("protocol_a")
+    elif large and ROWS[name]["method"] == "inr":
+        config = _load("resnet56").get_config()
+    else:
+        config = _load("resnet20").get_config()
+    config.network.depth = 56 if large else 20
+    config.dtype = "float32"
+    config.log_every = 50
+    config.checkpoint_every = 100
+
+    config.baseline = ConfigDict()
+    config.baseline.method = ""
+    config.baseline.title = ""
+    config.baseline.variant = ""
+    config.baseline.source = ""
+    config.baseline.images = 50_000
+    config.baseline.width_ratios = (1.0, 0.75, 0.5, 0.25)
+    config.baseline.init = "teacher"
+    config.baseline.criterion = "taylor"
+    config.baseline.criteria = ()
+    config.baseline.batch_size = 128 if large else 64
+    config.baseline.learning_rate = 0.02
+    config.baseline.momentum = 0.9
+    config.baseline.weight_decay = 5e-4  # the teacher's
+    config.baseline.distill_from = "none"
+    config.baseline.ce_weight = 1.0
+    config.baseline.distillation_weight = 0.0
+    config.baseline.temperature = 1.0
+    config.baseline.num_random_sizes = 2
+    config.baseline.calibration_images = 2000
+    for field, value in ROWS[name].items():
+        config.baseline[field] = value
+
+    config.eval.width_ratios = config.baseline.width_ratios
+    if name.startswith("neumeta"):
+        _neumeta(config, fitted=name == "neumeta_fitted")
+    if name == "htty":
+        paper = _load("resnet56_paper").get_config()
+        config.channel_order = paper.channel_order
+        config.inr, config.train = paper.inr, paper.train
+        config.eval.num_samples = paper.eval.num_samples
+    return config
+
+
+def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
+    """The numbers of NeuMeta's released configurations for CIFAR ResNets; its bugs are off.
+
+    Released: a random width for each step, now and then the full one. Here a step has a batch of
+    each, as all steps of `training.inr_update` have the full size.
+    """
+    config.channel_order = "smoothness"
+    config.inr = ConfigDict()
+    config.inr.kind = "per_tensor_mlp"
+    config.inr.hidden_width = 256
+    config.inr.num_layers = 4
+    config.inr.num_frequencies = 16
+    config.inr.activation = "relu"
+    config.inr.noise_scale = 1.0
+    config.inr.noise_per = "query"
+    config.train = _load("resnet56_paper").get_config("at_once").train
+    config.train.warmup_epochs = 0.0
+    config.train.batch_size = 64
+    config.train.num_random_sizes = 1
+    config.train.ce_weight = 1.0
+    config.train.norm_weight = 1e-4
+    config.train.reconstruction_weight = 1.0
+    config.train.ema_decay = 0.995
+    config.train.learning_rate = 1e-3
+    config.train.weight_decay = 1e-2
+    config.train.learned = "none"
+    config.eval.num_samples = 100
+    if fitted:
+        # What makes most of so few images: the INR starts close to the teacher, which needs none,
+        # without noise, and then learns slowly, since higher rates undo the fit.
+        config.inr.noise_scale = 0.0
+        config.train.noise = False
+        config.train.fit_steps = 800
+        config.train.fit_learning_rate = 4e-3
+        config.train.fit_widths = "random"
+        config.train.learning_rate = 1e-4
+        config.train.weight_decay = 1e-4
+        config.train.schedule = "cosine"
+        config.train.distillation_weight = 4.0
+        config.train.temperature = 2.0
+        config.train.learned = "all"
+        config.train.learned_learning_rate = 1e-4
+        config.eval.num_samples = 1
+
+
+def _load(name: str):
+    # Config files are loaded by path, from anywhere; `from configs import` would not always work.
+    path = pathlib.Path(__file__).resolve().with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"neumeta_jax_config_{name}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
