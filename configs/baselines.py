@@ -131,6 +131,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.width_ratios = config.baseline.width_ratios
     if name.startswith("neumeta"):
         _neumeta(config, fitted=name == "neumeta_fitted")
+        config.train.micro_batch = 0 if large else 32  # stays in a CPU's cache
     if name == "htty":
         paper = _load("resnet56_paper").get_config()
         config.channel_order = paper.channel_order

@@ -30,7 +30,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -974,8 +974,14 @@ def families(run: Run) -> Iterator[tuple[str, str, Family]]:
 _SHORT_SECONDS = 5.0  # a change of size that is faster is timed again, without compilation
 
 
-def measure(run: Run, family: Family) -> tuple[list[dict[str, Any]], float]:
-    """(a line for each size with its accuracies in percent, seconds of a change of size)."""
+def measure(
+    run: Run, family: Family, known: MutableMapping[float, dict[str, float]]
+) -> tuple[list[dict[str, Any]], float]:
+    """(a line for each size with its accuracies in percent, seconds of a change of size).
+
+    `known` holds accuracies by split of what is the teacher itself in all families of a run, by
+    ratio, and is added to.
+    """
     experiment, splits = run.experiment, run.splits
     lines, seconds = [], []
     for ratio in run.baseline.width_ratios:
@@ -987,6 +993,22 @@ def measure(run: Run, family: Family) -> tuple[list[dict[str, Any]], float]:
             if last > _SHORT_SECONDS:
                 break
         seconds.append(last)
+        found = known.get(ratio) or {
+            split: round(
+                100
+                * evaluation.accuracy(
+                    spec,
+                    params,
+                    *lab.evaluation_split(splits, split),
+                    experiment.preprocessing,
+                    batch_size=experiment.eval_batch_size,
+                ),
+                4,
+            )
+            for split in ("validation", "test")
+        }
+        if ratio == 1 and ratio in family.kept_as_is:
+            known[ratio] = found
         line = {
             "width_ratio": ratio,
             "compression": round(100 * (1 - ratio), 6),
@@ -994,18 +1016,8 @@ def measure(run: Run, family: Family) -> tuple[list[dict[str, Any]], float]:
             "num_params": spec.num_params,
             "num_macs": spec.num_macs,
             "images": 0 if ratio in family.kept_as_is else family.cost.images,
+            **found,
         }
-        for split in ("validation", "test"):
-            images, labels = lab.evaluation_split(splits, split)
-            accuracy = evaluation.accuracy(
-                spec,
-                params,
-                images,
-                labels,
-                experiment.preprocessing,
-                batch_size=experiment.eval_batch_size,
-            )
-            line[split] = round(100 * accuracy, 4)
         print(
             f"width {ratio:<5} {spec.num_params:>9,} parameters {spec.num_macs / 1e6:7.2f} M "
             f"multiply-adds   validation {line['validation']:6.2f} %   test {line['test']:6.2f} %",
@@ -1103,7 +1115,7 @@ def row(
         "wall_seconds": round(wall_seconds, 1),
         "command": command,
         "commit": checkout(),
-        "device": f"{devices}, {len(os.sched_getaffinity(0))} CPU cores",
+        "device": f"{devices}, {os.cpu_count()} CPU cores",
         "versions": found,
     }
 
@@ -1165,9 +1177,10 @@ def main(argv: Sequence[str]) -> None:
         _clock(workdir.path / "seconds") as elapsed,
     ):
         run = Run(workdir, experiment, baseline, splits)
+        known: dict[float, dict[str, float]] = {}
         for folder, variant, family in families(run):
             print(f"\n{baseline.title}{variant and ', '}{variant}", flush=True)
-            lines, switch_seconds = measure(run, family)
+            lines, switch_seconds = measure(run, family, known)
             document = row(
                 run,
                 family,

@@ -30,8 +30,8 @@ from neumeta_jax.training import Preprocessing, TrainState
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "baselines.py"
-SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
-BLOCKS = generated_blocks(SPEC)
+SPEC = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
+BLOCKS = generated_blocks(SPEC, "all")
 RATIOS = (1.0, 0.5)
 PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=False)
 
@@ -99,7 +99,7 @@ def baseline(**fields):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_masked_network_computes_what_the_sliced_one_does(train):
-    widths = (3, 5)
+    widths = (3, 4, 5)
     small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
     masks = {
         SPEC.blocks[n].name: jnp.arange(SPEC.blocks[n].hidden_width) < width
@@ -144,6 +144,7 @@ def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
 
 def test_switches_start_at_the_sliced_network_and_have_batch_norm_of_their_own():
     made = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
+    made = jax.tree.map(lambda x: x, made)  # dicts of its own, to be changed below
     for ratio in RATIOS:
         widths = widths_at(SPEC, BLOCKS, ratio)
         small, wanted = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
@@ -169,28 +170,37 @@ def test_splitting_off_batch_norm_and_joining_it_again_changes_nothing():
     close(joined, variables()["params"], 0)
 
 
-def test_a_slimmable_step_gives_each_switch_the_gradient_and_statistics_of_its_width():
+def test_a_slimmable_step_sees_each_width_with_statistics_of_its_own():
     made = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
-    forward = baselines.all_switches(SPEC, BLOCKS, RATIOS)
-    x, y = PLAIN.evaluate(images()[0]), images()[1]
+    x = PLAIN.evaluate(images()[0])
+    found, stats = jax.jit(baselines.all_switches(SPEC, BLOCKS, RATIOS))(made, x, None)
+    for ratio, of_ratio in zip(RATIOS, found, strict=True):
+        spec, tree = baselines.switch(SPEC, made, BLOCKS, ratio)
+        close(of_ratio, logits(spec, tree, train=True))
+        before = tree["batch_stats"]["stem_bn"]["mean"]
+        batch = baselines.recalibrate(spec, tree, images()[0], PLAIN)["batch_stats"]
+        wanted = 0.9 * before + 0.1 * batch["stem_bn"]["mean"]
+        close(stats[str(ratio)]["stem_bn"]["mean"], wanted)
+        shapes = [jax.tree.map(jnp.shape, s) for s in (stats[str(ratio)], batch)]
+        assert shapes[0] == shapes[1]
 
-    def joint(params):
-        found, stats = forward({**made, "params": params}, x, jax.random.key(0))
-        return baselines.joint_loss(baseline(), found, y, None), stats
 
-    grads, stats = jax.jit(jax.grad(joint, has_aux=True))(made["params"])
-
-    def alone(params, ratio):
-        spec, tree = baselines.switch(SPEC, {**made, "params": params}, BLOCKS, ratio)
-        found, mutated = resnet.ResNet(spec).apply(tree, x, train=True, mutable=["batch_stats"])
-        return losses.cross_entropy(found, y), mutated["batch_stats"]
-
-    gradient = jax.jit(jax.grad(alone, has_aux=True), static_argnums=1)
-    each = {r: gradient(made["params"], r) for r in RATIOS}
-    close(grads["shared"], jax.tree.map(jnp.add, *[each[r][0]["shared"] for r in RATIOS]))
-    for ratio in RATIOS:
-        close(grads["norms"][str(ratio)], each[ratio][0]["norms"][str(ratio)])
-        close(stats[str(ratio)], each[ratio][1])
+def test_a_sandwich_step_sees_the_full_the_smallest_and_random_widths_between():
+    forward = jax.jit(baselines.sandwich(SPEC, BLOCKS, smallest=0.5, num_random=1))
+    x = PLAIN.evaluate(images()[0])
+    found, _ = forward(variables(), x, jax.random.key(0))
+    assert len(found) == 3
+    close(found[0], logits(SPEC, variables(), train=True))
+    widths = widths_at(SPEC, BLOCKS, 0.5)
+    small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
+    close(found[1], logits(small, sliced, train=True))
+    ratio = 0.5 + 0.5 * jax.random.uniform(jax.random.key(0), (1,))[0]
+    masks = {
+        SPEC.blocks[n].name: jnp.arange(SPEC.blocks[n].hidden_width) < width
+        for n, width in zip(BLOCKS, widths_at(SPEC, BLOCKS, float(ratio)), strict=True)
+    }
+    close(found[2], logits(SPEC, variables(), masks=masks, train=True))
+    assert np.abs(found[2] - forward(variables(), x, jax.random.key(1))[0][2]).max() > 1e-3
 
 
 def test_recalibrated_statistics_are_those_of_the_images():
@@ -279,7 +289,8 @@ def test_in_place_distillation_gives_the_full_network_labels_and_the_others_its_
 def experiment_of(preset="ours", **overrides):
     config = load_config().get_config(preset)
     config.data.name = "tiny"
-    config.network.depth, config.network.stage_widths = 14, (4, 6, 8)
+    config.network.depth, config.network.stage_widths = 8, (4, 6, 8)
+    config.generated = "all"
     for name, value in overrides.items():
         section, field = name.split("__")
         config[section][field] = value
@@ -411,7 +422,8 @@ def call(preset, place, workdir, *args, teacher=True, images=64, error=None):
         "--config.data.name=tiny",
         "--config.data.num_validation=16",
         "--config.data.crop_padding=1",
-        "--config.network.depth=14",
+        "--config.network.depth=8",
+        "--config.generated=all",
         "--config.network.stage_widths=(4,6,8)",
         f"--config.baseline.images={images}",
         "--config.baseline.batch_size=16",
@@ -491,8 +503,8 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     assert (row["budget_images"], row["network_passes"]) == (64, 128)
     assert [line["images"] for line in row["sizes"]] == [64, 64]
     assert [line["compression"] for line in row["sizes"]] == [0, 50]
-    assert row["sizes"][1]["widths"] == [2, 3] and not row["continuous"]
-    small = architecture.morph(SPEC, BLOCKS, (2, 3))
+    assert row["sizes"][1]["widths"] == [2, 3, 4] and not row["continuous"]
+    small = architecture.morph(SPEC, BLOCKS, (2, 3, 4))
     assert row["sizes"][1]["num_params"] == small.num_params
     # Kernels once, and a factor and a summand per channel of each width.
     channels = [2 * sum(norm_channels(s)) for s in (SPEC, small)]
@@ -532,7 +544,7 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     experiment = experiment_of(data__crop_padding=1)
     order = baselines.channel_order(experiment, variables(), *images(96, 4), "l1")
     moved = baselines.reorder(SPEC, variables(), order)
-    small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3))
+    small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3, 4))
     mean, std = baselines.data.channel_statistics(images(96, 4)[0])
     x = baselines.data.normalize(images(20, 5)[0], mean, std)
     found = np.argmax(resnet.ResNet(small).apply(tree, x), axis=-1) == images(20, 5)[1]
