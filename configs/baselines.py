@@ -132,6 +132,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if name.startswith("neumeta"):
         _neumeta(config, fitted=name == "neumeta_fitted")
         config.train.micro_batch = 0 if large else 32  # stays in a CPU's cache
+        config.eval.num_samples = 1 if name == "neumeta_fitted" else 100
     if name == "htty":
         paper = _load("resnet56_paper").get_config()
         config.channel_order = paper.channel_order
@@ -166,7 +167,6 @@ def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
     config.train.learning_rate = 1e-3
     config.train.weight_decay = 1e-2
     config.train.learned = "none"
-    config.eval.num_samples = 100
     if fitted:
         # What makes most of so few images: the INR starts close to the teacher, which needs none,
         # without noise, and then learns slowly, since higher rates undo the fit.
@@ -182,7 +182,6 @@ def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
         config.train.temperature = 2.0
         config.train.learned = "all"
         config.train.learned_learning_rate = 1e-4
-        config.eval.num_samples = 1
 
 
 def _load(name: str):

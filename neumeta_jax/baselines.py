@@ -479,7 +479,7 @@ def joint_loss(
     return total
 
 
-Forward = Callable[[Params, jax.Array, jax.Array], tuple[list[jax.Array], Params]]
+Forward = Callable[[Mapping, jax.Array, jax.Array], tuple[list[jax.Array], Mapping]]
 
 
 def one_network(spec: ResNetSpec) -> Forward:
@@ -645,13 +645,12 @@ def within_budget(config: Mapping[str, Any], budget: float, num_images: int) -> 
     """
     if not budget > 0:
         raise UsageError(f"--budget must be above 0, got {budget}; 1 is baseline.images images.")
-    config = json.loads(json.dumps(config))
-    images = round(config["baseline"]["images"] * budget)
-    config["baseline"]["images"] = max(1, images)
+    resolved: dict[str, Any] = json.loads(json.dumps(config))
+    images = max(1, round(config["baseline"]["images"] * budget))
+    resolved["baseline"]["images"] = images
     if config["baseline"]["method"] != "inr":
-        return config
-    recipe = dict(config["train"])
-    network, num_phases = config["network"], 1
+        return resolved
+    recipe, network, num_phases = config["train"], config["network"], 1
     if recipe["mode"] == "blockwise":
         spec = architecture.cifar_resnet(network["depth"], num_classes=1)
         blocks = architecture.generated_blocks(spec, config["generated"])
@@ -660,9 +659,12 @@ def within_budget(config: Mapping[str, Any], budget: float, num_images: int) -> 
     per_phase = max(images / num_phases, recipe["batch_size"] * sizes)
     epochs = per_phase / num_images
     share = recipe["warmup_epochs"] / recipe["epochs"] if recipe["epochs"] else 0.0
-    recipe |= {"epochs": epochs, "warmup_epochs": share * epochs, "final_epochs": 0.0}
-    config["train"] = recipe
-    return config
+    resolved["train"] |= {
+        "epochs": epochs,
+        "warmup_epochs": share * epochs,
+        "final_epochs": 0.0,
+    }
+    return resolved
 
 
 # --- families --------------------------------------------------------------------------------
@@ -726,26 +728,27 @@ def _train_sgd(
     update = sgd_update(
         forward, baseline, optimizer, experiment.preprocessing, teacher_spec=experiment.spec
     )
-    size = {"images_per_step": batch_size, "steps_per_call": steps_per_call}
+    call = training.chunked(update, images_per_step=batch_size, steps_per_call=steps_per_call)
     with Progress(num_steps, batch_size, done=start) as progress:
         state = lab.run_part(
             workdir,
             experiment,
             part=part,
             saved=saved,
-            call=training.chunked(update, **size),
+            call=call,
             state=state,
             start=start,
             stop=num_steps,
             key=jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number),
             images=images,
+            images_per_step=batch_size,
+            steps_per_call=steps_per_call,
             phase=part,
             progress=progress,
             shown=("loss", "full_accuracy", "accuracy"),
             rest=(teacher,),
             state_before=last_state,
             locate=locate,
-            **size,
         )
     return state.params
 
@@ -936,7 +939,7 @@ def _inr(run: Run) -> Family:
     def network(ratio):
         widths = family.widths(ratio)
         tree = generate(params, jnp.asarray(widths, jnp.int32))
-        return resnet.slice_params(experiment.spec, tree, family.blocks, widths)
+        return resnet.slice_params(experiment.spec, tree, family.blocks, widths.tolist())
 
     return Family(
         network=network,
@@ -1145,7 +1148,7 @@ def section(config: Mapping[str, Any]) -> Baseline:
             f"The config section 'baseline' needs method and title and takes {known}, got "
             f"{sorted(given)}; compare it with configs/baselines.py."
         )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return Baseline(**values)
 
 

@@ -147,12 +147,12 @@ def read_comparisons(root: pathlib.Path) -> list[Comparison]:
                 f"{path} and {first_path} must be of the same sizes to be compared; remove one."
             )
     comparisons = []
-    for key, group in sorted(groups.items()):
+    for (dataset, network, images), group in sorted(groups.items()):
         methods = [
             Method(tuple(seeds[seed][1] for seed in sorted(seeds))) for seeds in group.values()
         ]
         methods.sort(key=lambda method: (-round(method.overall, 6), method.name))
-        comparisons.append(Comparison(*key, tuple(methods)))
+        comparisons.append(Comparison(dataset, network, images, tuple(methods)))
     return comparisons
 
 
