@@ -107,7 +107,7 @@ def tensor_groups(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[TensorGroup,
     return tuple(groups)
 
 
-def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:
+def skipped_share(widths: jax.Array | np.ndarray, positions: Sequence[int]) -> jax.Array:
     """How many of the generated blocks at `positions` are skipped, float32 in [0, 1]; 0 of none."""
     if not positions:
         return jnp.zeros(())

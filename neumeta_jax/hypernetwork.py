@@ -152,7 +152,9 @@ def check_widths(
             raise ValueError(f"{block.name} takes hidden widths {allowed}, got {width}{larger}.")
 
 
-def learned_at(hypernetwork: Hypernetwork, params: Mapping, widths: jax.Array) -> Params:
+def learned_at(
+    hypernetwork: Hypernetwork, params: Mapping, widths: jax.Array | np.ndarray
+) -> Params:
     """The folded layers that are not generated, as the network of hidden `widths` has them."""
     if "depth" not in params:
         return dict(params["learned"])
