@@ -932,13 +932,16 @@ def _inr(run: Run) -> Family:
     lab.save_result(run.workdir, experiment, params)
     samples = experiment.eval_samples
     key = lab.phase_key(experiment, 3) if samples > 1 else None
+    # The key is an argument: XLA would spend minutes on working out the noise of a constant.
     generate = jax.jit(
-        lambda params, widths: hyper.generate(family, params, widths, key=key, num_samples=samples)
+        lambda params, widths, key: hyper.generate(
+            family, params, widths, key=key, num_samples=samples
+        )
     )
 
     def network(ratio):
         widths = family.widths(ratio)
-        tree = generate(params, jnp.asarray(widths, jnp.int32))
+        tree = generate(params, jnp.asarray(widths), key)
         return resnet.slice_params(experiment.spec, tree, family.blocks, widths.tolist())
 
     return Family(
