@@ -42,7 +42,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "report",
         False,
-        "Write report.html too, a page to look at it all; implies --figures.",
+        "Write report.html too, a page to look at it all; implies --figures. With --skipped_blocks "
+        "it has those depths too.",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -174,24 +175,26 @@ def check_workdir(config, options):
     }
     compared = {**shared, "comparison": evaluation.Comparison()}
     run = (workdir, experiment, params, splits)
+    depths = []
+    if skipped:
+        depths = morphs.evaluate_depths(
+            *run,
+            skipped=skipped,
+            width_ratios=ratios or experiment.width_ratios,
+            **compared,
+        )
     if ratios or sweep_ratios or options.int8 or not specs:
         lab.evaluate_and_write(
             *run,
             width_ratios=ratios or experiment.width_ratios,
             sweep_ratios=sweep_ratios,
             report=options.report,
+            others=[evaluation.grid_row(row) for row in depths],
             int8=options.int8,
             **compared,
         )
     if drawn:
         lab.evaluate_random_ratios(*run, ratios=drawn, **compared)
-    if skipped:
-        morphs.evaluate_depths(
-            *run,
-            skipped=skipped,
-            width_ratios=ratios or experiment.width_ratios,
-            **compared,
-        )
     if specs:
         morphs.evaluate_specs(*run, networks=specs, **compared)
     if networks:

@@ -1060,6 +1060,13 @@ def _row_dict(row: GridRow) -> dict:
     return fields
 
 
+def grid_row(fields: Mapping[str, Any]) -> GridRow:
+    """The row in JSON types that `fields` hold among others."""
+    names = [field.name for field in dataclasses.fields(GridRow)]
+    row = {name: fields[name] for name in names if name in fields}
+    return GridRow(**{**row, "widths": tuple(row["widths"])})
+
+
 def write_grid(
     directory: str | os.PathLike,
     rows: Sequence[GridRow],

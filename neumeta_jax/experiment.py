@@ -1007,15 +1007,17 @@ def evaluate_and_write(
     known: MutableMapping[tuple[int, ...], float] | None = None,
     comparison: evaluation.Comparison | None = None,
     report: bool = False,
+    others: Sequence[GridRow] = (),
     int8: bool = False,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
     sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
-    page to look at all of it (see `page`). `known` holds accuracies by widths,
-    of the same parameters, split and number of samples; networks in it are not evaluated again, and
-    the others are added. So does `comparison` hold how consistent they are with the full network.
+    page to look at all of it and at `others`, networks of other depths (see `page`). `known` holds
+    accuracies by widths, of the same parameters, split and number of samples; networks in it are
+    not evaluated again, and the others are added. So does `comparison` hold how consistent they are
+    with the full network.
     With `int8` the grid is evaluated with 8-bit weights too.
     """
     known = {} if known is None else known
@@ -1095,7 +1097,7 @@ def evaluate_and_write(
     print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
     if report:
         document = page.page_document(
-            [*rows, *sweep],
+            [*rows, *sweep, *others],
             experiment.spec,
             title=f"ResNet{experiment.spec.depth} on {experiment.name}: every size from one INR",
             subtitle=f"Top-1 accuracy on the {len(labels):,} images of the {split} split. The INR "

@@ -689,6 +689,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
         f"--workdir={copied}",
         "--width_ratios=1,0.5",
         "--sweep_ratios=0.5,0.75,1",
+        "--skipped_blocks=0,1",
         "--report",
         "--int8",
         "--strategy=loop",
@@ -705,8 +706,14 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     assert "largest loss by 8-bit weights" in out
     embedded = (copied / "report.html").read_text().split('id="data">')[1]
     found = json.loads(embedded.split("</script>")[0])
-    networks = {network["ratio"]: network for network in found["networks"]}
+    networks = {
+        network["ratio"]: network for network in found["networks"] if network["depth"] == 14
+    }
     assert sorted(networks) == [0.5, 0.75, 1.0]
+    (shallow,) = [network for network in found["networks"] if network["depth"] != 14]
+    depths = json.loads((copied / "depths.json").read_text())["rows"]
+    assert (shallow["depth"], shallow["widths"]) == (10, [0, 0])
+    assert shallow["accuracy"] == depths[-1]["accuracy"]
     assert networks[0.5]["int8"] == rows[1]["int8_accuracy"] and "int8" not in networks[0.75]
     assert found["config"]["data.name"] == "digits" and "jax" in found["versions"]
     assert found["trained_range"] == [0.5, 1.0] and found["slices"]["block"] == "stage2_block1"
