@@ -956,23 +956,6 @@ MEASURES = {
 }
 
 
-def checkout() -> dict[str, Any]:
-    """The commit of the source and whether it has changes; None where it is no git checkout."""
-
-    def git(*arguments):
-        command = ["git", "-C", str(ROOT), *arguments]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return None
-
-    commit = git("rev-parse", "HEAD") if (ROOT / ".git").exists() else None
-    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "commit": commit.strip() if commit else None,
-        "changed": None if changed is None else bool(changed.strip()),
-    }
-
-
 def markdown(document: Mapping[str, Any]) -> str:
     """The table and what stands beside it, from the contents of speed.json."""
     header = ("network", "part", "what", "against", "ratio", "target", "measured", "reference")
@@ -1017,7 +1000,7 @@ class Report:
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         self.document: dict[str, Any] = {
             "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
-            **checkout(),
+            **lab.checkout(),
             "versions": {},
             "cores": len(cores) or os.cpu_count(),
             "load": [os.getloadavg()[0]] * 2,

@@ -27,7 +27,6 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -1033,23 +1032,6 @@ def measure(
     return lines, float(np.median(seconds))
 
 
-def checkout() -> str | None:
-    """The commit of the source, "with changes" if there are any; None outside a git checkout."""
-    root = pathlib.Path(__file__).resolve().parent.parent
-
-    def git(*arguments):
-        command = ["git", "-C", str(root), *arguments]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return None
-
-    commit = git("rev-parse", "--short=10", "HEAD") if (root / ".git").exists() else None
-    if commit is None:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return commit.strip() + (" with changes" if changed and changed.strip() else "")
-
-
 def shown_command(argv: Sequence[str]) -> str:
     """A command line that reads the same on any machine: of paths only the last part.
 
@@ -1098,6 +1080,8 @@ def row(
 ) -> dict[str, Any]:
     """The contents of row.json."""
     baseline, experiment = run.baseline, run.experiment
+    source = lab.checkout()
+    commit = source["commit"] and source["commit"][:10] + " with changes" * bool(source["changed"])
     found = lab.versions()
     devices = found.pop("devices")
     return {
@@ -1120,7 +1104,7 @@ def row(
         "switch_seconds": round(switch_seconds, 4),
         "wall_seconds": round(wall_seconds, 1),
         "command": command,
-        "commit": checkout(),
+        "commit": commit,
         "device": f"{devices}, {os.cpu_count()} CPU cores",
         "versions": found,
     }

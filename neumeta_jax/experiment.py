@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -295,6 +296,24 @@ def versions() -> dict[str, str]:
     devices = jax.devices()
     kind = f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})"
     return {"python": platform.python_version(), **found, "devices": kind}
+
+
+def checkout() -> dict[str, Any]:
+    """The commit of the source and whether it has changes; None where it is no git checkout."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+
+    def git(*arguments):
+        command = ["git", "-C", str(root), *arguments]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return None
+
+    commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
+    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "changed": None if changed is None else bool(changed.strip()),
+    }
 
 
 def differences(saved: Any, given: Any, prefix: str = "") -> list[str]:

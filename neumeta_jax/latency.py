@@ -220,8 +220,9 @@ def _safetensors_size(spec: ResNetSpec, params: Params) -> int:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What `measure` found as plain text: latency and memory, then the cost of changes."""
+    width = max([12, *(len(row["name"]) for row in rows)])
     lines = [
-        f"{'network':>12}  {'MACs (M)':>8}  {'runtime':>11}  {'batch':>5}  {'p50 ms':>9}  "
+        f"{'network':>{width}}  {'MACs (M)':>8}  {'runtime':>11}  {'batch':>5}  {'p50 ms':>9}  "
         f"{'p90 ms':>9}  {'memory MiB':>10}"
     ]
     for row in rows:
@@ -230,14 +231,14 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 memory = row["memory_bytes"].get(batch) if runtime == "jax" else None
                 shown = f"{memory / 2**20:10.2f}" if memory is not None else f"{'':>10}"
                 lines.append(
-                    f"{row['name'][-12:]:>12}  {row['num_macs'] / 1e6:8.2f}  {runtime:>11}  "
+                    f"{row['name']:>{width}}  {row['num_macs'] / 1e6:8.2f}  {runtime:>11}  "
                     f"{batch:>5}  {found['p50_ms']:9.3f}  {found['p90_ms']:9.3f}  {shown}"
                 )
     lines.append("\na change to this size, ms, and its files, KiB")
     for row in rows:
         costs = ", ".join(f"{name} {value:.1f}" for name, value in row["switch_ms"].items())
         files = ", ".join(f"{n} {size / 1024:.0f}" for n, size in row["file_bytes"].items())
-        lines.append(f"{row['name'][-12:]:>12}  {costs}; {files}")
+        lines.append(f"{row['name']:>{width}}  {costs}; {files}")
     return "\n".join(lines)
 
 
