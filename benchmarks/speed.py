@@ -997,12 +997,11 @@ class Report:
     def __init__(self, out: pathlib.Path, argv: Sequence[str]):
         self.out = out
         self.clock = time.perf_counter()
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
         self.document: dict[str, Any] = {
             "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
             **lab.checkout(),
             "versions": {},
-            "cores": len(cores) or os.cpu_count(),
+            "cores": lab.num_cores(),
             "load": [os.getloadavg()[0]] * 2,
             "started": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "wall_seconds": 0.0,

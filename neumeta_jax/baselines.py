@@ -10,8 +10,8 @@ times `--budget`. An image that is drawn counts once, however many sizes of shar
 through; networks that are trained one by one see as many each.
 
 Writes DIR/row.json, which `python -m neumeta_jax.report` makes tables of. Accuracies are of the
-validation and the test split; both are read once, at the end. The same command continues an
-interrupted run and ends with the same bits.
+validation and the test split; both are read once, at the end, the test split not at all with
+`--trial`. The same command continues an interrupted run and ends with the same bits.
 
     individual              a network per size, from scratch
     slimmable               shared kernels, batch norm for each of four widths (arXiv 1812.08928)
@@ -61,6 +61,7 @@ from neumeta_jax.resnet import Params, ResNet
 from neumeta_jax.training import Images, Preprocessing, TrainState
 
 ROW_FILE = "row.json"
+SPLITS = ("validation", "test")
 METHODS = (
     "individual",
     "slimmable",
@@ -980,12 +981,15 @@ _SHORT_SECONDS = 5.0  # a change of size that is faster is timed again, without 
 
 
 def measure(
-    run: Run, family: Family, known: MutableMapping[float, dict[str, float]]
+    run: Run,
+    family: Family,
+    known: MutableMapping[float, dict[str, float]],
+    read: Sequence[str] = SPLITS,
 ) -> tuple[list[dict[str, Any]], float]:
     """(a line for each size with its accuracies in percent, seconds of a change of size).
 
     `known` holds accuracies by split of what is the teacher itself in all families of a run, by
-    ratio, and is added to.
+    ratio, and is added to. `read` are the splits to evaluate.
     """
     experiment, splits = run.experiment, run.splits
     lines, seconds = [], []
@@ -1010,7 +1014,7 @@ def measure(
                 ),
                 4,
             )
-            for split in ("validation", "test")
+            for split in read
         }
         if ratio == 1 and ratio in family.kept_as_is:
             known[ratio] = found
@@ -1023,9 +1027,10 @@ def measure(
             "images": 0 if ratio in family.kept_as_is else family.cost.images,
             **found,
         }
+        accuracies = "".join(f"   {split} {line[split]:6.2f} %" for split in read)
         print(
             f"width {ratio:<5} {spec.num_params:>9,} parameters {spec.num_macs / 1e6:7.2f} M "
-            f"multiply-adds   validation {line['validation']:6.2f} %   test {line['test']:6.2f} %",
+            f"multiply-adds{accuracies}",
             flush=True,
         )
         lines.append(line)
@@ -1105,7 +1110,7 @@ def row(
         "wall_seconds": round(wall_seconds, 1),
         "command": command,
         "commit": commit,
-        "device": f"{devices}, {os.cpu_count()} CPU cores",
+        "device": f"{devices}, {lab.num_cores()} CPU cores",
         "versions": found,
     }
 
@@ -1116,6 +1121,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_float(
         "budget", 1.0, "Factor on baseline.images, of each size.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "trial",
+        False,
+        "Leave the test images alone and write no row, only print; for choosing rates.",
+        flag_values=values,
     )
 
 
@@ -1155,7 +1166,8 @@ def main(argv: Sequence[str]) -> None:
     config = within_budget(config, options.budget, len(splits.train_labels))
     baseline = section(config)
     experiment = lab.from_config(config, dataset)
-    for split in ("validation", "test"):
+    read = SPLITS[:1] if options.trial else SPLITS
+    for split in read:
         lab.evaluation_split(splits, split)
     print(
         f"{baseline.title}{baseline.variant and ', '}{baseline.variant}: {baseline.images} images "
@@ -1170,7 +1182,9 @@ def main(argv: Sequence[str]) -> None:
         known: dict[float, dict[str, float]] = {}
         for folder, variant, family in families(run):
             print(f"\n{baseline.title}{variant and ', '}{variant}", flush=True)
-            lines, switch_seconds = measure(run, family, known)
+            lines, switch_seconds = measure(run, family, known, read)
+            if options.trial:
+                continue
             document = row(
                 run,
                 family,

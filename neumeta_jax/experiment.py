@@ -298,6 +298,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "devices": kind}
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def checkout() -> dict[str, Any]:
     """The commit of the source and whether it has changes; None where it is no git checkout."""
     root = pathlib.Path(__file__).resolve().parent.parent

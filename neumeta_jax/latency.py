@@ -325,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
         versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     else:
         print("note: without onnxruntime only JAX is measured; pip install 'neumeta-jax[export]'")
-    device = f"{versions['devices']}; {os.cpu_count()} CPU cores"
+    device = f"{versions['devices']}; {lab.num_cores()} CPU cores"
     print(f"{len(networks)} networks, {options.calls} calls of each, on {device}", flush=True)
 
     cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009, unknown to checkers

@@ -559,6 +559,26 @@ def test_finetuning_leaves_the_full_size_as_it_is_and_trains_the_others(place, t
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["width_0.5"]
 
 
+def test_a_trial_reads_no_test_image_and_leaves_the_row_to_the_run_after_it(
+    place, tmp_path, monkeypatch
+):
+    read_splits = []
+    split_of = baselines.lab.evaluation_split
+    monkeypatch.setattr(
+        baselines.lab,
+        "evaluation_split",
+        lambda splits, name: read_splits.append(name) or split_of(splits, name),
+    )
+    out = call("pruning_finetuned", place, tmp_path, "--trial")
+    assert set(read_splits) == {"validation"}
+    assert out.count("   validation ") == 2 and "test" not in out
+    assert not (tmp_path / "row.json").exists()
+    call("pruning_finetuned", place, tmp_path)
+    assert set(read_splits) == {"validation", "test"}
+    line = next(x for x in out.splitlines() if x.startswith("width 0.5"))
+    assert f"validation {read(tmp_path)['sizes'][1]['validation']:6.2f} %" in line
+
+
 def test_individual_networks_need_no_teacher(place, tmp_path):
     call("individual", place, tmp_path, teacher=False, ratios="(1.0,)")
     row = read(tmp_path)
