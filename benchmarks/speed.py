@@ -36,6 +36,7 @@ import pathlib
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -919,6 +920,8 @@ def measure_startup(name: str, args: argparse.Namespace) -> Findings:
             workdir = folder / f"run{number}"
             if not given:
                 write_backbone(name, args, workdir)
+                if number and (folder / "run0" / lab.MOMENTS_FILE).exists():
+                    shutil.copy(folder / "run0" / lab.MOMENTS_FILE, workdir)
             line = [sys.executable, str(TRAIN), f"--workdir={workdir}", *command]
             seconds.append(seconds_to_first_step(line, environment))
         files = [path for path in cache.rglob("*") if path.is_file()]
@@ -940,7 +943,8 @@ def measure_startup(name: str, args: argparse.Namespace) -> Findings:
         "from the start of the process to the end of the first step"
         if given
         else "from the start of the process to the end of the INR's first step: imports, "
-        f"{args.startup_images:,} images read, moments measured; the teacher is there"
+        f"{args.startup_images:,} images read; the teacher is there, and after the first start "
+        "the moments of its activations"
     )
     return found
 

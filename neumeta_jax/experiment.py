@@ -36,6 +36,7 @@ from neumeta_jax import (
     hypernetwork as hyper,
     page,
     plotting,
+    programs,
     published,
     quantize,
     resnet,
@@ -54,6 +55,7 @@ from neumeta_jax.resnet import Params
 from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 
 BACKBONE_FILE = "backbone.safetensors"
+MOMENTS_FILE = "moments.safetensors"
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
 NUM_MOMENT_IMAGES = 2000
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
@@ -727,6 +729,26 @@ def measure_moments(
     return mean(*found)
 
 
+def _kept_moments(
+    workdir: Workdir, experiment: Experiment, params: Params, images: np.ndarray
+) -> Params:
+    """`measure_moments`, of which a process alone keeps the result beside the backbone."""
+    if jax.process_count() > 1:
+        return measure_moments(experiment, params, images)
+    digest = hashlib.sha256(repr((experiment.preprocessing, experiment.eval_batch_size)).encode())
+    for leaf in (*jax.tree.leaves(params), images[:NUM_MOMENT_IMAGES]):
+        digest.update(np.asarray(leaf).tobytes())
+    source = {"of": digest.hexdigest()}
+    path = workdir.path / MOMENTS_FILE
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: measured again
+        found, metadata = checkpoint.load_tree(path)
+        if metadata == source:
+            return found
+    moments = measure_moments(experiment, params, images)
+    checkpoint.save_tree(path, moments, source)
+    return moments
+
+
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
@@ -773,6 +795,26 @@ def _make_backbone(
     return backbone.params
 
 
+def _made_from(experiment: Experiment, kind: str) -> tuple:
+    """All that the calls of `train_inr` in phases of a kind are made from, on one device."""
+    return (
+        f"train_inr {kind}",
+        experiment.hypernetwork,
+        experiment.recipe,
+        experiment.preprocessing,
+        training.default_steps_per_call(),
+    )
+
+
+def prefetch_programs(experiment: Experiment, splits: data.Splits) -> None:
+    """Begins to load the programs of INR training, if an earlier process kept them."""
+    phases = training.phases(
+        experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
+    )
+    for kind in dict.fromkeys(phase.kind for phase in phases):
+        programs.prefetch(_made_from(experiment, kind), versions())
+
+
 def train_inr(
     workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
 ) -> Params:
@@ -809,7 +851,7 @@ def train_inr(
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
-            moments = measure_moments(experiment, backbone, splits.train_images)
+            moments = _kept_moments(workdir, experiment, backbone, splits.train_images)
         params = jax.jit(initialise)(key, backbone=backbone, moments=moments)
     workdir.metrics.rewind("inr", start)
 
@@ -820,17 +862,19 @@ def train_inr(
         "steps_per_call": steps_per_call,
         "mesh": mesh,
     }
+    unroll = jax.default_backend() == "cpu"
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
         "train": training.inr_update(
-            hypernetwork,
-            recipe,
-            experiment.preprocessing,
-            unroll=jax.default_backend() == "cpu",
-            mesh=mesh,
+            hypernetwork, recipe, experiment.preprocessing, unroll=unroll, mesh=mesh
         ),
     }
     calls = {kind: training.chunked(update, **size) for kind, update in updates.items()}
+    if mesh is None:
+        calls = {
+            kind: programs.keep(call, _made_from(experiment, kind), versions())
+            for kind, call in calls.items()
+        }
     shown = {"fit": ("loss",), "train": ("loss", "ce", "accuracy", "full_accuracy")}
 
     for number, phase in enumerate(phases, 1):
