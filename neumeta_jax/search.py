@@ -18,14 +18,16 @@ gets the same accuracy whenever it is evaluated.
 What it has to guard against is the best of a thousand on the same images: the finalists, the best
 20 and the best five uniform networks (one ratio for all blocks), are evaluated on the entire
 validation split, which decides. The uniform networks within the budget are in the first population,
-so that on this split the winner is at least as good as they are. The test split is read for the
-winner and the best uniform network only.
+so that on this split the winner is at least as good as they are; with --depth so are the largest
+that leave out the last blocks of each stage. The test split is read for the winner and the best
+uniform network only.
 
 The folder --out holds best.json (for `eval.py --spec` and `export --spec`), pareto.json, pareto.csv
 and pareto.png (all networks that were evaluated), and candidates.json, from which the same command
 continues after an interruption or with a larger --num_candidates.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -65,6 +67,7 @@ SKIP_RATE = 0.2  # of the mutations of a block that may be skipped
 NUM_FINALISTS = 20
 NUM_UNIFORM_FINALISTS = 5
 MAX_UNIFORM = 64
+NUM_SHALLOW = 5  # uniform networks of each smaller depth in the first population
 MAX_CONTAINERS = 16
 LATENCY_WIDTHS = 6  # measured for each shape of blocks, straight lines between
 STATE_FILE = "candidates.json"
@@ -157,6 +160,30 @@ def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
         pairs = zip(space.choices, widths, strict=True)
         found[tuple(_nearest([c for c in choices if c], width) for choices, width in pairs)] = None
     return list(found)
+
+
+def shallow_networks(
+    space: Space, costs: Sequence["Cost"], uniform: Sequence[Widths]
+) -> list[Widths]:
+    """Of each smaller depth the `NUM_SHALLOW` largest of `uniform` that keep the budgets.
+
+    Depths are those of `architecture.without_last`: 1, 2, ... blocks of each stage left out.
+    """
+    stages = [space.spec.blocks[n].stage for n in space.blocks]
+    skippable = collections.Counter(
+        stage for stage, choices in zip(stages, space.choices, strict=True) if choices[0] == 0
+    )
+    macs = count_cost(space, "macs", None)
+    found = []
+    for number in range(1, max(skippable.values(), default=0) + 1):
+        shorter = dict.fromkeys(
+            architecture.without_last(space.spec, space.blocks, widths, number)
+            for widths in uniform
+        )
+        fitting = [w for w in shorter if all(cost.allows(space.genes(w)) for cost in costs)]
+        fitting.sort(key=lambda widths: -macs.total(space.genes(widths)))
+        found += fitting[:NUM_SHALLOW]
+    return found
 
 
 # --- budgets ---------------------------------------------------------------------------------
@@ -302,13 +329,13 @@ class Candidate(NamedTuple):
 def first_population(
     space: Space, costs: Sequence[Cost], uniform: Sequence[Widths], size: int, seed: int
 ) -> list[Widths]:
-    """The uniform networks, and at least half of `size` at random, all within the budgets."""
+    """The uniform networks, shallow ones, and at least half of `size` at random, within budgets."""
     rng = np.random.default_rng([seed, 0])
     allowed = [w for w in uniform if all(cost.allows(space.genes(w)) for cost in costs)]
     if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
         picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
         allowed = [allowed[n] for n in picked]
-    population = dict.fromkeys(allowed)
+    population = dict.fromkeys([*allowed, *shallow_networks(space, costs, uniform)])
     wanted = len(population) + max(size - len(population), size // 2)
     _add(population, wanted, (), lambda: _random_genes(space, costs, rng), space)
     return list(population)

@@ -212,6 +212,36 @@ def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
     assert len(first) > len(wanted)
 
 
+def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_population():
+    limits = costs(DEEP, macs=middle(DEEP, "macs", 0.6))
+    first = [c.widths for c in evolve(Counted(), space=DEEP, limits=limits) if c.generation == 0]
+    shallow = search.shallow_networks(DEEP, limits, UNIFORM)
+    assert set(shallow) <= set(first)
+    assert shallow.pop() == (0, 0, 0, 0, 0)  # two blocks of each stage left out
+    wanted = [(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM]
+    macs = search.count_cost(DEEP, "macs", None)
+    amounts = sorted(
+        {macs.total(DEEP.genes(w)): w for w in wanted if limits[0].allows(DEEP.genes(w))}
+    )
+    found = [macs.total(DEEP.genes(w)) for w in shallow]
+    assert set(shallow) <= set(wanted) and found == amounts[::-1][: search.NUM_SHALLOW]
+    assert amounts[-1] < limits[0].limit
+    assert search.shallow_networks(SPACE, costs(), UNIFORM) == []
+
+
+def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_blocks():
+    spec = cifar_resnet(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
+    blocks = generated_blocks(spec)
+    space = search.make_space(spec, blocks, low=1.0, high=1.0, depth=True)
+    uniform = search.uniform_networks(space, low=1.0, high=1.0)
+    found = search.shallow_networks(space, costs(space), uniform)
+    most = max(
+        sum(spec.blocks[n].stage == stage and spec.blocks[n].skippable for n in blocks)
+        for stage in (1, 2, 3)
+    )
+    assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
+
+
 def test_a_search_goes_on_from_what_it_has_evaluated():
     whole = evolve(Counted())
     generations = []
