@@ -87,6 +87,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.norm_weight = 1e-5
     config.train.reconstruction_weight = 1e-2
     config.train.distillation_weight = 1.0
+    config.train.stream_weight = 0.0
     config.train.distill_from = "teacher"
     config.train.temperature = 2.0
     config.train.ema_decay = 0.0

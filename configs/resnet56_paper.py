@@ -92,6 +92,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.norm_weight = 1e-3
     config.train.reconstruction_weight = 1.0
     config.train.distillation_weight = 0.0
+    config.train.stream_weight = 0.0
     config.train.distill_from = "teacher"
     config.train.temperature = 1.0
     config.train.ema_decay = 0.0

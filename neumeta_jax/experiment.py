@@ -1354,7 +1354,7 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
     generation = seconds(jax.jit(lambda p, w: hyper.generate(hypernetwork, p, w)), params, widths)
     # A backward pass costs about two forward passes; measured 3.0 to 4.5 in all on two cores.
     step = recipe.num_sizes * 4 * (forward + generation)
-    step += recipe.num_sizes * forward if recipe.distillation_weight else 0.0
+    step += recipe.num_sizes * forward * bool(recipe.distillation_weight or recipe.stream_weight)
     steps = {
         kind: sum(p.stop - p.start for p in phases if p.kind == kind) for kind in ("fit", "train")
     }

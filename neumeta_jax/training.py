@@ -280,8 +280,10 @@ class InrRecipe:
         skip_order: which blocks those are: the "last" ones of the stage, or "random" ones.
         noise: whether training adds coordinate noise (its size belongs to the INR).
         ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
-        distill_from: whose logits are the soft labels: the folded "teacher"'s, or those of the
-            "full" size of the same step (in-place distillation, arXiv 1903.05134).
+        stream_weight: of `losses.stream_error`, the residual stream after each stage as a target.
+        distill_from: whose logits are the soft labels, and whose streams the targets: the folded
+            "teacher"'s, or those of the "full" size of the same step (in-place distillation, arXiv
+            1903.05134).
         ema_decay: of an average of the parameters that replaces them in the end; 0 keeps none.
         optimizer: "adamw", or "muon" for what is a matrix to it, see `inr_optimizer`.
         learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: of the
@@ -318,6 +320,7 @@ class InrRecipe:
     norm_weight: float = 1e-3
     reconstruction_weight: float = 1.0
     distillation_weight: float = 0.0
+    stream_weight: float = 0.0
     distill_from: str = "teacher"
     temperature: float = 1.0
     ema_decay: float = 0.0
@@ -740,18 +743,21 @@ def inr_update(
         return jax.tree.map(lambda *entries: jnp.stack(entries), *results)
 
     def network_loss(tree, x, y, targets, network):
-        if network is None:
-            logits = resnet.apply(spec, tree, x)
-        else:
+        small = spec
+        if network is not None:
             small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, network)
-            logits = resnet.apply(small, tree, x)
+        logits, streams = resnet.apply_with_streams(small, tree, x)
+        soft_labels, target_streams = targets
         terms = {"ce": losses.cross_entropy(logits, y)}
         loss = recipe.ce_weight * terms["ce"]
         if recipe.distillation_weight:
             terms["distillation"] = losses.distillation(
-                logits, targets, temperature=recipe.temperature
+                logits, soft_labels, temperature=recipe.temperature
             )
             loss += recipe.distillation_weight * terms["distillation"]
+        if recipe.stream_weight:
+            terms["stream"] = losses.stream_error(streams, target_streams)
+            loss += recipe.stream_weight * terms["stream"]
         terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
         return loss, {"network_loss": loss, **terms}
 
@@ -766,13 +772,18 @@ def inr_update(
         x, y = jax.tree.map(
             lambda a: a.reshape(a.shape[0], share // micro, micro, *a.shape[2:]), (x, y)
         )
-        targets = jnp.zeros((*y.shape, 0))
-        if recipe.distillation_weight:
+        targets = (jnp.zeros((*y.shape, 0)), ())
+        if recipe.distillation_weight or recipe.stream_weight:
             tree = teacher
             if recipe.distill_from == "full":
                 tree = jax.tree.map(lambda a: a[0], trees)
-            logits = loop(lambda a: resnet.apply(spec, tree, a), x.reshape(-1, *x.shape[2:]))
-            targets = logits.reshape(*y.shape, -1)
+
+            def targets_of(x):
+                logits, streams = resnet.apply_with_streams(spec, tree, x)
+                return logits, streams if recipe.stream_weight else ()
+
+            found = loop(targets_of, x.reshape(-1, *x.shape[2:]))
+            targets = jax.tree.map(lambda a: a.reshape(*y.shape, *a.shape[2:]), found)
 
         def one_size(size, network):
             tree, batch = size

@@ -25,6 +25,7 @@ RECIPE = InrRecipe(
     alpha_learning_rate=1e-2,
     learned_learning_rate=1e-2,
     distillation_weight=0.5,
+    stream_weight=0.25,
 )
 PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, crop_padding=1)
 NUM_IMAGES = 24
@@ -585,12 +586,14 @@ def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
         tree = dict(params["learned"])
         for position, name in enumerate(["stage1_block1", "stage2_block1"]):
             tree[name] = hyper.skip_init(generated[name], params["alpha"][position])
-        logits = resnet.apply(SPEC, tree, x)
+        logits, streams = resnet.apply_with_streams(SPEC, tree, x)
+        soft_labels, targets = resnet.apply_with_streams(SPEC, backbone, x)
         return (
             losses.cross_entropy(logits, y)
             + 1e-3 * losses.weight_norm(generated)
             + full * losses.reconstruction(generated, backbone)
-            + 0.5 * losses.distillation(logits, resnet.apply(SPEC, backbone, x))
+            + 0.5 * losses.distillation(logits, soft_labels)
+            + 0.25 * losses.stream_error(streams, targets)
         )
 
     value = jax.jit(loss)
