@@ -391,6 +391,30 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[None]:
+    """Makes a folder, if it is not there, and keeps it for this process alone.
+
+    Raises:
+        ValueError: if it cannot be written, or another process is using it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"{name} {path} must be writable, but {error.strerror}; choose another."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"Another process is using {path}; wait for it or choose another folder."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
 def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
 
@@ -407,20 +431,7 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         with _stopped_by_signals(workdir):
             yield workdir
         return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    except OSError as error:
-        raise UsageError(
-            f"The work directory {path} must be writable, but {error.strerror}; choose another."
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"Another process is using {path}; wait for it or choose another --workdir."
-            ) from None
+    with locked(path):
         config = json.loads(json.dumps(config))
         if (path / "config.json").exists():
             check_same_config(path, config)

@@ -755,21 +755,16 @@ def main(argv: Sequence[str]) -> None:
         settings["latency_batch"] = options.latency_batch
     settings["inr"] = lab.file_digest(workdir / checkpoint.INR_FILE)
     out = pathlib.Path(options.out or workdir / "search")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--out={out} must be a folder, but {error.strerror}; choose another."
-        ) from None
-    record = read_record(out / STATE_FILE, settings)
-    if record.strategy == "auto":
-        record.strategy = options.strategy
-    try:
-        _search(out, experiment, params, splits, space, counted, record, (low, high), options)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped after {len(record.archive)} candidates; the same command continues."
-        ) from None
+    with lab.locked(out, name="The folder of --out"):
+        record = read_record(out / STATE_FILE, settings)
+        if record.strategy == "auto":
+            record.strategy = options.strategy
+        try:
+            _search(out, experiment, params, splits, space, counted, record, (low, high), options)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped after {len(record.archive)} candidates; the same command continues."
+            ) from None
 
 
 COUNTED = ("macs", "params")

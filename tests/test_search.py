@@ -372,6 +372,18 @@ def run(workdir, out, *args):
     return printed
 
 
+def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
+    out = tmp_path / "search"
+    arguments = (f"--workdir={workdir}", f"--out={out}", f"--max_macs={BUDGET}", *OPTIONS)
+    with lab.locked(out):
+        status, _, err = call(*arguments)
+    assert status == 2 and f"Another process is using {out}" in err and err.count("\n") == 1
+    assert not (out / search.STATE_FILE).exists()
+    (tmp_path / "file").write_text("")
+    status, _, err = call(f"--out={tmp_path / 'file'}", *(a for a in arguments if "--out" not in a))
+    assert status == 2 and "must be writable, but File exists; choose another" in err
+
+
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
     workdir, finished
 ):
