@@ -1181,6 +1181,7 @@ def main(argv: Sequence[str]) -> None:
     ):
         run = Run(workdir, experiment, baseline, splits)
         known: dict[float, dict[str, float]] = {}
+        before = 0.0
         for folder, variant, family in families(run):
             print(f"\n{baseline.title}{variant and ', '}{variant}", flush=True)
             lines, switch_seconds = measure(run, family, known, read)
@@ -1192,13 +1193,14 @@ def main(argv: Sequence[str]) -> None:
                 variant=variant,
                 lines=lines,
                 switch_seconds=switch_seconds,
-                wall_seconds=elapsed(),
+                wall_seconds=elapsed() - before,
                 command=shown_command(argv),
             )
             path = workdir.path / folder / ROW_FILE
             path.parent.mkdir(exist_ok=True)
             lab.write_json(path, document)
             print(f"wrote {path}", flush=True)
+            before = elapsed()
             workdir.check_stop(0)
         print(f"done in {format_seconds(elapsed())}")
 

@@ -13,6 +13,7 @@ Equal files give equal text. Rows that differ in their seed alone are averaged.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -126,26 +127,32 @@ def _read(path: pathlib.Path, fields: Iterable[str]) -> dict[str, Any]:
 def read_comparisons(root: pathlib.Path) -> list[Comparison]:
     """The comparisons of all row.json below `root`, by data set, network and budget.
 
+    A row that trains nothing is in all comparisons of its data set and network.
+
     Raises:
         UsageError: for a damaged file, two files of one row and seed, or rows of other sizes.
     """
+    found = [(path, _read(path, ROW_FIELDS)) for path in sorted(root.rglob("row.json"))]
+    keys = [(row["dataset"], row["network"], row["budget_images"]) for _, row in found]
+    trained = [key for key, (_, row) in zip(keys, found, strict=True) if row["network_passes"]]
     groups: dict[tuple, dict[tuple, dict[int, tuple[pathlib.Path, dict]]]] = {}
-    for path in sorted(root.rglob("row.json")):
-        row = _read(path, ROW_FIELDS)
-        group = groups.setdefault((row["dataset"], row["network"], row["budget_images"]), {})
-        seeds = group.setdefault((row["method"], row["variant"]), {})
-        if row["seed"] in seeds:
-            raise UsageError(
-                f"{path} and {seeds[row['seed']][0]} must not be of one row, budget and seed; "
-                "remove one of them."
-            )
-        seeds[row["seed"]] = path, row
-        sizes = [size["widths"] for size in row["sizes"]]
-        first_path, first = next(iter(next(iter(group.values())).values()))
-        if sizes != [size["widths"] for size in first["sizes"]]:
-            raise UsageError(
-                f"{path} and {first_path} must be of the same sizes to be compared; remove one."
-            )
+    for own, (path, row) in zip(keys, found, strict=True):
+        shared = () if row["network_passes"] else {key for key in trained if key[:2] == own[:2]}
+        for key in shared or (own,):
+            group = groups.setdefault(key, {})
+            seeds = group.setdefault((row["method"], row["variant"]), {})
+            if row["seed"] in seeds:
+                raise UsageError(
+                    f"{path} and {seeds[row['seed']][0]} must not be of one row, budget and seed; "
+                    "remove one of them."
+                )
+            seeds[row["seed"]] = path, row
+            sizes = [size["widths"] for size in row["sizes"]]
+            first_path, first = next(iter(next(iter(group.values())).values()))
+            if sizes != [size["widths"] for size in first["sizes"]]:
+                raise UsageError(
+                    f"{path} and {first_path} must be of the same sizes to be compared; remove one."
+                )
     comparisons = []
     for (dataset, network, images), group in sorted(groups.items()):
         methods = [
@@ -179,8 +186,12 @@ def _megabytes(number: float) -> str:
     return f"{number / 1e6:.2f} MB"
 
 
-def accuracy_table(comparison: Comparison) -> str:
-    """Test accuracy of every method, best first, and of what is published, marked as such."""
+def accuracy_table(comparison: Comparison, *, variants: int | None = None) -> str:
+    """Test accuracy of every method, best first, and of what is published, marked as such.
+
+    Args:
+        variants: how many of a method, the best ones; all without.
+    """
     ratios = comparison.methods[0].ratios
     header = (
         "test top-1 at compression",
@@ -190,8 +201,12 @@ def accuracy_table(comparison: Comparison) -> str:
         "a change of size needs",
     )
     lines = []
+    shown = collections.Counter()
     for method in comparison.methods:
         row = method.one
+        shown[row["method"]] += 1
+        if variants is not None and shown[row["method"]] > variants:
+            continue
         images = row["switch_images"]
         lines.append(
             (
@@ -248,10 +263,12 @@ def cost_table(comparison: Comparison) -> str:
 
 
 def commands(comparison: Comparison) -> str:
-    """The command and the source of every method."""
+    """The command and the source of every method; those of one command in one line."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for method in sorted(comparison.methods, key=lambda method: method.name):
+        names.setdefault((method.one["source"], method.one["command"]), []).append(method.name)
     lines = [
-        f"- {method.name}; {method.one['source']}: `{method.one['command']}`"
-        for method in sorted(comparison.methods, key=lambda method: method.name)
+        f"- {'; '.join(found)}. {source}: `{command}`" for (source, command), found in names.items()
     ]
     return "\n".join(lines)
 
@@ -326,8 +343,8 @@ def report(root: pathlib.Path, comparisons: Sequence[Comparison]) -> str:
         parts += [
             f"## Comparison: {comparison.name}",
             "Every row has the same teacher, data, split, augmentation and family of sizes, and "
-            f"sees {comparison.budget_images:,} training images at each size; best mean first. "
-            "± is the standard deviation over seeds.",
+            f"sees {comparison.budget_images:,} training images at each size (those that train "
+            "nothing, none); best mean first. ± is the standard deviation over seeds.",
             accuracy_table(comparison),
             f"![accuracy against multiply-adds]({comparison.stem}.png)",
             cost_table(comparison),
@@ -344,8 +361,9 @@ def readme_block(root: pathlib.Path, comparisons: Sequence[Comparison], prefix: 
     parts = [overview_table(root)]
     for comparison in comparisons:
         parts += [
-            f"**{comparison.name}**, everybody on the same budget:",
-            accuracy_table(comparison),
+            f"**{comparison.name}**, everybody on the same budget, of a method the best two variants "
+            "([all](README.md)):",
+            accuracy_table(comparison, variants=2),
         ]
     text = _linked_from("\n\n".join(part for part in parts if part), prefix)
     return f"{BEGIN}\n\n{text}\n\n{END}"

@@ -535,6 +535,8 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     }
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
     assert rows[""]["variant"] == "taylor, statistics recalibrated"
+    whole = float((tmp_path / "seconds").read_text())
+    assert sum(row["wall_seconds"] for row in rows.values()) <= whole + 1  # each its own time
     assert rows["l1"]["variant"] == "l1"
     assert len({row["sizes"][0]["test"] for row in rows.values()}) == 1
     assert all(line["images"] == 0 for row in rows.values() for line in row["sizes"])

@@ -83,7 +83,7 @@ def test_seeds_are_averaged_and_the_best_method_comes_first(tmp_path):
     assert cells(text, "this project (all)")[:2] == ["70.00", "65.00"]
     assert cells(text, "this project (all)")[3:] == ["yes", "2,000 images"]
     assert text.index("| this project (all) |") < text.index("| slimmable |")
-    assert "- slimmable; arXiv 0000.00000: `python -m x`" in text
+    assert "- slimmable; this project (all). arXiv 0000.00000: `python -m x`" in text
     cost = [line for line in text.splitlines() if line.startswith("| slimmable | 0, 1, 2 |")]
     assert "| 1,000 | 2,000 | 2.34 | 1:05 | 0.0123 | abc | 1 x cpu |" in cost[0]
     # What others published is there, and marked.
@@ -110,6 +110,26 @@ def test_budgets_and_networks_are_not_mixed(tmp_path):
         "## Comparison: cifar100, ResNet56, 1,000 images for each size",
     ]
     assert cells(text, "*published, not at this budget:* HTTY")[:2] == ["66.13", "66.10"]
+
+
+def test_a_row_that_trains_nothing_is_in_the_comparisons_of_all_budgets(tmp_path):
+    put(tmp_path, "a/row.json", row(images=1000))
+    put(tmp_path, "b/row.json", row(images=2000))
+    put(tmp_path, "c/row.json", {**row(), "network": "ResNet56"})
+    pruned = {"network_passes": 0, "training_macs": 0}
+    put(tmp_path, "d/row.json", row("pruned", images=5000, accuracies=(60.0, 10.0), **pruned))
+    text = make(tmp_path)
+    parts = text.split("## Comparison: ")[1:]
+    assert [part.partition(" images")[0] for part in parts] == [
+        "cifar100, ResNet20, 1,000",
+        "cifar100, ResNet20, 2,000",
+        "cifar100, ResNet56, 1,000",
+    ]
+    assert ["| pruned |" in part for part in parts] == [True, True, False]
+    # Alone it has a comparison of its own.
+    alone = tmp_path / "alone"
+    put(alone, "d/row.json", row("pruned", images=5000, **pruned))
+    assert "## Comparison: cifar100, ResNet20, 5,000 images" in make(alone)
 
 
 GRID = {
@@ -146,12 +166,17 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
     results = tmp_path / "results"
     put(results, "run/grid.json", GRID)
     put(results, "run/config.json", CONFIG)
+    for number, variant in enumerate(("worst", "good", "best")):
+        put(results, f"{variant}/row.json", row(variant=variant, accuracies=(60.0, 50.0 + number)))
     text = f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
     readme = put(tmp_path, "README.md", text)
     make(results, f"--readme={readme}")
     first = readme.read_text()
     assert first.startswith("# A\n\n") and first.endswith("\n\nafter\n") and "old" not in first
     assert "[run](results/run)" in first and "68.00" in first
+    assert first.index("slimmable (best)") < first.index("slimmable (good)")
+    assert "slimmable (worst)" not in first and "([all](results/README.md))" in first
+    assert "| slimmable (worst) |" in (results / "README.md").read_text()
     make(results, f"--readme={readme}")
     assert readme.read_text() == first
 
