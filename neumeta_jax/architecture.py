@@ -221,14 +221,15 @@ def cifar_resnet(
     )
 
 
-GENERATED = ("inner", "all")
+GENERATED = ("inner", "not_first", "all")
 
 
 def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
     """Positions in `spec.blocks` of the blocks whose weights an INR generates, in training order.
 
     "inner" leaves out the first block of each stage and the last block of the network: 23 of the
-    27 blocks of a ResNet56 (arXiv 2505.05510). "all" takes every block.
+    27 blocks of a ResNet56 (arXiv 2505.05510). "not_first" has the last block too, so that every
+    block can be skipped (see `Block.skippable`). "all" takes every block.
 
     >>> len(generated_blocks(cifar_resnet(56, num_classes=100)))
     23
@@ -238,7 +239,11 @@ def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
     if which == "all":
         return tuple(range(len(spec.blocks)))
     last = len(spec.blocks) - 1
-    chosen = tuple(n for n, block in enumerate(spec.blocks) if block.index > 0 and n != last)
+    chosen = tuple(
+        n
+        for n, block in enumerate(spec.blocks)
+        if block.index > 0 and (which == "not_first" or n != last)
+    )
     if not chosen:
         raise ValueError(
             f"A ResNet{spec.depth} has no inner block to generate; use generated='all' or a "

@@ -361,8 +361,8 @@ def readme_block(root: pathlib.Path, comparisons: Sequence[Comparison], prefix: 
     parts = [overview_table(root)]
     for comparison in comparisons:
         parts += [
-            f"**{comparison.name}**, everybody on the same budget, of a method the best two variants "
-            "([all](README.md)):",
+            f"**{comparison.name}**, everybody on the same budget, of a method the best two "
+            "variants ([all](README.md)):",
             accuracy_table(comparison, variants=2),
         ]
     text = _linked_from("\n\n".join(part for part in parts if part), prefix)

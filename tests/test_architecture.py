@@ -127,6 +127,9 @@ def test_the_inner_blocks_of_a_resnet56_are_23_of_27():
     assert blocks == [(stage, index) for stage in last for index in range(1, last[stage] + 1)]
     assert len(blocks) == 23
     assert generated_blocks(spec, "all") == tuple(range(27))
+    not_first = generated_blocks(spec, "not_first")
+    assert not_first == (*generated_blocks(spec), 26)
+    assert all(spec.blocks[n].skippable for n in not_first)
 
 
 def test_widths_are_rounded_half_up_and_at_least_one():

@@ -39,7 +39,7 @@ def test_the_papers_resnet56_has_92_tensors_in_12_groups():
     assert {group.norm for group in groups} == {64}
 
 
-@pytest.mark.parametrize("which", ["inner", "all"])
+@pytest.mark.parametrize("which", ["inner", "not_first", "all"])
 @pytest.mark.parametrize("stage_widths", [(4, 6, 8), (4, 4, 4), (8, 6, 4)])
 def test_every_tensor_has_its_own_index_in_training_order(stage_widths, which):
     spec = cifar_resnet(20, num_classes=5, stage_widths=stage_widths, image_size=8)
@@ -52,7 +52,7 @@ def test_every_tensor_has_its_own_index_in_training_order(stage_widths, which):
     assert len({group.name for group in groups}) == len(groups)
 
 
-@pytest.mark.parametrize("which", ["inner", "all"])
+@pytest.mark.parametrize("which", ["inner", "not_first", "all"])
 def test_groups_have_the_shapes_of_their_tensors(which):
     blocks = generated_blocks(SPEC, which)
     tensors = tensors_of(coordinates.tensor_groups(SPEC, blocks))

@@ -194,7 +194,7 @@ def test_initial_parameters_have_the_shapes_of_the_spec():
     assert jax.tree.map(lambda x: x.shape, params) == resnet.param_shapes(spec)
 
 
-@pytest.mark.parametrize("which", ["inner", "all"])
+@pytest.mark.parametrize("which", ["inner", "not_first", "all"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
     spec = small_spec(shortcut=shortcut)
