@@ -3,11 +3,11 @@
     python -m neumeta_jax.baselines --config=configs/baselines.py:slimmable --workdir=DIR \\
         --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
 
-Each row sees `baseline.images` training images at each size (1.1 epochs; `--budget=X` times as
-many) and is made of the same teacher, split and augmentation; `neumeta_jax.baselines` says what the
-methods are and what it writes, `python -m neumeta_jax.report` makes tables of it. `:NAME_resnet56`
-is the same row for a ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with
-batches of 128, for a GPU.
+Each row draws `baseline.images` training images (1.1 epochs; `--budget=X` times as many) and is
+made of the same teacher, split and augmentation; `neumeta_jax.baselines` says what the methods are
+and what it writes, `python -m neumeta_jax.report` makes tables of it. `:NAME_resnet56` is the same
+row for a ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with batches of 128, for
+a GPU.
 
 Rates are for budgets of about an epoch: of 0.001, 0.003 and 0.01 in runs of a tenth of it, by
 validation images. Those were the teacher's training images, which makes low rates look better than

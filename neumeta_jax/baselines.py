@@ -5,9 +5,10 @@
 
 A preset is a row of the comparison, the INRs' own rows included. All rows have the same family of
 networks (the hidden widths of the generated blocks at a few ratios), teacher, augmentation,
-validation split, evaluation code and budget: `baseline.images` training images seen by each size,
-times `--budget`. An image that is drawn counts once, however many sizes of shared weights it passes
-through; networks that are trained one by one see as many each.
+validation split, evaluation code and budget: `baseline.images` training images that are drawn,
+times `--budget`. An image counts once, however many sizes of shared weights it passes through in a
+step; networks that are trained one by one see as many each. Where the sizes of a step have images
+of their own, as in NeuMeta and HTTY, each sees its part.
 
 Writes DIR/row.json, which `python -m neumeta_jax.report` makes tables of. Accuracies are of the
 validation and the test split; both are read once, at the end, the test split not at all with
@@ -84,7 +85,7 @@ class Baseline:
     Attributes:
         method: one of `METHODS`.
         title, variant, source: for tables: "slimmable", "soft labels of the teacher", the paper.
-        images: training images that each size sees.
+        images: training images that are drawn, see above.
         width_ratios: the family; the first is the full size.
         init: networks start at the "teacher", or at "random" values.
         criterion: what orders the hidden channels of the teacher, of which small networks keep the
@@ -176,7 +177,7 @@ class Cost:
     """What training took.
 
     Attributes:
-        images: training images seen by each size.
+        images: training images drawn; networks that are trained one by one: by each.
         network_passes: images that passed forward and backward through a network, over all sizes.
         teacher_passes: images that passed forward through the teacher, for soft labels.
         macs: multiply-adds of both, a backward pass as two forward passes; masked networks count at
@@ -1120,9 +1121,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", "", "Where the run lives; created if absent.", flag_values=values
     )
-    flags.DEFINE_float(
-        "budget", 1.0, "Factor on baseline.images, of each size.", flag_values=values
-    )
+    flags.DEFINE_float("budget", 1.0, "Factor on baseline.images.", flag_values=values)
     flags.DEFINE_boolean(
         "trial",
         False,
@@ -1172,7 +1171,7 @@ def main(argv: Sequence[str]) -> None:
         lab.evaluation_split(splits, split)
     print(
         f"{baseline.title}{baseline.variant and ', '}{baseline.variant}: {baseline.images} images "
-        f"for each of {len(baseline.width_ratios)} sizes of a ResNet{experiment.spec.depth}",
+        f"for {len(baseline.width_ratios)} sizes of a ResNet{experiment.spec.depth}",
         flush=True,
     )
     with (

@@ -88,7 +88,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}, {self.network}, {self.budget_images:,} images for each size"
+        return f"{self.dataset}, {self.network}, {self.budget_images:,} training images"
 
     @property
     def stem(self) -> str:
@@ -235,7 +235,7 @@ def cost_table(comparison: Comparison) -> str:
     header = (
         "method",
         "seeds",
-        "images per size",
+        "images drawn",
         "network passes (images)",
         "multiply-adds of training (T)",
         "wall-clock",
@@ -343,8 +343,11 @@ def report(root: pathlib.Path, comparisons: Sequence[Comparison]) -> str:
         parts += [
             f"## Comparison: {comparison.name}",
             "Every row has the same teacher, data, split, augmentation and family of sizes, and "
-            f"sees {comparison.budget_images:,} training images at each size (those that train "
-            "nothing, none); best mean first. ± is the standard deviation over seeds.",
+            f"draws {comparison.budget_images:,} training images: networks that are trained one by "
+            "one as many each, those that train nothing none. An image counts once, however many "
+            "sizes it passes through in a step; where sizes have images of their own, as in "
+            "NeuMeta and HTTY, each sees its part. Best mean first; ± is the standard deviation "
+            "over seeds.",
             accuracy_table(comparison),
             f"![accuracy against multiply-adds]({comparison.stem}.png)",
             cost_table(comparison),

@@ -105,9 +105,9 @@ def test_budgets_and_networks_are_not_mixed(tmp_path):
     text = make(tmp_path)
     headings = [line for line in text.splitlines() if line.startswith("## Comparison")]
     assert headings == [
-        "## Comparison: cifar100, ResNet20, 1,000 images for each size",
-        "## Comparison: cifar100, ResNet20, 2,000 images for each size",
-        "## Comparison: cifar100, ResNet56, 1,000 images for each size",
+        "## Comparison: cifar100, ResNet20, 1,000 training images",
+        "## Comparison: cifar100, ResNet20, 2,000 training images",
+        "## Comparison: cifar100, ResNet56, 1,000 training images",
     ]
     assert cells(text, "*published, not at this budget:* HTTY")[:2] == ["66.13", "66.10"]
 
@@ -120,7 +120,7 @@ def test_a_row_that_trains_nothing_is_in_the_comparisons_of_all_budgets(tmp_path
     put(tmp_path, "d/row.json", row("pruned", images=5000, accuracies=(60.0, 10.0), **pruned))
     text = make(tmp_path)
     parts = text.split("## Comparison: ")[1:]
-    assert [part.partition(" images")[0] for part in parts] == [
+    assert [part.partition(" training images")[0] for part in parts] == [
         "cifar100, ResNet20, 1,000",
         "cifar100, ResNet20, 2,000",
         "cifar100, ResNet56, 1,000",
@@ -129,7 +129,7 @@ def test_a_row_that_trains_nothing_is_in_the_comparisons_of_all_budgets(tmp_path
     # Alone it has a comparison of its own.
     alone = tmp_path / "alone"
     put(alone, "d/row.json", row("pruned", images=5000, **pruned))
-    assert "## Comparison: cifar100, ResNet20, 5,000 images" in make(alone)
+    assert "## Comparison: cifar100, ResNet20, 5,000 training images" in make(alone)
 
 
 GRID = {
