@@ -164,6 +164,8 @@ def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
     config.train.warmup_epochs = 0.0
     config.train.batch_size = 64
     config.train.num_random_sizes = 1
+    config.train.alpha_init = 1.0  # SkipInit is HTTY's
+    config.train.alpha_learning_rate = 0.0
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-4
     config.train.reconstruction_weight = 1.0
