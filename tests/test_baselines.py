@@ -600,6 +600,12 @@ def test_an_inr_runs_within_the_same_budget(place, tmp_path):
     assert (tmp_path / checkpoint.INR_FILE).exists()
 
 
+@pytest.mark.parametrize("name, alpha", [("neumeta", 1), ("neumeta_fitted", 1), ("htty", 0)])
+def test_skip_init_is_part_of_htty_alone(name, alpha):
+    train = load_config().get_config(name).train
+    assert train.alpha_init == alpha and (train.alpha_learning_rate > 0) == (alpha == 0)
+
+
 @pytest.mark.parametrize(
     "args, error",
     [
