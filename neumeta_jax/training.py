@@ -930,7 +930,9 @@ def fit_update(
         updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.average), metrics
+        # What the next phase starts from is the fit itself, not an average over its steps.
+        average = None if state.average is None else params
+        return TrainState(params, opt_state, average), metrics
 
     return update
 

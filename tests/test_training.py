@@ -723,7 +723,9 @@ def test_a_chunk_of_steps_moves_nothing_between_host_and_device(looped_call, par
 @pytest.fixture(scope="module")
 def fitted(params, backbone):
     """Initial and final state of 30 steps of the fit phase, and the loss of each step."""
-    recipe = dataclasses.replace(RECIPE, fit_steps=30, fit_learning_rate=1e-2, noise=False)
+    recipe = dataclasses.replace(
+        RECIPE, fit_steps=30, fit_learning_rate=1e-2, noise=False, ema_decay=0.99
+    )
     phase = training.phases(FAMILY, recipe, num_images=NUM_IMAGES)[0]
     state = training.start_phase(params, FAMILY, recipe, phase)
     found = []
@@ -747,6 +749,12 @@ def test_the_fit_phase_lowers_the_reconstruction_error(fitted):
     _, found = fitted
     assert len(found) == 30
     assert found[-1] < 0.8 * found[0]
+
+
+def test_the_next_phase_starts_from_the_fit_and_not_from_an_average_of_before(fitted):
+    end, _ = fitted
+    assert end.average is not None
+    assert_trees_close(end.result, end.params, rtol=0)
 
 
 def test_the_fit_phase_leaves_alpha_and_the_learned_parameters_alone(fitted, params):
