@@ -169,7 +169,7 @@ def prefetch(made_from: tuple, versions: Mapping[str, str]) -> None:
 class _Program:
     """A jitted function whose program is loaded or kept at the first call."""
 
-    def __init__(self, function: Callable, path: pathlib.Path):
+    def __init__(self, function: jax.stages.Wrapped, path: pathlib.Path):
         self.function = function
         self.path = path
         self.program: Callable | None = None
@@ -187,7 +187,7 @@ class _Program:
         return future.result() if future else _read(self.path)
 
     def _compile(self, args) -> Callable:
-        lowered = self.function.lower(*args)  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = self.function.lower(*args)
         before = _hits
         program = lowered.compile()
         if _hits == before:
@@ -195,7 +195,7 @@ class _Program:
         return program
 
 
-def keep(function: Callable, made_from: tuple, versions: Mapping[str, str]) -> Callable:
+def keep(function: jax.stages.Wrapped, made_from: tuple, versions: Mapping[str, str]) -> Callable:
     """`function`, jitted, with its program loaded from the cache or kept there at its first call.
 
     Args:

@@ -977,7 +977,7 @@ def chunked(
     images_per_step: int,
     steps_per_call: int,
     mesh: jax.sharding.Mesh | None = None,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """`call(state, first, last, key, images, order, offset, *rest)` runs steps first..last - 1.
 
     One jitted function with donated state and no host synchronisation inside. `order` is the
