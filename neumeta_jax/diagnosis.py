@@ -99,7 +99,7 @@ def locate_in_inr(
         params: the parameters before the step.
         step, images: what the step saw.
         teacher, phase: the other arguments of the step.
-        kind: of the phase, "fit" or "train".
+        kind: of the phase, "fit", "train" or "depth".
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     names = [spec.blocks[n].name for n in blocks]
@@ -114,8 +114,7 @@ def locate_in_inr(
         x = y = None
     else:
         width_key, data_key, noise_key = jax.random.split(step_key, 3)
-        drawn = training.sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
-        rows = [np.array(hypernetwork.full_widths, np.int32), *np.asarray(drawn)]
+        rows = np.asarray(training.step_widths(width_key, hypernetwork, recipe, kind))
         networks = list(zip(rows, jax.random.split(noise_key, recipe.num_sizes), strict=True))
         x = jax.jit(preprocessing.train)(data_key, images.images[step.indices])
         if not np.isfinite(np.asarray(x, np.float32)).all():

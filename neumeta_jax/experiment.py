@@ -876,9 +876,18 @@ def train_inr(
     unroll = jax.default_backend() == "cpu"
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
-        "train": training.inr_update(
-            hypernetwork, recipe, experiment.preprocessing, unroll=unroll, mesh=mesh
-        ),
+        **{
+            kind: training.inr_update(
+                hypernetwork,
+                recipe,
+                experiment.preprocessing,
+                unroll=unroll,
+                mesh=mesh,
+                kind=kind,
+            )
+            for kind in ("train", "depth")
+            if any(phase.kind == kind for phase in phases)
+        },
     }
     calls = {kind: training.chunked(update, **size) for kind, update in updates.items()}
     if mesh is None:
@@ -886,7 +895,11 @@ def train_inr(
             kind: programs.keep(call, _made_from(experiment, kind), versions())
             for kind, call in calls.items()
         }
-    shown = {"fit": ("loss",), "train": ("loss", "ce", "accuracy", "full_accuracy")}
+    shown = {
+        "fit": ("loss",),
+        "train": ("loss", "ce", "accuracy", "full_accuracy"),
+        "depth": ("loss", "ce", "accuracy", "shallow_accuracy"),
+    }
 
     for number, phase in enumerate(phases, 1):
         if start >= phase.stop:
@@ -946,17 +959,22 @@ def train_inr(
 
 
 def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> dict[str, float]:
-    """Validation accuracy of the network as the phase has it, at a few widths."""
+    """Validation accuracy of the network as the phase has it, at a few widths.
+
+    In the depth phase these are networks with as many blocks skipped as training skips.
+    """
     images = splits.validation_images[: experiment.progress_images]
     labels = splits.validation_labels[: experiment.progress_images]
     if phase.kind == "fit" or not len(labels):
         return {}
     hypernetwork = experiment.hypernetwork
     found = {}
+    shallowest = training.shallowest_widths(hypernetwork, experiment.recipe)
     for ratio in experiment.progress_ratios:
-        tree = _mixed_network(
-            hypernetwork, params, jnp.asarray(hypernetwork.widths(ratio)), backbone, inputs.active
-        )
+        widths = hypernetwork.widths(ratio)
+        if phase.kind == "depth":
+            widths = np.where(np.array(shallowest) == 0, 0, widths)
+        tree = _mixed_network(hypernetwork, params, jnp.asarray(widths), backbone, inputs.active)
         found[str(ratio)] = evaluation.accuracy(
             experiment.spec,
             tree,
@@ -1367,9 +1385,10 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
     step = recipe.num_sizes * 4 * (forward + generation)
     step += recipe.num_sizes * forward * bool(recipe.distillation_weight or recipe.stream_weight)
     steps = {
-        kind: sum(p.stop - p.start for p in phases if p.kind == kind) for kind in ("fit", "train")
+        kind: sum(p.stop - p.start for p in phases if p.kind == kind)
+        for kind in ("fit", "train", "depth")
     }
-    total = steps["fit"] * 4 * generation + steps["train"] * step
+    total = steps["fit"] * 4 * generation + (steps["train"] + steps["depth"]) * step
     minutes = total / 60
     return (
         f"time       about {minutes:.1f} minutes for the INR on this device (forward pass of "

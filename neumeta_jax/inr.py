@@ -98,6 +98,10 @@ class INR(Protocol):
         """
         ...
 
+    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+        """A tree that broadcasts against `inr_params`: 1 for the `depth_term`, else 0."""
+        ...
+
 
 class CoordinateMLP(nn.Module):
     """The papers' residual MLP for one tensor (arXiv 2505.05510, section 3).
@@ -275,6 +279,9 @@ class PerTensorMLP:
     ) -> Params:
         return _mask_stacked(inr_params, groups, active)
 
+    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+        return _mask_nothing(inr_params)
+
 
 def _copy_stacked(inr_params, groups, source, target):
     """`INR.copy_block` where every leaf of a group has a leading axis of tensors."""
@@ -286,6 +293,10 @@ def _copy_stacked(inr_params, groups, source, target):
                 lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
             )
     return copied
+
+
+def _mask_nothing(inr_params: Params) -> Params:
+    return jax.tree.map(lambda _: jnp.float32(0), inr_params)
 
 
 def _mask_stacked(inr_params, groups, active):
@@ -516,6 +527,9 @@ class SharedMLP:
         shared = jax.tree.map(lambda p: jnp.full((1,) * p.ndim, active.max()), inr_params["mlp"])
         return {"mlp": shared, "embeddings": flags[:, None], "scales": flags}
 
+    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+        return _mask_nothing(inr_params)
+
 
 def _sibling(groups, group, layer_and_kind):
     """The group of the same blocks with another layer or kind, such as "conv2_kernel"."""
@@ -656,6 +670,9 @@ class Grid:
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
     ) -> Params:
         return _mask_stacked(inr_params, groups, active)
+
+    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+        return _mask_nothing(inr_params)
 
 
 def _hidden_width(inr_params, group):
@@ -891,6 +908,14 @@ class Projection:
         for group in groups:
             if "moments" in mask[group.name]:  # measured, not learned
                 mask[group.name]["moments"] = jnp.zeros_like(mask[group.name]["moments"])
+        return mask
+
+    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+        mask = _mask_nothing(inr_params)
+        if self.depth_term:
+            last = jnp.arange(self.num_terms + 1) == self.num_terms
+            for group in groups:
+                mask[group.name]["values"] = last.astype(jnp.float32)[:, None, None, None]
         return mask
 
 

@@ -4,6 +4,7 @@
     fit       the INR reproduces the folded, smoothed teacher       (`fit_update`)
     blocks    blocks join one at a time, from the input; all INRs   (`inr_update`)
               so far are trained jointly at random widths
+    depth     what only networks that skip blocks see               (`inr_update`)
 
 Method: arXiv 2505.05510. Everything random is a pure function of a key and the step, so that a run
 that was interrupted ends with the same bits as one that was not.
@@ -252,6 +253,10 @@ class InrRecipe:
         epochs: of each phase; one epoch shows every training image once, to one of the sizes or,
             with `share_images`, to all sizes of a step.
         final_epochs: of a last phase after all blocks have joined.
+        depth_epochs, depth_learning_rate: of a phase at the very end that trains the depth term
+            alone, on networks that skip blocks; all others stay what they are. For INR kinds with
+            a `depth_term`; the sizes of a step are then the shallowest network at full width
+            (`shallowest_widths`), with `sandwich` that at the smallest widths, and random ones.
         warmup_epochs: length of the linear warm-up of the learning rates.
         warmup_phases: which phases warm up: only those that open a "stage", whose INR has nothing
             to be copied from (papers), or "all", because each starts a fresh optimiser.
@@ -296,6 +301,8 @@ class InrRecipe:
     mode: str = "blockwise"
     epochs: float = 50.0
     final_epochs: float = 0.0
+    depth_epochs: float = 0.0
+    depth_learning_rate: float = 8e-4
     warmup_epochs: float = 20.0
     warmup_phases: str = "stage"
     blocks_per_phase: int = 1
@@ -372,8 +379,14 @@ class InrRecipe:
                 "skip_blocks and max_skipped must lie in [0, 1], got "
                 f"{self.skip_blocks} and {self.max_skipped}."
             )
-        if min(self.epochs, self.final_epochs, self.warmup_epochs, self.fit_steps) < 0:
-            raise ValueError("epochs, final_epochs, warmup_epochs and fit_steps must not be < 0.")
+        lengths = ("epochs", "final_epochs", "depth_epochs", "warmup_epochs", "fit_steps")
+        if min(getattr(self, field) for field in lengths) < 0:
+            raise ValueError(f"{', '.join(lengths[:-1])} and {lengths[-1]} must not be < 0.")
+        if self.depth_epochs and not (self.skip_blocks and self.max_skipped):
+            raise ValueError(
+                "depth_epochs trains networks that skip blocks and needs skip_blocks > 0 and "
+                f"max_skipped > 0, got {self.skip_blocks} and {self.max_skipped}."
+            )
 
     @property
     def num_sizes(self) -> int:
@@ -391,7 +404,7 @@ class Phase:
 
     Attributes:
         name: for logs.
-        kind: "fit" or "train".
+        kind: "fit", "train" or "depth".
         start, stop: global steps.
         num_active: how many blocks, counted in training order, are generated.
         new_blocks: positions of the blocks that join when the phase starts.
@@ -441,6 +454,13 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
     final = round(recipe.final_epochs * per_epoch)
     if final:
         add("final", "train", final, num_blocks, (), warmup if always else 0)
+    if recipe.depth_epochs:
+        if not hypernetwork.inr.depth_term:
+            raise ValueError(
+                "train.depth_epochs trains the depth term of an INR, which this one does not have; "
+                "set inr.depth_term (kind 'projection') or depth_epochs to 0."
+            )
+        add("depth", "depth", round(recipe.depth_epochs * per_epoch), num_blocks, (), warmup)
     return tuple(phase for phase in result if phase.stop > phase.start)
 
 
@@ -584,6 +604,15 @@ def update_mask(
     return {**mask, "depth": learned} if "depth" in params else mask
 
 
+def depth_mask(hypernetwork: Hypernetwork, params: Params) -> Params:
+    """1 where the depth phase trains a parameter: what only networks that skip blocks see."""
+    zeros = {name: jax.tree.map(lambda _: jnp.float32(0), tree) for name, tree in params.items()}
+    return zeros | {
+        "inr": hypernetwork.inr.depth_mask(params["inr"], hypernetwork.groups),
+        "depth": jax.tree.map(lambda _: jnp.float32(1), params["depth"]),
+    }
+
+
 def sample_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, num: int
 ) -> jax.Array:
@@ -608,6 +637,36 @@ def sample_widths(
         for row, fixed in enumerate(_sandwich(hypernetwork, recipe)[:num]):
             widths = widths.at[row].set(jnp.array(fixed))
     return widths
+
+
+def sample_shallow_widths(
+    key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe
+) -> jax.Array:
+    """int32[num_sizes, num_blocks]: the sizes of a step of the depth phase."""
+    free = dataclasses.replace(recipe, sandwich=False, skip_blocks=1.0)
+    widths = sample_widths(key, hypernetwork, free, recipe.num_sizes)
+    for row, fixed in enumerate(_shallow_sandwich(hypernetwork, recipe)):
+        widths = widths.at[row].set(jnp.array(fixed))
+    return widths
+
+
+def step_widths(
+    key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, kind: str
+) -> jax.Array:
+    """int32[num_sizes, num_blocks]: the sizes of a step in a phase of kind "train" or "depth"."""
+    if kind == "depth":
+        return sample_shallow_widths(key, hypernetwork, recipe)
+    full = jnp.array([hypernetwork.full_widths], jnp.int32)
+    drawn = sample_widths(key, hypernetwork, recipe, recipe.num_random_sizes)
+    return jnp.concatenate([full, drawn])
+
+
+def _shallow_sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, ...]]:
+    """The widths that a step of the depth phase always has."""
+    shallowest = shallowest_widths(hypernetwork, recipe)
+    smallest = smallest_widths(hypernetwork, recipe)
+    found = [shallowest, tuple(min(pair) for pair in zip(shallowest, smallest, strict=True))]
+    return found[: recipe.num_sizes if recipe.sandwich else 1]
 
 
 def _sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, ...]]:
@@ -690,11 +749,13 @@ def inr_update(
     *,
     unroll: bool,
     mesh: jax.sharding.Mesh | None = None,
+    kind: str = "train",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`update(state, step, key, images, indices, teacher, phase)`: one step over several sizes.
 
-    The gradients at full width and at `num_random_sizes` random widths are averaged. `indices` is
-    int[recipe.images_per_step], `teacher` the folded tree, `phase` a `PhaseInputs`.
+    The gradients at full width and at `num_random_sizes` random widths are averaged, or those at
+    the sizes of the depth phase (`recipe.depth_epochs`). `indices` is int[recipe.images_per_step],
+    `teacher` the folded tree, `phase` a `PhaseInputs`.
 
     All networks of a step are generated in one batched call. The gradients of the losses with
     respect to their weights are summed over micro-batches, and are pulled back through the
@@ -707,7 +768,11 @@ def inr_update(
         mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
             its own micro-batches, and their gradients are averaged once per step. Generation, which
             is cheap beside it, happens on every device.
+        kind: of the phases it is for, "train" or "depth".
     """
+    shallow = kind == "depth"
+    if shallow:
+        recipe = dataclasses.replace(recipe, learning_rate=recipe.depth_learning_rate)
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
     share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device
@@ -733,6 +798,9 @@ def inr_update(
     if recipe.sandwich and recipe.mode == "at_once":
         fixed = _sandwich(hypernetwork, recipe)[: recipe.num_random_sizes]
         networks[1 : 1 + len(fixed)] = fixed
+    if shallow:
+        fixed = _shallow_sandwich(hypernetwork, recipe)
+        networks = [*fixed, *[None] * (recipe.num_sizes - len(fixed))]
 
     def loop(function, values):
         """`function` of each entry of the leading axis of `values`, stacked."""
@@ -764,22 +832,20 @@ def inr_update(
     # Traced once for all that is written out; XLA inlines it.
     network_gradient = jax.jit(jax.grad(network_loss, has_aux=True), static_argnums=4)
 
-    def local_gradients(trees, teacher, x, y):
+    def local_gradients(trees, target, x, y):
         """Mean gradients of the networks' losses with respect to their weights, and the terms.
 
         Over the images of one device: x float[batches, share, ...], y int[batches, share].
+        `target` is the network whose logits and streams are the targets.
         """
         x, y = jax.tree.map(
             lambda a: a.reshape(a.shape[0], share // micro, micro, *a.shape[2:]), (x, y)
         )
         targets = (jnp.zeros((*y.shape, 0)), ())
         if recipe.distillation_weight or recipe.stream_weight:
-            tree = teacher
-            if recipe.distill_from == "full":
-                tree = jax.tree.map(lambda a: a[0], trees)
 
             def targets_of(x):
-                logits, streams = resnet.apply_with_streams(spec, tree, x)
+                logits, streams = resnet.apply_with_streams(spec, target, x)
                 return logits, streams if recipe.stream_weight else ()
 
             found = loop(targets_of, x.reshape(-1, *x.shape[2:]))
@@ -805,14 +871,14 @@ def inr_update(
             results.append(one_size(size, network))
         return jax.tree.map(lambda *values: jnp.stack(values), *results)
 
-    def gradients(trees, teacher, x, y):
+    def gradients(trees, target, x, y):
         if mesh is None:
-            return local_gradients(trees, teacher, x, y)
+            return local_gradients(trees, target, x, y)
 
-        def on_each_device(trees, teacher, x, y):
+        def on_each_device(trees, target, x, y):
             # Varying over the devices, or JAX would add up the gradients of every micro-batch.
-            trees, teacher = jax.lax.pcast((trees, teacher), DATA_AXIS, to="varying")
-            return jax.lax.pmean(local_gradients(trees, teacher, x, y), DATA_AXIS)
+            trees, target = jax.lax.pcast((trees, target), DATA_AXIS, to="varying")
+            return jax.lax.pmean(local_gradients(trees, target, x, y), DATA_AXIS)
 
         shares = jax.P(None, DATA_AXIS)
         return jax.shard_map(
@@ -820,15 +886,14 @@ def inr_update(
             mesh=mesh,
             in_specs=(jax.P(), jax.P(), shares, shares),
             out_specs=jax.P(),
-        )(trees, teacher, x, y)
+        )(trees, target, x, y)
 
     def update(state, step, key, images, indices, teacher, phase):
         width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
-        full = jnp.array([hypernetwork.full_widths], jnp.int32)
-        drawn = sample_widths(width_key, hypernetwork, recipe, recipe.num_random_sizes)
-        widths = jnp.concatenate([full, drawn])
+        full = jnp.array(hypernetwork.full_widths, jnp.int32)
+        widths = step_widths(width_key, hypernetwork, recipe, kind)
         keys = jax.random.split(noise_key, recipe.num_sizes)
-        is_full = (jnp.arange(recipe.num_sizes) == 0).astype(jnp.float32)
+        is_full = jnp.zeros(recipe.num_sizes).at[0].set(0.0 if shallow else 1.0)
 
         def all_networks(params):
             generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)
@@ -855,19 +920,28 @@ def inr_update(
         # [sizes, images, ...], or one batch that all sizes share.
         batches = 1 if recipe.share_images else recipe.num_sizes
         x, y = jax.tree.map(lambda a: a.reshape(batches, recipe.batch_size, *a.shape[1:]), (x, y))
-        tree_grads, found = gradients(trees, teacher, x, y)
+        target = teacher
+        if recipe.distill_from == "full" and not shallow:
+            target = jax.tree.map(lambda a: a[0], trees)
+        elif recipe.distill_from == "full":
+            blocks = generate(state.params, full, keys[0])
+            target = mixed_tree(hypernetwork, state.params, blocks, teacher, phase.active, full)
+        tree_grads, found = gradients(trees, target, x, y)
         (grads,) = pull_back((tree_grads, jnp.ones(())))
         grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
 
         terms = {**terms, **found}
         terms["loss"] = terms.pop("network_loss") + losses_of_weights
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
-        metrics["full_accuracy"] = terms["accuracy"][0]
+        metrics["shallow_accuracy" if shallow else "full_accuracy"] = terms["accuracy"][0]
         metrics["reconstruction"] = terms["reconstruction"][0]
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         scale = learning_rate_scale(recipe, step, phase)
-        mask = update_mask(hypernetwork, recipe, state.params, phase)
+        if shallow:
+            mask = depth_mask(hypernetwork, state.params)
+        else:
+            mask = update_mask(hypernetwork, recipe, state.params, phase)
         updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -883,7 +957,7 @@ def inr_update(
 
 def without_extremes(recipe: InrRecipe) -> InrRecipe:
     """`recipe` with all sizes at random and no block skipped, as the fit phase draws them."""
-    return dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0)
+    return dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0, depth_epochs=0.0)
 
 
 def fit_update(

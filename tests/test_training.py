@@ -130,6 +130,42 @@ def test_resnet56_has_the_papers_23_phases_and_warms_up_where_a_stage_opens():
     assert [phase.stage for phase in found] == [1] * 8 + [2] * 8 + [3] * 7
 
 
+DEPTH = dataclasses.replace(
+    RECIPE,
+    mode="at_once",
+    num_random_sizes=2,
+    sandwich=True,
+    skip_blocks=0.5,
+    depth_epochs=1.0,
+    depth_learning_rate=2e-2,
+)
+
+
+def with_depth_term(backbone):
+    family = Hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
+    return family, hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+
+
+def test_the_depth_phase_comes_last_and_warms_up():
+    family = family_of(20, inr=Projection(depth_term=True))
+    recipe = dataclasses.replace(DEPTH, epochs=2.0, warmup_epochs=0.25, fit_steps=3)
+    found = training.phases(family, recipe, num_images=120)  # ten steps an epoch
+    assert [phase.kind for phase in found] == ["fit", "train", "depth"]
+    last = found[-1]
+    assert (last.start, last.stop, last.warmup_steps) == (23, 33, 2)
+    assert last.new_blocks == () and last.num_active == 5
+
+
+def test_a_depth_phase_needs_a_depth_term_and_blocks_to_skip():
+    with pytest.raises(ValueError, match=r"depth_epochs .* inr.depth_term") as error:
+        training.phases(FAMILY, DEPTH, num_images=120)
+    assert is_one_sentence(error)
+    for field in ("skip_blocks", "max_skipped"):
+        with pytest.raises(ValueError, match=r"depth_epochs .* needs skip_blocks > 0") as error:
+            dataclasses.replace(DEPTH, **{field: 0.0})
+        assert is_one_sentence(error)
+
+
 def test_all_phases_warm_up_where_the_recipe_says_so():
     recipe = InrRecipe(warmup_phases="all", epochs=3.0, warmup_epochs=1.0, final_epochs=0.5)
     found = training.phases(family_of(20), recipe, num_images=5120)
@@ -200,7 +236,9 @@ def test_a_recipe_refuses_shares_of_blocks_outside_0_to_1(field, value):
     assert is_one_sentence(error)
 
 
-@pytest.mark.parametrize("field", ["epochs", "final_epochs", "warmup_epochs", "fit_steps"])
+@pytest.mark.parametrize(
+    "field", ["epochs", "final_epochs", "depth_epochs", "warmup_epochs", "fit_steps"]
+)
 def test_a_recipe_refuses_negative_lengths(field):
     with pytest.raises(ValueError, match=field) as error:
         InrRecipe(**{field: -1})
@@ -335,6 +373,33 @@ def test_the_shallowest_network_has_full_widths_and_lacks_the_last_blocks_of_eac
         assert training.shallowest_widths(family, recipe) == wanted
 
 
+@pytest.mark.parametrize("sandwich", [True, False])
+def test_the_depth_phase_draws_networks_that_skip_blocks(sandwich):
+    family = wide_family()
+    recipe = InrRecipe(
+        sandwich=sandwich,
+        skip_blocks=0.1,
+        max_skipped=1.0,
+        num_random_sizes=39,
+        min_width_ratio=0.25,
+    )
+    widths = np.asarray(training.step_widths(jax.random.key(0), family, recipe, "depth"))
+    assert widths.shape == (40, 5)
+    half = dataclasses.replace(recipe, max_skipped=0.5)
+    of_half = np.asarray(training.step_widths(jax.random.key(0), family, half, "depth"))
+    np.testing.assert_array_equal(of_half[0], (16, 0, 32, 0, 0))
+    if sandwich:
+        np.testing.assert_array_equal(of_half[1], (4, 0, 8, 0, 0))
+    else:
+        assert (of_half[1:] != (4, 0, 8, 0, 0)).any(1).all()
+    # Up to all of 2, 2 and 1 blocks: one network in 3 x 3 x 2 keeps them all.
+    assert (widths == 0).any(1).mean() > 0.8
+    plain = np.asarray(training.step_widths(jax.random.key(0), family, recipe, "train"))
+    np.testing.assert_array_equal(plain[0], family.full_widths)
+    drawn = training.sample_widths(jax.random.key(0), family, recipe, 39)
+    np.testing.assert_array_equal(plain[1:], drawn)
+
+
 def test_blocks_that_change_the_shape_are_never_skipped():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 8, 16), image_size=8)
     family = Hypernetwork(spec, generated_blocks(spec, "all"), Grid())
@@ -466,9 +531,9 @@ def one_phase(num_active, *, stage=1):
     return Phase("x", "train", 0, 10, num_active, (), 0, stage)
 
 
-def step_once(call, params, backbone, phase, recipe=RECIPE):
-    state = training.start_phase(params, FAMILY, recipe, phase)
-    inputs = training.phase_inputs(FAMILY, recipe, phase)
+def step_once(call, params, backbone, phase, recipe=RECIPE, family=FAMILY):
+    state = training.start_phase(params, family, recipe, phase)
+    inputs = training.phase_inputs(family, recipe, phase)
     order = jnp.arange(NUM_IMAGES)
     images = random_images()
     zero = np.int32(0)
@@ -523,6 +588,48 @@ def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
         learned = {name for name, x in leaves(found["depth"]).items() if np.any(x)}
         assert all(f"stage{stage}_" in name for name in learned for stage in stages)
         assert bool(learned) == bool(stages)
+
+
+def depth_step(backbone, recipe, *, unroll):
+    family, params = with_depth_term(backbone)
+    update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind="depth")
+    call = training.chunked(update, images_per_step=recipe.images_per_step, steps_per_call=1)
+    phase = dataclasses.replace(one_phase(2, stage=3), kind="depth", new_blocks=())
+    return step_once(call, params, backbone, phase, recipe, family)
+
+
+@pytest.mark.parametrize("distill_from", training.DISTILL_FROM)
+def test_the_depth_phase_changes_no_network_that_has_all_blocks(distill_from, backbone):
+    family, params = with_depth_term(backbone)
+    recipe = dataclasses.replace(DEPTH, distill_from=distill_from)
+    state, metrics, _ = depth_step(backbone, recipe, unroll=True)
+    before, after = leaves(params), leaves(state.params)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all("['depth']" in name or "['values']" in name for name in changed)
+    assert "shallow_accuracy" in metrics and "full_accuracy" not in metrics
+    generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
+    for widths, same in ((family.full_widths, True), ((2, 3), True), ((4, 0), False)):
+        widths = jnp.array(widths)
+        old, new = leaves(generate(params, widths)), leaves(generate(state.params, widths))
+        assert all(np.array_equal(old[name], new[name]) for name in old) == same
+
+
+def test_the_depth_phase_has_a_rate_of_its_own(backbone):
+    changes = []
+    for rate in (1e-2, 2e-2):
+        recipe = dataclasses.replace(DEPTH, depth_learning_rate=rate, weight_decay=0.0)
+        state, *_ = depth_step(backbone, recipe, unroll=False)
+        changes.append(state.params["depth"])  # zero before
+    assert_trees_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
+
+
+def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(backbone):
+    (state, metrics, _), (other, other_metrics, _) = (
+        depth_step(backbone, DEPTH, unroll=unroll) for unroll in (True, False)
+    )
+    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
 def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
