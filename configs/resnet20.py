@@ -114,7 +114,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.width_ratios = (1.25, 1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3, 0.25)
     config.eval.progress_ratios = (1.0, 0.75, 0.5, 0.25)
     config.eval.progress_images = 1000
-    config.eval.batch_size = 500
+    config.eval.batch_size = 50  # what the layers pass on stays in the cache of a core
     config.eval.num_samples = 1
 
     if preset == "depth":

@@ -492,6 +492,14 @@ def _check_images(spec: ResNetSpec, images, labels) -> tuple[np.ndarray, np.ndar
     return images, labels
 
 
+def device_mesh() -> Mesh | None:
+    """All devices of this process, which share each batch of images; None if there is one."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    return Mesh(np.array(devices).reshape(1, -1), MESH_AXES)
+
+
 def _check_mesh(mesh: Mesh | None) -> Mesh | None:
     if mesh is None:
         return None
@@ -766,8 +774,10 @@ def evaluate_missing(
         comparison: what is in `known` is in it too after the call; the full network is evaluated
             first where this needs it.
         on_known: called whenever a network was added.
-        options: of `evaluate_grid`, but not `on_result`, `on_images` and `per_image`.
+        options: of `evaluate_grid`, but not `on_result`, `on_images` and `per_image`. The `mesh` is
+            `device_mesh()` if none is given.
     """
+    options = {"mesh": device_mesh(), **options}
 
     def is_known(row):
         return row in known and (comparison is None or row in comparison.found)

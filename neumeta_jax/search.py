@@ -808,6 +808,11 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     if record.archive:
         print(f"continuing after {len(record.archive)} candidates")
 
+    mesh = evaluation.device_mesh()
+    batch_size = experiment.eval_batch_size
+    if platform == "cpu":
+        batch_size = _CPU_BATCH_SIZE * (1 if mesh is None else mesh.size)
+
     def accuracies(widths, images, labels, **options):
         result = evaluation.evaluate_grid(
             experiment.hypernetwork,
@@ -816,7 +821,8 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
             images,
             labels,
             experiment.preprocessing,
-            batch_size=_CPU_BATCH_SIZE if platform == "cpu" else experiment.eval_batch_size,
+            batch_size=batch_size,
+            mesh=mesh,
             num_samples=record.settings["num_samples"],
             key=lab.phase_key(experiment, 3) if record.settings["num_samples"] > 1 else None,
             **options,

@@ -21,7 +21,7 @@ def main(folder):
     import numpy as np
     import test_training as tiny
 
-    from neumeta_jax import hypernetwork as hyper, training
+    from neumeta_jax import evaluation, hypernetwork as hyper, training
     from neumeta_jax.checkpoint import Checkpoints
 
     assert jax.device_count() == NUM_DEVICES, jax.devices()
@@ -112,6 +112,16 @@ def main(folder):
         lowered[f"{case}/all_reduces"] = traced.lower().as_text().count("stablehlo.all_reduce")
         if case == "looped":
             Checkpoints(folder / "checkpoints").save(NUM_STEPS, state)
+    rows = [tiny.FAMILY.full_widths, (2, 3), (0, 6)]
+    pixels, labels = np.asarray(images.images), np.asarray(images.labels)
+    data = tiny.FAMILY, params, rows, pixels, labels, tiny.PREPROCESSING
+    lowered["evaluated"] = []
+    for options in ({}, {"mesh": None}):
+        known, comparison = {}, evaluation.Comparison()
+        evaluation.evaluate_missing(*data, known=known, comparison=comparison, **options)
+        found = comparison.found
+        lowered["evaluated"].append([[known[row], found[row].kl_divergence] for row in rows])
+    lowered["evaluated_on"] = evaluation.device_mesh().shape["data"]
     np.savez(folder / "states.npz", **states)
     (folder / "lowered.json").write_text(json.dumps(lowered, indent=1))
 

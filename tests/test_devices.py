@@ -11,7 +11,7 @@ import many_devices
 import numpy as np
 import pytest
 
-from neumeta_jax import hypernetwork as hyper, resnet, training
+from neumeta_jax import evaluation, hypernetwork as hyper, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.hypernetwork import Hypernetwork
@@ -80,6 +80,16 @@ def test_gradients_are_summed_over_devices_once_per_step(found):
     for case in ("looped", "unrolled"):
         assert found[f"{case}/all_reduces"] == tensors + metrics
     assert found["fit/all_reduces"] == 0
+
+
+def test_what_a_command_evaluates_is_shared_by_all_devices(found):
+    shared, alone = found["evaluated"]
+    np.testing.assert_allclose(shared, alone, rtol=1e-3, atol=1e-7)
+    divergences = [divergence for _, divergence in alone]
+    assert divergences[0] < 1e-7 < min(divergences[1:])  # each network is another one
+    assert divergences[1] != pytest.approx(divergences[2], rel=0.1)
+    assert found["evaluated_on"] == many_devices.NUM_DEVICES
+    assert evaluation.device_mesh() is None  # here, where there is one
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
