@@ -121,7 +121,8 @@ def main(folder):
         evaluation.evaluate_missing(*data, known=known, comparison=comparison, **options)
         found = comparison.found
         lowered["evaluated"].append([[known[row], found[row].kl_divergence] for row in rows])
-    lowered["evaluated_on"] = evaluation.device_mesh().shape["data"]
+    mesh = evaluation.device_mesh()
+    lowered["evaluated_on"] = mesh.shape["data"] if mesh else 1
     np.savez(folder / "states.npz", **states)
     (folder / "lowered.json").write_text(json.dumps(lowered, indent=1))
 
