@@ -11,6 +11,8 @@ float32 on CPUs. The parts:
 
     startup     from the start of train.py to the end of its first step, with an empty and with a
                 filled compilation cache
+    devices     the training step of train.py with each core of the CPU as a device of its own,
+                against all cores as one device
     generation  one network from the default INR, and from the papers' MLPs, against the forward
                 pass of that network over 10,000 images
     grid        evaluate_grid of many networks, against the floor, the sum of their dense forward
@@ -37,12 +39,13 @@ import re
 import resource
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -68,7 +71,7 @@ from neumeta_jax.resnet import Params
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
-PARTS = ("startup", "generation", "grid", "strategies", "step", "flops")
+PARTS = ("startup", "devices", "generation", "grid", "strategies", "step", "flops")
 TEST_IMAGES = 10_000
 PAPERS_INR = PerTensorMLP(hidden_width=256, num_layers=4, num_frequencies=16, activation="relu")
 PAPERS_SAMPLES = 100
@@ -93,6 +96,7 @@ NUMBERS = {
     "micro_batch": (-1, 0, -1, "of a training step, 0 for none, -1 for the config's"),
     "startup_images": (50_000, 200, 10, "in the data set that train.py loads"),
     "startup_repeats": (2, 1, 1, "starts with a filled compilation cache"),
+    "device_steps": (30, 5, 3, "of each training with one and several devices"),
 }  # fmt: skip
 
 
@@ -187,12 +191,13 @@ def reset_peak_memory() -> bool:
 
 def peak_memory(part: str, reset: bool) -> dict[str, str]:
     """The largest resident set, and the devices' own count where they keep one."""
-    who = resource.RUSAGE_CHILDREN if part == "startup" else resource.RUSAGE_SELF
+    outside = part in OUTSIDE
+    who = resource.RUSAGE_CHILDREN if outside else resource.RUSAGE_SELF
     unit = 1 if sys.platform == "darwin" else 1024
     size = resource.getrusage(who).ru_maxrss * unit / MIB
-    note = "" if reset or part == "startup" else " (since the process started)"
+    note = "" if reset or outside else " (since the process started)"
     found = {"peak resident memory": f"{size:,.0f} MiB{note}"}
-    if part != "startup":  # which leaves the devices to train.py
+    if not outside:  # which leaves the devices to train.py
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.devices()]
         if any(peaks):
             peak = max(filter(None, peaks)) / MIB
@@ -804,13 +809,15 @@ def ends_a_step(line: str) -> bool:
     return re.search(r"\| step [1-9]\d*/\d+ \| ", line) is not None
 
 
-def seconds_to_first_step(
+def seconds_of_steps(
     command: Sequence[str], environment: Mapping[str, str], *, limit: float = 3600.0
-) -> float:
-    """Seconds from the start of a process to its first line that `ends_a_step`; then it is stopped.
+) -> Generator[float]:
+    """Seconds from the start of a process to each of its lines that `ends_a_step`.
+
+    The process is stopped when no more are asked for.
 
     Raises:
-        UsageError: if the process ends before.
+        UsageError: if it ends before.
     """
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -829,7 +836,7 @@ def seconds_to_first_step(
         assert process.stdout
         for line in process.stdout:
             if ends_a_step(line):
-                return time.perf_counter() - started
+                yield time.perf_counter() - started
             last = line.strip() or last
     finally:
         timer.cancel()
@@ -838,6 +845,14 @@ def seconds_to_first_step(
         if process.stdout:
             process.stdout.close()
     raise UsageError(f"{command[1]} must reach a training step, but it ended with {last!r}.")
+
+
+def seconds_to_first_step(
+    command: Sequence[str], environment: Mapping[str, str], *, limit: float = 3600.0
+) -> float:
+    """The first of `seconds_of_steps`."""
+    with contextlib.closing(seconds_of_steps(command, environment, limit=limit)) as steps:
+        return next(steps)
 
 
 def ask_for_platform() -> str:
@@ -902,6 +917,50 @@ def write_backbone(name: str, args: argparse.Namespace, workdir: pathlib.Path) -
     checkpoint.save_tree(workdir / lab.BACKBONE_FILE, tree, {"spec": spec.to_dict(), "report": {}})
 
 
+def child_environment(cache: pathlib.Path) -> dict[str, str]:
+    """That of a train.py of this checkout, which keeps its compilations in `cache`."""
+    old = [entry for entry in [os.environ.get("PYTHONPATH")] if entry]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *old]),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+
+
+def measure_devices(name: str, args: argparse.Namespace) -> Findings:
+    found = Findings()
+    batch = args.train_batch or load_config(name)["train"]["batch_size"]
+    several = max(n for n in range(1, lab.num_cores() + 1) if batch % n == 0)
+    if several == 1 or ask_for_platform() != "cpu":
+        found.facts["not measured"] = "needs a CPU as JAX's platform and two cores"
+        return found
+    seconds: dict[int, list[float]] = {1: [], several: []}
+    with tempfile.TemporaryDirectory(prefix="neumeta-jax-speed-") as temporary:
+        folder = pathlib.Path(temporary)
+        arguments = startup_arguments(name, args, folder)
+        environment = child_environment(folder / "cache")
+        for number, count in enumerate((1, several, several, 1)):
+            workdir = folder / f"run{number}"
+            write_backbone(name, args, workdir)
+            line = [sys.executable, str(TRAIN), f"--workdir={workdir}", *arguments]
+            environment["JAX_NUM_CPU_DEVICES"] = str(count)
+            with contextlib.closing(seconds_of_steps(line, environment)) as steps:
+                ends = [next(steps) for _ in range(args.device_steps)]
+            seconds[count].append(statistics.median(np.diff(ends)))
+    what, reference = f"training step on {several} CPU devices", "on one CPU device"
+    row = Row(name, "devices", what, reference, min(seconds[several]), min(seconds[1]))
+    found.rows.append(row)
+    found.facts["medians"] = "; ".join(
+        f"{count}: " + ", ".join(f"{value:.3f} s" for value in values)
+        for count, values in seconds.items()
+    )
+    found.facts["counted"] = (
+        f"from the end of one step to that of the next, {args.device_steps} steps of train.py, "
+        "each number of devices twice"
+    )
+    return found
+
+
 def measure_startup(name: str, args: argparse.Namespace) -> Findings:
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="neumeta-jax-speed-") as temporary:
@@ -909,12 +968,7 @@ def measure_startup(name: str, args: argparse.Namespace) -> Findings:
         cache = folder / "cache"
         given = shlex.split(args.startup_args)
         command = given or startup_arguments(name, args, folder)
-        old = [entry for entry in [os.environ.get("PYTHONPATH")] if entry]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *old]),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-        }
+        environment = child_environment(cache)
         seconds = []
         for number in range(1 + args.startup_repeats):
             workdir = folder / f"run{number}"
@@ -951,6 +1005,7 @@ def measure_startup(name: str, args: argparse.Namespace) -> Findings:
 
 # --- the report ------------------------------------------------------------------------------
 
+OUTSIDE = {"startup": measure_startup, "devices": measure_devices}  # in processes of their own
 MEASURES = {
     "generation": measure_generation,
     "grid": measure_grid,
@@ -1107,17 +1162,19 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     compilations()
     report = Report(args.out, argv[1:])
-    if "startup" in args.parts:  # before this process takes the devices
-        for name in ["train.py"] if args.startup_args else args.networks:
+    for part in [part for part in args.parts if part in OUTSIDE]:
+        # Before this process takes the devices.
+        given = part == "startup" and args.startup_args
+        for name in ["train.py"] if given else args.networks:
             started = time.perf_counter()
-            found = measure_startup(name, args)
-            found.facts |= peak_memory("startup", reset=False)
-            report.add(name, "startup", time.perf_counter() - started, found)
+            found = OUTSIDE[part](name, args)
+            found.facts |= peak_memory(part, reset=False)
+            report.add(name, part, time.perf_counter() - started, found)
     report.document["versions"] = lab.versions()
     for name in args.networks:
         case = None
         for part in args.parts:
-            if part == "startup":
+            if part in OUTSIDE:
                 continue
             case = case or make_case(name, args)
             reset = reset_peak_memory()

@@ -138,6 +138,26 @@ def test_a_start_is_timed_until_the_first_step_and_then_stopped(speed, tmp_path)
         speed.seconds_to_first_step([sys.executable, str(stub)], {})
 
 
+def test_steps_on_several_cpu_devices_are_compared_with_those_on_one(speed, tmp_path, monkeypatch):
+    stub = tmp_path / "train.py"
+    stub.write_text(
+        "import os, time\n"
+        "pause = 0.0 if os.environ['JAX_NUM_CPU_DEVICES'] == '1' else 0.5\n"
+        "for n in range(1, 100):\n"
+        "    print(f'all | step {n}/99 | loss 1 | -')\n"
+        "    time.sleep(pause)\n"
+    )
+    monkeypatch.setattr(speed, "TRAIN", stub)
+    monkeypatch.setattr(speed.lab, "num_cores", lambda: 3)
+    args = speed.parse(["--out=x", "--smoke", "--train_batch=6"])
+    found = speed.measure_devices("tiny", args)
+    (row,) = found.rows
+    assert row.what == "training step on 3 CPU devices"
+    assert row.reference < 0.5 <= row.value  # each of them slept for this long
+    args = speed.parse(["--out=x", "--smoke", "--train_batch=1"])
+    assert speed.measure_devices("tiny", args).rows == []  # a batch that cannot be shared
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
