@@ -893,7 +893,7 @@ def inr_update(
         full = jnp.array(hypernetwork.full_widths, jnp.int32)
         widths = step_widths(width_key, hypernetwork, recipe, kind)
         keys = jax.random.split(noise_key, recipe.num_sizes)
-        is_full = jnp.zeros(recipe.num_sizes).at[0].set(0.0 if shallow else 1.0)
+        is_full = ((jnp.arange(recipe.num_sizes) == 0) & (not shallow)).astype(jnp.float32)
 
         def all_networks(params):
             generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)

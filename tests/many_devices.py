@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 NUM_DEVICES = 8
-CASES = ("looped", "unrolled", "fit", "teacher")
+CASES = ("looped", "unrolled", "fit", "teacher", "depth")
 NUM_STEPS = 3
 
 
@@ -38,6 +38,7 @@ def main(folder):
             distill_from="full",
         ),
         "fit": dataclasses.replace(looped, fit_steps=NUM_STEPS),
+        "depth": dataclasses.replace(tiny.DEPTH, batch_size=8),
         "teacher": training.TeacherRecipe(batch_size=8, learning_rate=0.05),
     }
     backbone = tiny.random_backbone(tiny.SPEC)
@@ -53,19 +54,23 @@ def main(folder):
             state = training.teacher_init(jax.random.key(0), tiny.SPEC, recipe, 10)
             options["images_per_step"] = recipe.batch_size
         else:
-            kind = "fit" if case == "fit" else "train"
+            kind = case if case in ("fit", "depth") else "train"
+            family, start = tiny.FAMILY, params
+            if kind == "depth":
+                family, start = tiny.with_depth_term(backbone)
             phase = training.Phase(case, kind, 0, 10, 2, (), 0, 3)
-            update = training.fit_update(tiny.FAMILY, recipe)
-            if kind == "train":
+            update = training.fit_update(family, recipe)
+            if kind != "fit":
                 update = training.inr_update(
-                    tiny.FAMILY,
+                    family,
                     recipe,
                     tiny.PREPROCESSING,
                     unroll=case == "unrolled",
                     mesh=mesh,
+                    kind=kind,
                 )
-            state = training.start_phase(params, tiny.FAMILY, recipe, phase)
-            inputs = training.phase_inputs(tiny.FAMILY, recipe, phase)
+            state = training.start_phase(start, family, recipe, phase)
+            inputs = training.phase_inputs(family, recipe, phase)
             options |= {"images_per_step": recipe.images_per_step, "rest": (backbone, inputs)}
         call = training.chunked(
             update,
