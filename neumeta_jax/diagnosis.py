@@ -114,6 +114,7 @@ def locate_in_inr(
         x = y = None
     else:
         width_key, data_key, noise_key = jax.random.split(step_key, 3)
+        recipe = training.phase_recipe(recipe, kind)
         rows = np.asarray(training.step_widths(width_key, hypernetwork, recipe, kind))
         networks = list(zip(rows, jax.random.split(noise_key, recipe.num_sizes), strict=True))
         x = jax.jit(preprocessing.train)(data_key, images.images[step.indices])

@@ -868,11 +868,11 @@ def train_inr(
 
     steps_per_call = training.default_steps_per_call()
     mesh = data_mesh(experiment)
-    size = {
-        "images_per_step": recipe.images_per_step,
-        "steps_per_call": steps_per_call,
-        "mesh": mesh,
-    }
+    size = {"steps_per_call": steps_per_call, "mesh": mesh}
+
+    def images_of(kind):
+        return training.phase_recipe(recipe, kind).images_per_step
+
     unroll = jax.default_backend() == "cpu"
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
@@ -889,7 +889,10 @@ def train_inr(
             if any(phase.kind == kind for phase in phases)
         },
     }
-    calls = {kind: training.chunked(update, **size) for kind, update in updates.items()}
+    calls = {
+        kind: training.chunked(update, images_per_step=images_of(kind), **size)
+        for kind, update in updates.items()
+    }
     if mesh is None:
         calls = {
             kind: programs.keep(call, _made_from(experiment, kind), versions())
@@ -907,7 +910,6 @@ def train_inr(
         if state is None or start <= phase.start:
             state = training.start_phase(params, hypernetwork, recipe, phase)
         first = max(start, phase.start)
-        images_per_step = 0 if phase.kind == "fit" else recipe.images_per_step
         teacher = backbone
         inputs = training.phase_inputs(hypernetwork, recipe, phase)
 
@@ -933,7 +935,8 @@ def train_inr(
                 kind=phase.kind,
             )
 
-        with Progress(total, images_per_step, done=first) as progress:
+        images_seen = 0 if phase.kind == "fit" else images_of(phase.kind)
+        with Progress(total, images_seen, done=first) as progress:
             state = run_part(
                 workdir,
                 experiment,
@@ -952,6 +955,7 @@ def train_inr(
                 evaluate=evaluate,
                 state_before=state_before,
                 locate=locate,
+                images_per_step=images_of(phase.kind),
                 **size,
             )
         params = state.result
@@ -1382,13 +1386,14 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
     forward = seconds(jax.jit(lambda p, x: resnet.apply(spec, p, x)), backbone, images)
     generation = seconds(jax.jit(lambda p, w: hyper.generate(hypernetwork, p, w)), params, widths)
     # A backward pass costs about two forward passes; measured 3.0 to 4.5 in all on two cores.
-    step = recipe.num_sizes * 4 * (forward + generation)
-    step += recipe.num_sizes * forward * bool(recipe.distillation_weight or recipe.stream_weight)
-    steps = {
-        kind: sum(p.stop - p.start for p in phases if p.kind == kind)
-        for kind in ("fit", "train", "depth")
-    }
-    total = steps["fit"] * 4 * generation + (steps["train"] + steps["depth"]) * step
+    total = 0.0
+    for phase in phases:
+        step = 4 * generation
+        if phase.kind != "fit":
+            num_sizes = training.phase_recipe(recipe, phase.kind).num_sizes
+            targets = bool(recipe.distillation_weight or recipe.stream_weight)
+            step = num_sizes * (4 * (forward + generation) + targets * forward)
+        total += (phase.stop - phase.start) * step
     minutes = total / 60
     return (
         f"time       about {minutes:.1f} minutes for the INR on this device (forward pass of "

@@ -256,7 +256,8 @@ class InrRecipe:
         depth_epochs, depth_learning_rate: of a phase at the very end that trains the depth term
             alone, on networks that skip blocks; all others stay what they are. For INR kinds with
             a `depth_term`; the sizes of a step are then the shallowest network at full width
-            (`shallowest_widths`), with `sandwich` that at the smallest widths, and random ones.
+            (`shallowest_widths`), with `sandwich` that at the smallest widths, and random ones,
+            together `num_random_sizes`, but at least one.
         warmup_epochs: length of the linear warm-up of the learning rates.
         warmup_phases: which phases warm up: only those that open a "stage", whose INR has nothing
             to be copied from (papers), or "all", because each starts a fresh optimiser.
@@ -398,6 +399,17 @@ class InrRecipe:
         return self.batch_size * (1 if self.share_images else self.num_sizes)
 
 
+def phase_recipe(recipe: InrRecipe, kind: str) -> InrRecipe:
+    """`recipe` as a phase of `kind` follows it: the depth phase has no network of full size."""
+    if kind != "depth":
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        learning_rate=recipe.depth_learning_rate,
+        num_random_sizes=max(recipe.num_random_sizes - 1, 0),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """A stretch of training between two events.
@@ -460,7 +472,9 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
                 "train.depth_epochs trains the depth term of an INR, which this one does not have; "
                 "set inr.depth_term (kind 'projection') or depth_epochs to 0."
             )
-        add("depth", "depth", round(recipe.depth_epochs * per_epoch), num_blocks, (), warmup)
+        per_epoch = num_images / phase_recipe(recipe, "depth").images_per_step
+        steps, warmup = (round(n * per_epoch) for n in (recipe.depth_epochs, recipe.warmup_epochs))
+        add("depth", "depth", steps, num_blocks, (), warmup)
     return tuple(phase for phase in result if phase.stop > phase.start)
 
 
@@ -642,7 +656,7 @@ def sample_widths(
 def sample_shallow_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe
 ) -> jax.Array:
-    """int32[num_sizes, num_blocks]: the sizes of a step of the depth phase."""
+    """int32[num_sizes, num_blocks]: the sizes of a step of the depth phase (`phase_recipe`)."""
     free = dataclasses.replace(recipe, sandwich=False, skip_blocks=1.0)
     widths = sample_widths(key, hypernetwork, free, recipe.num_sizes)
     for row, fixed in enumerate(_shallow_sandwich(hypernetwork, recipe)):
@@ -653,7 +667,10 @@ def sample_shallow_widths(
 def step_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, kind: str
 ) -> jax.Array:
-    """int32[num_sizes, num_blocks]: the sizes of a step in a phase of kind "train" or "depth"."""
+    """int32[num_sizes, num_blocks]: the sizes of a step in a phase of kind "train" or "depth".
+
+    `recipe` is that of the phase (`phase_recipe`).
+    """
     if kind == "depth":
         return sample_shallow_widths(key, hypernetwork, recipe)
     full = jnp.array([hypernetwork.full_widths], jnp.int32)
@@ -754,8 +771,8 @@ def inr_update(
     """`update(state, step, key, images, indices, teacher, phase)`: one step over several sizes.
 
     The gradients at full width and at `num_random_sizes` random widths are averaged, or those at
-    the sizes of the depth phase (`recipe.depth_epochs`). `indices` is int[recipe.images_per_step],
-    `teacher` the folded tree, `phase` a `PhaseInputs`.
+    the sizes of the depth phase (`recipe.depth_epochs`). `indices` is int[images_per_step] of
+    `phase_recipe(recipe, kind)`, `teacher` the folded tree, `phase` a `PhaseInputs`.
 
     All networks of a step are generated in one batched call. The gradients of the losses with
     respect to their weights are summed over micro-batches, and are pulled back through the
@@ -771,8 +788,7 @@ def inr_update(
         kind: of the phases it is for, "train" or "depth".
     """
     shallow = kind == "depth"
-    if shallow:
-        recipe = dataclasses.replace(recipe, learning_rate=recipe.depth_learning_rate)
+    recipe = phase_recipe(recipe, kind)
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
     share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device

@@ -71,7 +71,8 @@ def main(folder):
                 )
             state = training.start_phase(start, family, recipe, phase)
             inputs = training.phase_inputs(family, recipe, phase)
-            options |= {"images_per_step": recipe.images_per_step, "rest": (backbone, inputs)}
+            of_phase = training.phase_recipe(recipe, kind)
+            options |= {"images_per_step": of_phase.images_per_step, "rest": (backbone, inputs)}
         call = training.chunked(
             update,
             images_per_step=options["images_per_step"],

@@ -149,11 +149,26 @@ def with_depth_term(backbone):
 def test_the_depth_phase_comes_last_and_warms_up():
     family = family_of(20, inr=Projection(depth_term=True))
     recipe = dataclasses.replace(DEPTH, epochs=2.0, warmup_epochs=0.25, fit_steps=3)
-    found = training.phases(family, recipe, num_images=120)  # ten steps an epoch
+    # Ten steps an epoch, with three sizes of four images; in the last phase 15, with two.
+    found = training.phases(family, recipe, num_images=120)
     assert [phase.kind for phase in found] == ["fit", "train", "depth"]
     last = found[-1]
-    assert (last.start, last.stop, last.warmup_steps) == (23, 33, 2)
+    assert (last.start, last.stop, last.warmup_steps) == (23, 38, 4)
     assert last.new_blocks == () and last.num_active == 5
+
+
+@pytest.mark.parametrize(("num_random_sizes", "expected"), [(0, 1), (1, 1), (3, 3)])
+def test_a_step_of_the_depth_phase_has_no_network_of_full_size(num_random_sizes, expected):
+    recipe = dataclasses.replace(DEPTH, num_random_sizes=num_random_sizes)
+    found = training.phase_recipe(recipe, "depth")
+    assert found.num_sizes == expected
+    assert found.images_per_step == 4 * expected
+    assert found.learning_rate == recipe.depth_learning_rate
+    assert training.phase_recipe(recipe, "train") == recipe
+    family = family_of(20, inr=Projection(depth_term=True))
+    widths = training.step_widths(jax.random.key(0), family, found, "depth")
+    assert len(widths) == expected
+    np.testing.assert_array_equal(widths[0], training.shallowest_widths(family, recipe))
 
 
 def test_a_depth_phase_needs_a_depth_term_and_blocks_to_skip():
@@ -593,9 +608,10 @@ def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
 def depth_step(backbone, recipe, *, unroll):
     family, params = with_depth_term(backbone)
     update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind="depth")
-    call = training.chunked(update, images_per_step=recipe.images_per_step, steps_per_call=1)
+    of_phase = training.phase_recipe(recipe, "depth")
+    call = training.chunked(update, images_per_step=of_phase.images_per_step, steps_per_call=1)
     phase = dataclasses.replace(one_phase(2, stage=3), kind="depth", new_blocks=())
-    return step_once(call, params, backbone, phase, recipe, family)
+    return step_once(call, params, backbone, phase, of_phase, family)
 
 
 @pytest.mark.parametrize("distill_from", training.DISTILL_FROM)
