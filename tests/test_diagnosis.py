@@ -23,7 +23,7 @@ def params():
     return hyper.init(jax.random.key(1), tiny.FAMILY, backbone, alpha=0.7), backbone
 
 
-def locate(params, backbone, *, number=3, kind="train", **changes):
+def locate(params, backbone, *, number=3, kind="train", family=tiny.FAMILY, **changes):
     fields = {"batch_size": 4, "sandwich": True, **changes}
     chosen = dataclasses.replace(tiny.RECIPE, **fields)
     phase = training.Phase("x", kind, 0, 10, len(FULL), (), 0, 3)
@@ -34,14 +34,14 @@ def locate(params, backbone, *, number=3, kind="train", **changes):
         images_per_step=chosen.images_per_step,
     )
     return diagnosis.locate_in_inr(
-        tiny.FAMILY,
+        family,
         chosen,
         tiny.PREPROCESSING,
         params,
         step,
         tiny.random_images(),
         backbone,
-        training.phase_inputs(tiny.FAMILY, chosen, phase),
+        training.phase_inputs(family, chosen, phase),
         kind=kind,
     )
 
@@ -73,6 +73,22 @@ def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, ki
     count = 1 if kind == "fit" else tiny.RECIPE.num_sizes
     assert f"first in the weights of {BLOCKS[-1]} at hidden width " in found
     assert f"in network 1 of {count} with the widths " in found
+
+
+def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
+    backbone = tiny.random_backbone(tiny.SPEC)
+    family, tree = tiny.with_depth_term(backbone)
+    spoiled = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree["depth"])
+    found = locate(
+        {**tree, "depth": spoiled},
+        backbone,
+        kind="depth",
+        family=family,
+        num_random_sizes=3,
+        skip_blocks=0.5,
+        max_skipped=1.0,
+    )
+    assert "in network 1 of 3 with the widths 0,0" in found
 
 
 def test_activations_that_overflow_name_the_first_block_that_has_them(params):
