@@ -39,7 +39,7 @@ def main(folder):
         ),
         "fit": dataclasses.replace(looped, fit_steps=NUM_STEPS),
         "depth": dataclasses.replace(tiny.DEPTH, batch_size=8),
-        "teacher": training.TeacherRecipe(batch_size=8, learning_rate=0.05),
+        "teacher": training.TeacherRecipe(batch_size=8, learning_rate=1e-3),
     }
     backbone = tiny.random_backbone(tiny.SPEC)
     images = tiny.random_images()
