@@ -10,7 +10,7 @@ Hardware, time and result: results/cifar100_resnet20/README.md.
 
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
 [0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
-generated blocks of each stage, with one size more in each step and a depth term in the weights,
+generated blocks of each stage, the last ones, with one size more in each step and a depth term in the weights,
 which a last phase trains alone;
 `:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
 `:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
@@ -91,7 +91,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.per_block_widths = 0.5
     config.train.skip_blocks = 0.5 if preset == "depth" else 0.0
     config.train.max_skipped = 0.5
-    config.train.skip_order = "random"
+    config.train.skip_order = "last" if preset == "depth" else "random"
     config.train.noise = True
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-5
