@@ -10,8 +10,8 @@ Hardware, time and result: results/cifar100_resnet20/README.md.
 
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
 [0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
-generated blocks of each stage, the last ones, with one size more in each step and a depth term in the weights,
-which a last phase trains alone;
+generated blocks of each stage, the last ones, with one size more in each step and a depth term in
+the weights, which a last phase trains alone;
 `:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
 `:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
 with this recipe.
