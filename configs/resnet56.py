@@ -22,7 +22,7 @@ CPU in a few minutes.
 
 from ml_collections import ConfigDict
 
-PRESETS = ("", "protocol_a", "cifar10", "smoke")
+PRESETS = ("", "protocol_a", "depth", "cifar10", "smoke")
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -68,12 +68,14 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.ridge = 1e-3
     config.inr.channel_dropout = 0.0
     config.inr.max_cell = 1.75 if preset == "protocol_a" else 1.0
+    if preset == "depth":
+        config.inr.depth_term = True
 
     config.train = ConfigDict()
     config.train.mode = "at_once"
-    config.train.epochs = 60.0
+    config.train.epochs = 30.0 if preset == "depth" else 60.0
     config.train.final_epochs = 0.0
-    config.train.depth_epochs = 0.0
+    config.train.depth_epochs = 15.0 if preset == "depth" else 0.0
     config.train.depth_learning_rate = 8e-4
     config.train.warmup_epochs = 1.0
     config.train.warmup_phases = "all"
@@ -86,14 +88,14 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.batch_size = 128
     config.train.share_images = True
     config.train.micro_batch = 0
-    config.train.num_random_sizes = 2
+    config.train.num_random_sizes = 3 if preset == "depth" else 2
     config.train.min_width_ratio = 0.5 if preset == "protocol_a" else 0.25
     config.train.max_width_ratio = 1.0
     config.train.sandwich = True
     config.train.per_block_widths = 0.5
-    config.train.skip_blocks = 0.0
+    config.train.skip_blocks = 0.5 if preset == "depth" else 0.0
     config.train.max_skipped = 0.5
-    config.train.skip_order = "random"
+    config.train.skip_order = "last" if preset == "depth" else "random"
     config.train.noise = True
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-5
