@@ -71,8 +71,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.mode = "at_once"
     config.train.epochs = 3.5  # each image is seen by all sizes of its step
     config.train.final_epochs = 0.0
-    config.train.depth_epochs = 5.0 if preset == "depth" else 0.0
-    config.train.depth_learning_rate = 8e-4
+    config.train.depth_epochs = 6.0 if preset == "depth" else 0.0
+    config.train.depth_learning_rate = 5e-4
     config.train.warmup_epochs = 0.1
     config.train.warmup_phases = "all"
     config.train.blocks_per_phase = 1
