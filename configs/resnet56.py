@@ -17,9 +17,9 @@ on a CPU in a few minutes.
 
 Hardware and time: `:depth` takes 9 minutes of one H100 with another training beside (11,391 steps
 of 4 x 128 images, 5,695 of 3 x 128) and 1.5 more to compile; result in
-results/cifar100_resnet56/depth. The others have not been run to the end. The default is 21,094 steps of 3 x 128 images, 6.8e15 FLOPs in all: at the
-rate of `:depth` about as long, and 27 hours at the 70 GFLOP/s that two CPU cores reach in such a
-step (results/speed).
+results/cifar100_resnet56/depth. The others have not been run to the end. The default is 21,094
+steps of 3 x 128 images, 6.8e15 FLOPs in all: at the rate of `:depth` about as long, and 27 hours at
+the 70 GFLOP/s that two CPU cores reach in such a step (results/speed).
 """
 
 from ml_collections import ConfigDict
