@@ -11,7 +11,7 @@ Hardware, time and result: results/cifar100_resnet20/README.md.
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
 [0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
 generated blocks of each stage, the last ones, with one size more in each step and a depth term in
-the weights, which a last phase trains alone;
+the weights, which two last phases train alone, first for the shallowest network at full width;
 `:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
 `:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
 with this recipe.
@@ -71,8 +71,10 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.mode = "at_once"
     config.train.epochs = 3.5  # each image is seen by all sizes of its step
     config.train.final_epochs = 0.0
-    config.train.depth_epochs = 6.0 if preset == "depth" else 0.0
+    config.train.depth_epochs = 4.5 if preset == "depth" else 0.0
     config.train.depth_learning_rate = 5e-4
+    config.train.shallow_epochs = 12.0 if preset == "depth" else 0.0
+    config.train.shallow_learning_rate = 8e-4
     config.train.warmup_epochs = 0.1
     config.train.warmup_phases = "all"
     config.train.blocks_per_phase = 1

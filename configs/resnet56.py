@@ -79,6 +79,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.final_epochs = 0.0
     config.train.depth_epochs = 16.2 if preset == "depth" else 0.0
     config.train.depth_learning_rate = 4e-4
+    config.train.shallow_epochs = 0.0
+    config.train.shallow_learning_rate = 8e-4
     config.train.warmup_epochs = 1.0
     config.train.warmup_phases = "all"
     config.train.blocks_per_phase = 1

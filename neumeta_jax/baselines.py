@@ -665,6 +665,7 @@ def within_budget(config: Mapping[str, Any], budget: float, num_images: int) -> 
         "epochs": epochs,
         "warmup_epochs": share * epochs,
         "final_epochs": 0.0,
+        "shallow_epochs": 0.0,
         "depth_epochs": 0.0,
     }
     return resolved

@@ -99,7 +99,7 @@ def locate_in_inr(
         params: the parameters before the step.
         step, images: what the step saw.
         teacher, phase: the other arguments of the step.
-        kind: of the phase, "fit", "train" or "depth".
+        kind: of the phase, "fit" or one of `training.STEP_KINDS`.
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     names = [spec.blocks[n].name for n in blocks]

@@ -885,7 +885,7 @@ def train_inr(
                 mesh=mesh,
                 kind=kind,
             )
-            for kind in ("train", "depth")
+            for kind in training.STEP_KINDS
             if any(phase.kind == kind for phase in phases)
         },
     }
@@ -901,7 +901,7 @@ def train_inr(
     shown = {
         "fit": ("loss",),
         "train": ("loss", "ce", "accuracy", "full_accuracy"),
-        "depth": ("loss", "ce", "accuracy", "shallow_accuracy"),
+        **dict.fromkeys(training.DEPTH_KINDS, ("loss", "ce", "accuracy", "shallow_accuracy")),
     }
 
     for number, phase in enumerate(phases, 1):
@@ -965,7 +965,7 @@ def train_inr(
 def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> dict[str, float]:
     """Validation accuracy of the network as the phase has it, at a few widths.
 
-    In the depth phase these are networks with as many blocks skipped as training skips.
+    In phases of the depth term these are networks with as many blocks skipped as training skips.
     """
     images = splits.validation_images[: experiment.progress_images]
     labels = splits.validation_labels[: experiment.progress_images]
@@ -976,7 +976,7 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
     shallowest = training.shallowest_widths(hypernetwork, experiment.recipe)
     for ratio in experiment.progress_ratios:
         widths = hypernetwork.widths(ratio)
-        if phase.kind == "depth":
+        if phase.kind in training.DEPTH_KINDS:
             widths = np.where(np.array(shallowest) == 0, 0, widths)
         tree = _mixed_network(hypernetwork, params, jnp.asarray(widths), backbone, inputs.active)
         found[str(ratio)] = evaluation.accuracy(

@@ -241,6 +241,8 @@ WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 SKIP_ORDERS = ("last", "random")
+DEPTH_KINDS = ("shallow", "depth")  # of phases that train the depth term alone
+STEP_KINDS = ("train", *DEPTH_KINDS)  # of phases whose steps are those of `inr_update`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +260,8 @@ class InrRecipe:
             a `depth_term`; the sizes of a step are then the shallowest network at full width
             (`shallowest_widths`), with `sandwich` that at the smallest widths, and random ones,
             together `num_random_sizes`, but at least one.
+        shallow_epochs, shallow_learning_rate: of a phase before that one that trains the same
+            parameters, but sees the first of those sizes alone, so that its steps are short.
         warmup_epochs: length of the linear warm-up of the learning rates.
         warmup_phases: which phases warm up: only those that open a "stage", whose INR has nothing
             to be copied from (papers), or "all", because each starts a fresh optimiser.
@@ -304,6 +308,8 @@ class InrRecipe:
     final_epochs: float = 0.0
     depth_epochs: float = 0.0
     depth_learning_rate: float = 8e-4
+    shallow_epochs: float = 0.0
+    shallow_learning_rate: float = 8e-4
     warmup_epochs: float = 20.0
     warmup_phases: str = "stage"
     blocks_per_phase: int = 1
@@ -380,14 +386,16 @@ class InrRecipe:
                 "skip_blocks and max_skipped must lie in [0, 1], got "
                 f"{self.skip_blocks} and {self.max_skipped}."
             )
-        lengths = ("epochs", "final_epochs", "depth_epochs", "warmup_epochs", "fit_steps")
+        lengths = ("epochs", "final_epochs", "shallow_epochs", "depth_epochs", "warmup_epochs")
+        lengths += ("fit_steps",)
         if min(getattr(self, field) for field in lengths) < 0:
             raise ValueError(f"{', '.join(lengths[:-1])} and {lengths[-1]} must not be < 0.")
-        if self.depth_epochs and not (self.skip_blocks and self.max_skipped):
-            raise ValueError(
-                "depth_epochs trains networks that skip blocks and needs skip_blocks > 0 and "
-                f"max_skipped > 0, got {self.skip_blocks} and {self.max_skipped}."
-            )
+        for field in ("shallow_epochs", "depth_epochs"):
+            if getattr(self, field) and not (self.skip_blocks and self.max_skipped):
+                raise ValueError(
+                    f"{field} trains networks that skip blocks and needs skip_blocks > 0 and "
+                    f"max_skipped > 0, got {self.skip_blocks} and {self.max_skipped}."
+                )
 
     @property
     def num_sizes(self) -> int:
@@ -400,9 +408,13 @@ class InrRecipe:
 
 
 def phase_recipe(recipe: InrRecipe, kind: str) -> InrRecipe:
-    """`recipe` as a phase of `kind` follows it: the depth phase has no network of full size."""
-    if kind != "depth":
+    """`recipe` as a phase of `kind` follows it: `DEPTH_KINDS` have no network of full size."""
+    if kind not in DEPTH_KINDS:
         return recipe
+    if kind == "shallow":
+        return dataclasses.replace(
+            recipe, learning_rate=recipe.shallow_learning_rate, num_random_sizes=0
+        )
     return dataclasses.replace(
         recipe,
         learning_rate=recipe.depth_learning_rate,
@@ -416,7 +428,7 @@ class Phase:
 
     Attributes:
         name: for logs.
-        kind: "fit", "train" or "depth".
+        kind: "fit", "train", "shallow" or "depth".
         start, stop: global steps.
         num_active: how many blocks, counted in training order, are generated.
         new_blocks: positions of the blocks that join when the phase starts.
@@ -466,15 +478,15 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
     final = round(recipe.final_epochs * per_epoch)
     if final:
         add("final", "train", final, num_blocks, (), warmup if always else 0)
-    if recipe.depth_epochs:
-        if not hypernetwork.inr.depth_term:
+    for kind, epochs in (("shallow", recipe.shallow_epochs), ("depth", recipe.depth_epochs)):
+        if epochs and not hypernetwork.inr.depth_term:
             raise ValueError(
-                "train.depth_epochs trains the depth term of an INR, which this one does not have; "
-                "set inr.depth_term (kind 'projection') or depth_epochs to 0."
+                f"train.{kind}_epochs trains the depth term of an INR, which this one does not "
+                f"have; set inr.depth_term (kind 'projection') or {kind}_epochs to 0."
             )
-        per_epoch = num_images / phase_recipe(recipe, "depth").images_per_step
-        steps, warmup = (round(n * per_epoch) for n in (recipe.depth_epochs, recipe.warmup_epochs))
-        add("depth", "depth", steps, num_blocks, (), warmup)
+        per_epoch = num_images / phase_recipe(recipe, kind).images_per_step
+        steps, warmup = (round(n * per_epoch) for n in (epochs, recipe.warmup_epochs))
+        add(kind, kind, steps, num_blocks, (), warmup)
     return tuple(phase for phase in result if phase.stop > phase.start)
 
 
@@ -619,7 +631,7 @@ def update_mask(
 
 
 def depth_mask(hypernetwork: Hypernetwork, params: Params) -> Params:
-    """1 where the depth phase trains a parameter: what only networks that skip blocks see."""
+    """1 where `DEPTH_KINDS` train a parameter: what only networks that skip blocks see."""
     zeros = {name: jax.tree.map(lambda _: jnp.float32(0), tree) for name, tree in params.items()}
     return zeros | {
         "inr": hypernetwork.inr.depth_mask(params["inr"], hypernetwork.groups),
@@ -656,7 +668,7 @@ def sample_widths(
 def sample_shallow_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe
 ) -> jax.Array:
-    """int32[num_sizes, num_blocks]: the sizes of a step of the depth phase (`phase_recipe`)."""
+    """int32[num_sizes, num_blocks]: the sizes of a step of `DEPTH_KINDS` (`phase_recipe`)."""
     free = dataclasses.replace(recipe, sandwich=False, skip_blocks=1.0)
     widths = sample_widths(key, hypernetwork, free, recipe.num_sizes)
     for row, fixed in enumerate(_shallow_sandwich(hypernetwork, recipe)):
@@ -667,11 +679,11 @@ def sample_shallow_widths(
 def step_widths(
     key: jax.Array, hypernetwork: Hypernetwork, recipe: InrRecipe, kind: str
 ) -> jax.Array:
-    """int32[num_sizes, num_blocks]: the sizes of a step in a phase of kind "train" or "depth".
+    """int32[num_sizes, num_blocks]: the sizes of a step in a phase of a kind of `STEP_KINDS`.
 
     `recipe` is that of the phase (`phase_recipe`).
     """
-    if kind == "depth":
+    if kind in DEPTH_KINDS:
         return sample_shallow_widths(key, hypernetwork, recipe)
     full = jnp.array([hypernetwork.full_widths], jnp.int32)
     drawn = sample_widths(key, hypernetwork, recipe, recipe.num_random_sizes)
@@ -679,7 +691,7 @@ def step_widths(
 
 
 def _shallow_sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, ...]]:
-    """The widths that a step of the depth phase always has."""
+    """The widths that a step of `DEPTH_KINDS` always has."""
     shallowest = shallowest_widths(hypernetwork, recipe)
     smallest = smallest_widths(hypernetwork, recipe)
     found = [shallowest, tuple(min(pair) for pair in zip(shallowest, smallest, strict=True))]
@@ -785,9 +797,9 @@ def inr_update(
         mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
             its own micro-batches, and their gradients are averaged once per step. Generation, which
             is cheap beside it, happens on every device.
-        kind: of the phases it is for, "train" or "depth".
+        kind: of the phases it is for, one of `STEP_KINDS`.
     """
-    shallow = kind == "depth"
+    shallow = kind in DEPTH_KINDS
     recipe = phase_recipe(recipe, kind)
     optimizer = inr_optimizer(recipe)
     spec = hypernetwork.spec
@@ -973,7 +985,9 @@ def inr_update(
 
 def without_extremes(recipe: InrRecipe) -> InrRecipe:
     """`recipe` with all sizes at random and no block skipped, as the fit phase draws them."""
-    return dataclasses.replace(recipe, sandwich=False, skip_blocks=0.0, depth_epochs=0.0)
+    return dataclasses.replace(
+        recipe, sandwich=False, skip_blocks=0.0, shallow_epochs=0.0, depth_epochs=0.0
+    )
 
 
 def fit_update(

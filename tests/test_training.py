@@ -146,15 +146,16 @@ def with_depth_term(backbone):
     return family, hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
 
 
-def test_the_depth_phase_comes_last_and_warms_up():
+def test_the_phases_of_the_depth_term_come_last_and_warm_up():
     family = family_of(20, inr=Projection(depth_term=True))
-    recipe = dataclasses.replace(DEPTH, epochs=2.0, warmup_epochs=0.25, fit_steps=3)
-    # Ten steps an epoch, with three sizes of four images; in the last phase 15, with two.
+    recipe = dataclasses.replace(
+        DEPTH, epochs=2.0, warmup_epochs=0.25, fit_steps=3, shallow_epochs=2.0
+    )
+    # Ten steps an epoch, with three sizes of four images; then 30 with one and 15 with two.
     found = training.phases(family, recipe, num_images=120)
-    assert [phase.kind for phase in found] == ["fit", "train", "depth"]
-    last = found[-1]
-    assert (last.start, last.stop, last.warmup_steps) == (23, 38, 4)
-    assert last.new_blocks == () and last.num_active == 5
+    assert [phase.kind for phase in found] == ["fit", "train", "shallow", "depth"]
+    assert [(p.start, p.stop, p.warmup_steps) for p in found[2:]] == [(23, 83, 8), (83, 98, 4)]
+    assert all(phase.new_blocks == () and phase.num_active == 5 for phase in found[2:])
 
 
 @pytest.mark.parametrize(("num_random_sizes", "expected"), [(0, 1), (1, 1), (3, 3)])
@@ -171,13 +172,25 @@ def test_a_step_of_the_depth_phase_has_no_network_of_full_size(num_random_sizes,
     np.testing.assert_array_equal(widths[0], training.shallowest_widths(family, recipe))
 
 
-def test_a_depth_phase_needs_a_depth_term_and_blocks_to_skip():
-    with pytest.raises(ValueError, match=r"depth_epochs .* inr.depth_term") as error:
-        training.phases(FAMILY, DEPTH, num_images=120)
+def test_a_step_of_the_shallow_phase_has_the_shallowest_network_alone():
+    recipe = dataclasses.replace(DEPTH, num_random_sizes=3, shallow_learning_rate=3e-3)
+    found = training.phase_recipe(recipe, "shallow")
+    assert (found.num_sizes, found.images_per_step, found.learning_rate) == (1, 4, 3e-3)
+    family = family_of(20, inr=Projection(depth_term=True))
+    widths = training.step_widths(jax.random.key(0), family, found, "shallow")
+    np.testing.assert_array_equal(widths, [training.shallowest_widths(family, recipe)])
+
+
+@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+def test_phases_of_the_depth_term_need_one_and_blocks_to_skip(kind):
+    epochs = {"shallow_epochs": 0.0, "depth_epochs": 0.0, f"{kind}_epochs": 1.0}
+    recipe = dataclasses.replace(DEPTH, **epochs)
+    with pytest.raises(ValueError, match=rf"{kind}_epochs .* inr.depth_term") as error:
+        training.phases(FAMILY, recipe, num_images=120)
     assert is_one_sentence(error)
     for field in ("skip_blocks", "max_skipped"):
-        with pytest.raises(ValueError, match=r"depth_epochs .* needs skip_blocks > 0") as error:
-            dataclasses.replace(DEPTH, **{field: 0.0})
+        with pytest.raises(ValueError, match=rf"{kind}_epochs .* needs skip_blocks > 0") as error:
+            dataclasses.replace(recipe, **{field: 0.0})
         assert is_one_sentence(error)
 
 
@@ -252,7 +265,8 @@ def test_a_recipe_refuses_shares_of_blocks_outside_0_to_1(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", ["epochs", "final_epochs", "depth_epochs", "warmup_epochs", "fit_steps"]
+    "field",
+    ["epochs", "final_epochs", "shallow_epochs", "depth_epochs", "warmup_epochs", "fit_steps"],
 )
 def test_a_recipe_refuses_negative_lengths(field):
     with pytest.raises(ValueError, match=field) as error:
@@ -605,20 +619,21 @@ def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
         assert bool(learned) == bool(stages)
 
 
-def depth_step(backbone, recipe, *, unroll):
+def depth_step(backbone, recipe, *, unroll, kind="depth"):
     family, params = with_depth_term(backbone)
-    update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind="depth")
-    of_phase = training.phase_recipe(recipe, "depth")
+    update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind=kind)
+    of_phase = training.phase_recipe(recipe, kind)
     call = training.chunked(update, images_per_step=of_phase.images_per_step, steps_per_call=1)
-    phase = dataclasses.replace(one_phase(2, stage=3), kind="depth", new_blocks=())
+    phase = dataclasses.replace(one_phase(2, stage=3), kind=kind, new_blocks=())
     return step_once(call, params, backbone, phase, of_phase, family)
 
 
+@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
 @pytest.mark.parametrize("distill_from", training.DISTILL_FROM)
-def test_the_depth_phase_changes_no_network_that_has_all_blocks(distill_from, backbone):
+def test_the_depth_term_changes_no_network_that_has_all_blocks(distill_from, kind, backbone):
     family, params = with_depth_term(backbone)
     recipe = dataclasses.replace(DEPTH, distill_from=distill_from)
-    state, metrics, _ = depth_step(backbone, recipe, unroll=True)
+    state, metrics, _ = depth_step(backbone, recipe, unroll=True, kind=kind)
     before, after = leaves(params), leaves(state.params)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed
@@ -631,18 +646,20 @@ def test_the_depth_phase_changes_no_network_that_has_all_blocks(distill_from, ba
         assert all(np.array_equal(old[name], new[name]) for name in old) == same
 
 
-def test_the_depth_phase_has_a_rate_of_its_own(backbone):
+@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, backbone):
     changes = []
     for rate in (1e-2, 2e-2):
-        recipe = dataclasses.replace(DEPTH, depth_learning_rate=rate, weight_decay=0.0)
-        state, *_ = depth_step(backbone, recipe, unroll=False)
+        recipe = dataclasses.replace(DEPTH, weight_decay=0.0, **{f"{kind}_learning_rate": rate})
+        state, *_ = depth_step(backbone, recipe, unroll=False, kind=kind)
         changes.append(state.params["depth"])  # zero before
     assert_trees_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
 
 
-def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(backbone):
+@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(kind, backbone):
     (state, metrics, _), (other, other_metrics, _) = (
-        depth_step(backbone, DEPTH, unroll=unroll) for unroll in (True, False)
+        depth_step(backbone, DEPTH, unroll=unroll, kind=kind) for unroll in (True, False)
     )
     assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
