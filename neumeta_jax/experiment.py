@@ -375,8 +375,17 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming the fields that differ, if another config made `path`."""
-    differing = differences(read_config(path), json.loads(json.dumps(config)))
+    """Raises ValueError, naming the fields that differ, if another config made `path`.
+
+    A field of the recipe that an earlier version did not have counts as its default, with which
+    training is what it was.
+    """
+    saved, given = read_config(path), json.loads(json.dumps(config))
+    if isinstance(saved.get("train"), dict) and isinstance(given.get("train"), dict):
+        fields = dataclasses.fields(InrRecipe)
+        defaults = {field.name: field.default for field in fields if field.name in given["train"]}
+        saved["train"] = defaults | saved["train"]
+    differing = differences(saved, given)
     if differing:
         raise UsageError(
             f"{path} was written by another config; these fields differ: {', '.join(differing)}; "

@@ -466,6 +466,17 @@ def test_another_config_in_the_same_work_directory_names_the_field_and_both_valu
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default(copied):
+    config = lab.read_config(copied)
+    saved = json.loads(json.dumps(config))
+    del saved["train"]["shallow_epochs"]
+    (copied / "config.json").write_text(json.dumps(saved))
+    lab.check_same_config(copied, config)
+    config["train"]["shallow_epochs"] = 2.0
+    with pytest.raises(lab.UsageError, match="differ: train.shallow_epochs .saved 0.0, given 2.0"):
+        lab.check_same_config(copied, config)
+
+
 def test_a_work_directory_in_use_is_refused(copied):
     config = lab.read_config(copied)
     with lab.open_workdir(copied, config):
