@@ -386,8 +386,14 @@ class InrRecipe:
                 "skip_blocks and max_skipped must lie in [0, 1], got "
                 f"{self.skip_blocks} and {self.max_skipped}."
             )
-        lengths = ("epochs", "final_epochs", "shallow_epochs", "depth_epochs", "warmup_epochs")
-        lengths += ("fit_steps",)
+        lengths = (
+            "epochs",
+            "final_epochs",
+            "shallow_epochs",
+            "depth_epochs",
+            "warmup_epochs",
+            "fit_steps",
+        )
         if min(getattr(self, field) for field in lengths) < 0:
             raise ValueError(f"{', '.join(lengths[:-1])} and {lengths[-1]} must not be < 0.")
         for field in ("shallow_epochs", "depth_epochs"):
