@@ -807,30 +807,6 @@ def test_a_projection_loses_less_than_a_nested_slice():
     assert losses == sorted(losses, reverse=True)
 
 
-def test_channel_dropout_acts_with_a_key_below_the_full_width_and_leaves_a_channel():
-    backbone, moments = backbone_and_moments()
-    inr = Projection(channel_dropout=0.99)
-    members, params = projection_of(backbone, moments, inr)
-    plain, _ = projection_of(backbone, moments)
-    assert_same_tree(
-        generate(members, params, (2, 3, 5)), generate(plain, params, (2, 3, 5)), tolerance=0
-    )
-    full = generate(members, params, members.full_widths, key=fast_key(0))
-    assert_same_tree(full, backbone, tolerance=0)
-    numbers = []
-    for seed in range(40):
-        tree = generate(members, params, (2, 3, 5), key=fast_key(seed))
-        for n, width in zip(BLOCKS, (2, 3, 5), strict=True):
-            layers = jax.tree.map(np.asarray, tree[SPEC.blocks[n].name])
-            alive = layers["conv1"]["kernel"].any((0, 1, 2))
-            np.testing.assert_array_equal(layers["conv2"]["kernel"].any((0, 1, 3)), alive)
-            assert not alive[width:].any()
-            numbers.append((n, int(alive.sum())))
-    for n, width in zip(BLOCKS, (2, 3, 5), strict=True):
-        counts = {count for position, count in numbers if position == n}
-        assert {1, width} <= counts <= set(range(1, width + 1))
-
-
 def test_a_network_drawn_through_wider_cells_computes_what_a_narrower_one_does():
     backbone, moments = backbone_and_moments()
     members, params = projection_of(backbone, moments, Projection(max_cell=2.0))
@@ -942,13 +918,19 @@ def test_a_masked_update_changes_only_active_blocks(inr):
         *INRS.values(),
         PerTensorMLP(activation="gelu", noise_per="channel", noise_scale=0.5),
         SharedMLP(activation="relu", noise_scale=0.5, max_cell=2.0),
-        Projection(ridge=0.1, channel_dropout=0.5),
+        Projection(ridge=0.1, depth_term=True),
     ],
 )
 def test_a_described_inr_can_be_made_again(inr):
     description = json.loads(json.dumps(describe_inr(inr)))
     assert make_inr(**description) == inr
     assert hash(make_inr(**description)) == hash(inr)
+
+
+def test_a_description_of_an_earlier_version_is_read():
+    fields = {"kind": "projection", "num_terms": 2, "ridge": 0.1}
+    assert make_inr(**fields, channel_dropout=0.0) == make_inr(**fields)
+    assert "channel_dropout" in refusal(make_inr, **fields, channel_dropout=0.5)
 
 
 def test_unknown_kinds_and_fields_of_inrs_are_refused():
@@ -980,7 +962,6 @@ def test_unknown_kinds_and_fields_of_inrs_are_refused():
         ("shared_mlp", {"max_cell": 2.0, "integrated": False}, "integrated=False"),
         ("projection", {"num_terms": 0}, "num_terms=0"),
         ("projection", {"ridge": 0.0}, "ridge=0.0"),
-        ("projection", {"channel_dropout": 1.0}, "1.0"),
         ("projection", {"max_cell": 0.5}, "0.5"),
         ("grid", {"num_terms": 0}, "num_terms=0"),
         ("grid", {"noise_scale": -1.0}, "noise_scale=-1.0"),
