@@ -33,6 +33,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.split_seed = 0
     config.data.crop_padding = 1
     config.data.flip = False
+    config.data.mixup = 0.0  # share of the images mixed with another as a whole
+    config.data.cutmix = 0.0  # and of those with a box of another
     config.data.mean = ()
     config.data.std = ()
 
@@ -60,6 +62,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.noise_per = "channel"
 
     config.train = ConfigDict()
+    config.train.init_from = ""
     config.train.mode = "blockwise"
     config.train.blocks_per_phase = 1
     config.train.block_init = "teacher"

@@ -41,6 +41,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.split_seed = 0
     config.data.crop_padding = 4
     config.data.flip = True
+    config.data.mixup = 0.0  # share of the images mixed with another as a whole
+    config.data.cutmix = 0.0  # and of those with a box of another
     config.data.mean = ()  # those of the data set
     config.data.std = ()
 
@@ -67,6 +69,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.max_cell = 1.75 if preset == "protocol_a" else 1.0
 
     config.train = ConfigDict()
+    config.train.init_from = ""
     config.train.mode = "at_once"
     config.train.epochs = 3.5  # each image is seen by all sizes of its step
     config.train.final_epochs = 0.0

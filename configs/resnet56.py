@@ -42,10 +42,14 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "cifar10" if preset == "cifar10" else "cifar100"
     config.data.dir = ""
-    config.data.num_validation = 5000
+    config.data.num_validation = 2000 if preset == "depth" else 5000
     config.data.split_seed = 0
     config.data.crop_padding = 4
     config.data.flip = True
+    config.data.mixup = (
+        0.5 if preset == "depth" else 0.0
+    )  # share of the images mixed with another as a whole
+    config.data.cutmix = 0.5 if preset == "depth" else 0.0  # and of those with a box of another
     config.data.mean = ()  # those of the data set
     config.data.std = ()
 
@@ -73,6 +77,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.inr.depth_term = True
 
     config.train = ConfigDict()
+    config.train.init_from = ""
     config.train.mode = "at_once"
     config.train.epochs = 32.4 if preset == "depth" else 60.0
     config.train.final_epochs = 0.0
@@ -88,7 +93,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.fit_learning_rate = 4e-3
     config.train.fit_widths = "full"
     config.train.alpha_init = 1.0
-    config.train.batch_size = 128
+    config.train.batch_size = 256 if preset == "depth" else 128
     config.train.share_images = True
     config.train.micro_batch = 0
     config.train.num_random_sizes = 3 if preset == "depth" else 2

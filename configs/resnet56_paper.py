@@ -38,6 +38,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.split_seed = 0
     config.data.crop_padding = 4
     config.data.flip = True
+    config.data.mixup = 0.0  # share of the images mixed with another as a whole
+    config.data.cutmix = 0.0  # and of those with a box of another
     config.data.mean = ()  # those of the data set
     config.data.std = ()
 
@@ -65,6 +67,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.noise_per = "query"
 
     config.train = ConfigDict()
+    config.train.init_from = ""
     config.train.mode = "blockwise"
     config.train.epochs = 50.0  # of each block; 350 in the released configuration
     config.train.final_epochs = 0.0

@@ -74,6 +74,7 @@ class Experiment:
     teacher_file: str
     teacher_recipe: TeacherRecipe
     recipe: InrRecipe
+    init_from: str
     channel_order: str
     width_ratios: tuple[float, ...]
     eval_split: str
@@ -166,6 +167,8 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     )
     teacher = dict(config["teacher"])
     teacher_file = teacher.pop("file")
+    train = dict(config["train"])
+    init_from = train.pop("init_from", "")
     evaluate = config["eval"]
     if evaluate["split"] not in ("test", "validation"):
         raise UsageError(f"eval.split must be test or validation, got {evaluate['split']!r}.")
@@ -189,11 +192,14 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             std=std,
             crop_padding=section["crop_padding"],
             flip=section["flip"],
+            mixup=section.get("mixup", 0.0),
+            cutmix=section.get("cutmix", 0.0),
             dtype=config["dtype"],
         ),
         teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**_fields(TeacherRecipe, teacher, "teacher")),
-        recipe=InrRecipe(**_fields(InrRecipe, config["train"], "train")),
+        recipe=InrRecipe(**_fields(InrRecipe, train, "train")),
+        init_from=init_from,
         channel_order=config["channel_order"],
         width_ratios=tuple(map(architecture.check_width_ratio, evaluate["width_ratios"])),
         eval_split=evaluate["split"],
@@ -377,14 +383,21 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
 def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the fields that differ, if another config made `path`.
 
-    A field of the recipe that an earlier version did not have counts as its default, with which
-    training is what it was.
+    A field that an earlier version did not have counts as its default, with which training is what
+    it was; one that it had and that is gone, as long as it was switched off, does not count.
     """
     saved, given = read_config(path), json.loads(json.dumps(config))
-    if isinstance(saved.get("train"), dict) and isinstance(given.get("train"), dict):
-        fields = dataclasses.fields(InrRecipe)
-        defaults = {field.name: field.default for field in fields if field.name in given["train"]}
-        saved["train"] = defaults | saved["train"]
+    of_recipe = {field.name: field.default for field in dataclasses.fields(InrRecipe)}
+    for section, defaults in (
+        ("train", of_recipe | {"init_from": ""}),
+        ("data", {"mixup": 0.0, "cutmix": 0.0}),
+        ("inr", {}),
+    ):
+        if isinstance(saved.get(section), dict) and isinstance(given.get(section), dict):
+            new = {name: defaults[name] for name in given[section] if name in defaults}
+            saved[section] = new | saved[section]
+            if not saved[section].get("channel_dropout", True):
+                del saved[section]["channel_dropout"]
     differing = differences(saved, given)
     if differing:
         raise UsageError(
@@ -656,6 +669,24 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
     return state.params
 
 
+def load_start(experiment: Experiment) -> Params | None:
+    """The INR parameters of `train.init_from`; None where the run begins anew.
+
+    Raises:
+        FileNotFoundError, ValueError: if the file is missing or damaged, or holds another family.
+    """
+    if not experiment.init_from:
+        return None
+    hypernetwork, params, _ = checkpoint.load_inr(experiment.init_from)
+    if hypernetwork != experiment.hypernetwork:
+        raise UsageError(
+            f"train.init_from must hold an INR of the run's networks and kind, {experiment.spec} "
+            f"and {experiment.hypernetwork.inr}, but {experiment.init_from} has "
+            f"{hypernetwork.spec} and {hypernetwork.inr}; use the config that trained it."
+        )
+    return params
+
+
 def import_teacher(experiment: Experiment, path: str) -> Params:
     """Linen variables of a PyTorch network from a file; it must have the experiment's spec."""
     spec = experiment.spec
@@ -864,10 +895,16 @@ def train_inr(
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
     restored = restore(saved, template)
+    given = load_start(experiment)
+    if given is not None:  # blocks are what the file has, in every phase
+        phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
     if restored:
         start, state = restored
         params = state.result
         print(f"INR: continuing from step {start} of {total}", flush=True)
+    elif given is not None:
+        params = given
+        print(f"INR: starting from {experiment.init_from}", flush=True)
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
@@ -882,7 +919,7 @@ def train_inr(
     def images_of(kind):
         return training.phase_recipe(recipe, kind).images_per_step
 
-    unroll = jax.default_backend() == "cpu"
+    unroll = jax.default_backend() != "tpu"
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
         **{
