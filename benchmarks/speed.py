@@ -310,11 +310,7 @@ def init_params(family: Hypernetwork, backbone: Params, recipe: training.InrReci
 def is_noisy(inr: INR) -> bool:
     """Whether samples that are drawn with a key differ, so that averaging them means something."""
     fields = describe_inr(inr)
-    return (
-        fields.get("noise_scale", 0) > 0
-        or fields.get("channel_dropout", 0) > 0
-        or fields.get("max_cell", 1) > 1
-    )
+    return fields.get("noise_scale", 0) > 0 or fields.get("max_cell", 1) > 1
 
 
 def draw_widths(family: Hypernetwork, number: int) -> np.ndarray:

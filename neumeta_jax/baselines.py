@@ -628,7 +628,7 @@ def inr_cost(experiment: Experiment, num_images: int) -> Cost:
         sizes[1] = architecture.morph(experiment.spec, family.blocks, widths).num_macs
     passes = steps * recipe.batch_size
     distilled = 0
-    targets = recipe.distillation_weight or recipe.stream_weight
+    targets = recipe.distillation_weight
     if targets and recipe.distill_from == "teacher":
         distilled = steps * recipe.images_per_step
     cost = _cost(passes, sizes=sizes, full=full, distilled=distilled)

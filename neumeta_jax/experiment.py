@@ -36,7 +36,6 @@ from neumeta_jax import (
     hypernetwork as hyper,
     page,
     plotting,
-    programs,
     published,
     quantize,
     resnet,
@@ -815,26 +814,6 @@ def _make_backbone(
     return backbone.params
 
 
-def _made_from(experiment: Experiment, kind: str) -> tuple:
-    """All that the calls of `train_inr` in phases of a kind are made from, on one device."""
-    return (
-        f"train_inr {kind}",
-        experiment.hypernetwork,
-        experiment.recipe,
-        experiment.preprocessing,
-        training.default_steps_per_call(),
-    )
-
-
-def prefetch_programs(experiment: Experiment, splits: data.Splits) -> None:
-    """Begins to load the programs of INR training, if an earlier process kept them."""
-    phases = training.phases(
-        experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
-    )
-    for kind in dict.fromkeys(phase.kind for phase in phases):
-        programs.prefetch(_made_from(experiment, kind), versions())
-
-
 def train_inr(
     workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
 ) -> Params:
@@ -902,11 +881,6 @@ def train_inr(
         kind: training.chunked(update, images_per_step=images_of(kind), **size)
         for kind, update in updates.items()
     }
-    if mesh is None:
-        calls = {
-            kind: programs.keep(call, _made_from(experiment, kind), versions())
-            for kind, call in calls.items()
-        }
     shown = {
         "fit": ("loss",),
         "train": ("loss", "ce", "accuracy", "full_accuracy"),
@@ -1400,7 +1374,7 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
         step = 4 * generation
         if phase.kind != "fit":
             num_sizes = training.phase_recipe(recipe, phase.kind).num_sizes
-            targets = bool(recipe.distillation_weight or recipe.stream_weight)
+            targets = bool(recipe.distillation_weight)
             step = num_sizes * (4 * (forward + generation) + targets * forward)
         total += (phase.stop - phase.start) * step
     minutes = total / 60

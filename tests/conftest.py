@@ -9,7 +9,6 @@ import shutil
 import tempfile
 
 import jax
-import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="neumeta-jax-tests-")
 
@@ -19,15 +18,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", _CACHE)
-
-
-@pytest.fixture(autouse=True)
-def no_kept_programs(monkeypatch):
-    """Tests replace functions, which the keys of kept programs do not see; see `programs`."""
-    from neumeta_jax import programs
-
-    monkeypatch.setattr(programs, "_enabled", False)
-    monkeypatch.setattr(programs, "enable", lambda: None)
 
 
 def pytest_unconfigure():
