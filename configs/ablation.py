@@ -127,7 +127,6 @@ ROWS = {
         "half of the random sizes draw a width for each block",
         {"train.per_block_widths": 0.5},
     ),
-    "channel_dropout": ("networks also lose channels at random", {"inr.channel_dropout": 0.5}),
     "distillation_only": ("distillation alone", {"train.ce_weight": 0.0}),
     "order_as_trained": ("channels as the teacher has them", {"channel_order": "as_trained"}),
 }

@@ -63,7 +63,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.num_terms = 1
     config.inr.modulated = True
     config.inr.ridge = 1e-3
-    config.inr.channel_dropout = 0.0
     # Protocol A: no cell as wide as those of a quarter of the channels is ever drawn.
     config.inr.max_cell = 1.75 if preset == "protocol_a" else 1.0
 

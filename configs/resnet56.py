@@ -68,7 +68,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.inr.num_terms = 1
     config.inr.modulated = True
     config.inr.ridge = 1e-3
-    config.inr.channel_dropout = 0.0
     config.inr.max_cell = 1.75 if preset == "protocol_a" else 1.0
     if preset == "depth":
         config.inr.depth_term = True

@@ -456,8 +456,7 @@ def _hidden_width(inr_params, group):
 class Projection:
     """Learned values on a grid of channels; smaller networks are projections of the full one.
 
-    Hidden channels are nested: a block of width C keeps the first C of its channels (more
-    generally, any subset K). What the dropped channels D contributed is not lost but carried by the
+    Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the dropped channels D contributed is not lost but carried by the
     kept ones, as well as least squares can: with M the second moments of the hidden activations and
     a constant, M = E[(h, 1) (h, 1)^T],
 
@@ -481,7 +480,8 @@ class Projection:
 
     Parameters: `num_terms` times what it generates (plus a ninth, `modulated`; one more,
     `depth_term`) plus the moments.
-    Generation: one elimination in a (hidden + 1)^2 matrix per block, one matrix product per tensor.
+    Generation: one factorisation of a (hidden + 1)^2 matrix per block, for all widths that are
+    generated at once, and one matrix product per tensor.
 
     Attributes:
         num_terms: 1 leaves the width out of the learned values.
@@ -596,30 +596,18 @@ class Projection:
     def _compensation(self, moments, kept):
         """float32[tensors, full + 1, full]: how each channel is made of the kept and a constant.
 
-        Columns of kept channels are unit vectors, those of dropped ones the rows of A.
+        Columns of kept channels are unit vectors, those of dropped ones the rows of A. As the kept
+        channels are the first ones, one factor M = L L^T, the constant put first, serves all
+        widths: its leading block is that of M_KK, so that A = L_KK^-T L_DK^T.
         """
-        there = jnp.pad(kept, ((0, 0), (0, 1)), constant_values=True)
         diagonal = jnp.diagonal(moments, axis1=1, axis2=2)
         floor = 1e-6 * jnp.mean(diagonal, axis=1, keepdims=True)  # channels that never fire
         loaded = moments + jax.vmap(jnp.diag)(self.ridge * diagonal + floor)
-        eye = jnp.eye(moments.shape[-1])
-
-        def sweep(k, state):
-            """Gauss-Jordan elimination of the kept channel k, in place; dropped ones are passed."""
-            pivot = jnp.take(state, k, axis=2)  # a column, equal to the row up to signs
-            row = jnp.take(state, k, axis=1)
-            at_k = jnp.arange(state.shape[-1]) == k
-            scale = jnp.where(jnp.take(there, k, axis=1), row[:, k], 1.0)[:, None]
-            row = jnp.where(at_k, 1.0, row) / scale
-            others = jnp.where(at_k, 0.0, state) - pivot[:, :, None] * row[:, None, :]
-            swept = jnp.where(at_k[:, None], row[:, None, :], others)
-            return jnp.where(jnp.take(there, k, axis=1)[:, None, None], swept, state)
-
-        # The sweep operator leaves M_KK^-1 M_KD at the kept rows and dropped columns. Written out,
-        # because batched LAPACK calls can block XLA's CPU backend for good on two cores.
-        solution = jax.lax.fori_loop(0, loaded.shape[-1], sweep, loaded)[:, :, :-1]
-        solution = jnp.where(there[:, :, None], solution, 0.0)
-        return jnp.where(kept[:, None, :], eye[:, :-1], solution)
+        factor, inverse = _cholesky(jnp.roll(loaded, 1, axis=(1, 2)))
+        there = jnp.pad(kept, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+        solution = jnp.einsum("tki,tk,tjk->tij", inverse, there, factor) * there[:, :, None]
+        solution = jnp.roll(solution, -1, axis=1)[:, :, 1:]
+        return jnp.where(kept[:, None, :], jnp.eye(moments.shape[-1])[:, :-1], solution)
 
     def start_from(
         self,
@@ -672,6 +660,38 @@ class Projection:
         return mask
 
 
+def _cholesky(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(L, L^-1), lower triangular, with L L^T = `matrices`, float[number, size, size]."""
+
+    def lapack(matrices):
+        factor = jnp.linalg.cholesky(matrices)
+        eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1]), matrices.shape)
+        return factor, jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+    def written_out(matrices):
+        """The same, because batched LAPACK calls can block XLA's CPU backend for good."""
+        size = matrices.shape[-1]
+        index = jnp.arange(size)
+
+        def eliminate(k, state):
+            """Takes column k of L out of what is left, and row k of L^-1 out of the unit matrix."""
+            left, factor, inverse = state
+            column = jnp.take(left, k, axis=2)
+            column = jnp.where(index >= k, column, 0.0) / jnp.sqrt(column[:, k])[:, None]
+            row = jnp.take(inverse, k, axis=1) / column[:, k][:, None]
+            below = jnp.where(index > k, column, 0.0)
+            inverse = inverse - below[:, :, None] * row[:, None, :]
+            inverse = jnp.where((index == k)[:, None], row[:, None, :], inverse)
+            left = left - column[:, :, None] * column[:, None, :]
+            return left, jnp.where(index == k, column[:, :, None], factor), inverse
+
+        eye = jnp.broadcast_to(jnp.eye(size), matrices.shape)
+        state = (matrices, jnp.zeros_like(matrices), eye)
+        return jax.lax.fori_loop(0, size, eliminate, state)[1:]
+
+    return jax.lax.platform_dependent(matrices, cpu=written_out, default=lapack)
+
+
 INR_KINDS: dict[str, type] = {
     "per_tensor_mlp": PerTensorMLP,
     "grid": Grid,
@@ -688,6 +708,8 @@ def make_inr(kind: str, **fields: Any) -> INR:
     if kind not in INR_KINDS:
         raise ValueError(f"The INR kind must be one of {sorted(INR_KINDS)}, got {kind!r}.")
     cls = INR_KINDS[kind]
+    if not fields.get("channel_dropout", True):
+        del fields["channel_dropout"]  # an option of earlier versions, switched off
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = set(fields) - known
     if unknown:

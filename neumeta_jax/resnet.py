@@ -10,6 +10,7 @@ Kernels are HWIO, images NHWC. The tree of the linen module has the same layer n
 its convolutions, and `stem_bn`, `bn1`, `bn2`, `shortcut_bn` beside them.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     Returns:
         float32[batch, classes].
     """
-    x = jax.nn.relu(_affine(images, params["stem"]))
+    x = _relu(_affine(images, params["stem"]))
     for block in spec.blocks:
         if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
             x, _ = _apply_block(block, params[block.name], x)
@@ -127,18 +128,48 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
 
 
 def _affine(x, layer, stride=1):
-    return _conv(x, layer["kernel"], stride) + layer["bias"].astype(x.dtype)
+    y = _conv(x, layer["kernel"], stride)
+    return y + _spread(layer["bias"], y)
+
+
+@jax.custom_jvp
+def _relu(x):
+    return jnp.maximum(x, 0)
+
+
+@_relu.defjvp
+def _relu_jvp(primals, tangents):
+    # By the sign of the result, so that what went in need not be kept for the backward pass.
+    y = _relu(*primals)
+    return y, jnp.where(y > 0, tangents[0], 0)
+
+
+def _spread(bias, x):
+    """`bias` at every image and pixel of `x`, in its type."""
+    return bias if bias.dtype == x.dtype else _rounded(bias, x.shape, x.dtype.name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _rounded(bias, shape, dtype):
+    # The gradient is a sum over images and pixels: in bfloat16 it would be lost in rounding.
+    return jnp.broadcast_to(bias.astype(dtype), shape)
+
+
+_rounded.defvjp(
+    lambda bias, shape, dtype: (_rounded(bias, shape, dtype), bias),
+    lambda shape, dtype, bias, g: (jnp.sum(g, axis=(0, 1, 2), dtype="float32").astype(bias.dtype),),
+)
 
 
 def _apply_block(block: Block, layers: Mapping, x):
     """(stream after the block, its hidden activations), both float[batch, size, size, channels]."""
-    hidden = jax.nn.relu(_affine(x, layers["conv1"], block.stride))
+    hidden = _relu(_affine(x, layers["conv1"], block.stride))
     y = _affine(hidden, layers["conv2"])
     if block.projection:
         x = _affine(x, layers["shortcut"], block.stride)
     elif not block.skippable:
         x = _pad_shortcut(x, block)
-    return jax.nn.relu(x + y), hidden
+    return _relu(x + y), hidden
 
 
 def hidden_moments(
@@ -158,7 +189,7 @@ def hidden_moments(
         float32[hidden_width + 1, hidden_width + 1] by block name; the last row holds the means.
     """
     moments = {}
-    x = jax.nn.relu(_affine(images, params["stem"]))
+    x = _relu(_affine(images, params["stem"]))
     for number, block in enumerate(spec.blocks):
         if block.hidden_width:
             x, hidden = _apply_block(block, params[block.name], x)

@@ -765,13 +765,19 @@ def test_a_masked_update_changes_only_active_blocks(inr):
     [
         *INRS.values(),
         PerTensorMLP(activation="gelu", noise_per="channel", noise_scale=0.5),
-        Projection(ridge=0.1, max_cell=1.5),
+        Projection(ridge=0.1, depth_term=True, max_cell=1.5),
     ],
 )
 def test_a_described_inr_can_be_made_again(inr):
     description = json.loads(json.dumps(describe_inr(inr)))
     assert make_inr(**description) == inr
     assert hash(make_inr(**description)) == hash(inr)
+
+
+def test_a_description_of_an_earlier_version_is_read():
+    fields = {"kind": "projection", "num_terms": 2, "ridge": 0.1}
+    assert make_inr(**fields, channel_dropout=0.0) == make_inr(**fields)
+    assert "channel_dropout" in refusal(make_inr, **fields, channel_dropout=0.5)
 
 
 def test_unknown_kinds_and_fields_of_inrs_are_refused():

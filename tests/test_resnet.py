@@ -299,3 +299,20 @@ def test_apply_can_be_mapped_over_parameters():
     logits = jax.jit(jax.vmap(lambda params: resnet.apply(spec, params, images)))(stacked)
     for tree, result in zip(trees, logits, strict=True):
         assert_close(result, reference_logits(spec, tree, images))
+
+
+def test_gradients_in_bfloat16_are_close_to_those_in_float32_for_biases_too():
+    spec = cifar_resnet(20, num_classes=10)
+    params = resnet.init_params(jax.random.key(0), spec)
+    images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, images):
+        return jnp.mean(resnet.apply(spec, params, images) ** 2)
+
+    exact, rounded = gradient(params, images), gradient(params, images.astype(jnp.bfloat16))
+    error = jax.tree.map(
+        lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)), exact, rounded
+    )
+    assert max(jax.tree.leaves(error)) < 0.1
