@@ -109,7 +109,7 @@ class Baseline:
     images: int = 50_000
     width_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     init: str = "teacher"
-    criterion: str = "taylor"
+    criterion: str = "surgeon"  # the best on validation images
     criteria: tuple[str, ...] = ()
     batch_size: int = 64
     learning_rate: float = 0.02

@@ -456,9 +456,10 @@ def _hidden_width(inr_params, group):
 class Projection:
     """Learned values on a grid of channels; smaller networks are projections of the full one.
 
-    Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the dropped channels D contributed is not lost but carried by the
-    kept ones, as well as least squares can: with M the second moments of the hidden activations and
-    a constant, M = E[(h, 1) (h, 1)^T],
+    Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the
+    dropped channels D contributed is not lost but carried by the kept ones, as well as least
+    squares can: with M the second moments of the hidden activations and a constant,
+    M = E[(h, 1) (h, 1)^T],
 
         A = (M_KK + ridge diag(M_KK))^-1 M_KD         h_D is approximately A^T (h_K, 1)
         W1(C) = W1_K,   W2(C) = W2_K + A W2_D,   b2(C) = b2 + (last row of A) W2_D
