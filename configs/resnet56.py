@@ -68,6 +68,10 @@ def get_config(preset: str = "") -> ConfigDict:
         config.inr.max_cell = 1.75
     if preset == "depth":
         config.inr.depth_term = True
+        config.data.num_validation = 2000
+        config.data.mixup = 0.5
+        config.data.cutmix = 0.5
+        config.train.batch_size = 256
         config.train.epochs = 32.4
         config.train.depth_epochs = 16.2
         config.train.num_random_sizes = 3

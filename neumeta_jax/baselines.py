@@ -553,8 +553,9 @@ def sgd_update(
 
     def update(state, step, key, images: Images, indices, teacher):
         key = jax.random.fold_in(key, step)
-        x = preprocessing.train(key, images.images[indices])
-        y = images.labels[indices]
+        x, y = preprocessing.train(
+            key, images.images[indices], images.labels[indices], teacher_spec.num_classes
+        )
         teacher_logits = None
         if baseline.distill_from == "teacher":
             teacher_logits = resnet.apply(teacher_spec, teacher, x)
@@ -564,8 +565,8 @@ def sgd_update(
             logits, stats = forward(variables, x, jax.random.fold_in(key, 1))
             loss = joint_loss(baseline, logits, y, teacher_logits)
             found = {
-                "accuracy": jnp.mean(jnp.argmax(logits[-1], -1) == y),
-                "full_accuracy": jnp.mean(jnp.argmax(logits[0], -1) == y),
+                "accuracy": losses.accuracy(logits[-1], y),
+                "full_accuracy": losses.accuracy(logits[0], y),
             }
             return loss, (stats, found)
 

@@ -134,8 +134,21 @@ def save_inr(
     save_tree(path, params, {**fields, **metadata})
 
 
+def save_compact(source: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Writes the trained INR of `source`, a work directory or a file, again in half its bytes.
+
+    Numbers are rounded to bfloat16, but for second moments, whose inverse is taken.
+    """
+    hypernetwork, params, metadata = load_inr(source)
+
+    def rounded(keys, leaf):
+        return leaf if keys[-1].key == "moments" else leaf.astype(jnp.bfloat16)
+
+    save_inr(path, hypernetwork, jax.tree_util.tree_map_with_path(rounded, params), **metadata)
+
+
 def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, Any]]:
-    """The (hypernetwork, params, metadata) of a trained INR.
+    """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 
     `path` is a work directory of train.py or the file `inr.safetensors` in it.
 
@@ -156,6 +169,7 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
             inr=make_inr(**metadata.pop("inr")),
         )
         _check_shapes(hypernetwork, params)
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     except Exception as error:  # a header may hold anything
         raise ValueError(
             f"{path} must hold a trained INR, but its header or its tensors fit none "

@@ -843,6 +843,44 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool)
     return jnp.take_along_axis(cropped, columns[:, None, :, None], axis=2, mode="promise_in_bounds")
 
 
+def mix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns images, each mixed with the one before it in the batch, and their targets.
+
+        mixup     r x + (1 - r) x'            (Zhang et al., arXiv 1710.09412)
+        cutmix    x, but x' within a box      (Yun et al., arXiv 1905.04899)
+        targets   r y + (1 - r) y'            r is what is left of the image
+
+    r is uniform in [0, 1], drawn for each image. The box has the image's proportions, a center
+    anywhere, and is clipped at the border.
+
+    Args:
+        key: used once.
+        images: float [batch, height, width, channels].
+        targets: float [batch, classes], probabilities.
+        mixup, cutmix: shares of the images, drawn at random, that are mixed in this way.
+
+    >>> x, y = mix(jax.random.key(0), jnp.ones((2, 4, 4, 3)), jnp.eye(2), mixup=0.5, cutmix=0.5)
+    >>> x.shape, y.sum(axis=1).tolist()
+    ((2, 4, 4, 3), [1.0, 1.0])
+    """
+    batch, height, width, _ = images.shape
+    choice, rest, *center = jax.random.uniform(key, (4, batch, 1, 1))
+
+    def inside(size, center, axis):
+        pixels = (jnp.arange(size) + 0.5).reshape(-1, 1) if axis else jnp.arange(size) + 0.5
+        return jnp.abs(pixels - center * size) < jnp.sqrt(1 - rest) * size / 2
+
+    box = inside(height, center[0], 1) & inside(width, center[1], 0)
+    share = jnp.where(box, 1.0, 0.0)  # of the other image, [batch, height, width]
+    share = jnp.where(choice < cutmix + mixup, jnp.where(choice < cutmix, share, 1 - rest), 0.0)
+    mean = jnp.mean(share, axis=(1, 2))[:, None]
+    share = share[..., None].astype(images.dtype)
+    mixed = images + share * (jnp.roll(images, 1, axis=0) - images)
+    return mixed, targets + mean * (jnp.roll(targets, 1, axis=0) - targets)
+
+
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Returns (images / 255 - mean) / std as float32.
 

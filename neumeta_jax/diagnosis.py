@@ -59,8 +59,9 @@ def locate_in_teacher(
     """
 
     @jax.jit
-    def activations(variables, images):
-        x = preprocessing.train(jax.random.fold_in(step.key, step.number), images)
+    def activations(variables, images, labels):
+        key = jax.random.fold_in(step.key, step.number)
+        x, _ = preprocessing.train(key, images, labels, spec.num_classes)
         _, mutated = resnet.ResNet(spec).apply(
             variables,
             x,
@@ -70,7 +71,7 @@ def locate_in_teacher(
         )
         return {"images": x, **mutated["intermediates"]}
 
-    found = activations(variables, images.images[step.indices])
+    found = activations(variables, *(array[step.indices] for array in images))
     widths = {block.name: block.hidden_width for block in spec.blocks}
     name = _first(found, ("images", "stem", "stem_bn", *widths, "head"))
     if name in widths:
@@ -117,10 +118,11 @@ def locate_in_inr(
         recipe = training.phase_recipe(recipe, kind)
         rows = np.asarray(training.step_widths(width_key, hypernetwork, recipe, kind))
         networks = list(zip(rows, jax.random.split(noise_key, recipe.num_sizes), strict=True))
-        x = jax.jit(preprocessing.train)(data_key, images.images[step.indices])
+        batch = (array[step.indices] for array in images)
+        prepare = jax.jit(preprocessing.train, static_argnums=3)
+        x, y = prepare(data_key, *batch, spec.num_classes)
         if not np.isfinite(np.asarray(x, np.float32)).all():
             return "first in the images"
-        y = images.labels[step.indices]
 
     @jax.jit
     def generate(params, widths, key):

@@ -72,6 +72,7 @@ class Experiment:
     teacher_file: str
     teacher_recipe: TeacherRecipe
     recipe: InrRecipe
+    init_from: str
     channel_order: str
     width_ratios: tuple[float, ...]
     eval_split: str
@@ -156,7 +157,8 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         blocks=architecture.generated_blocks(spec, run.generated),
         inr=make_inr(**config["inr"]),
     )
-    teacher = {name: value for name, value in config["teacher"].items() if name != "file"}
+    teacher, train = dict(config["teacher"]), dict(config["train"])
+    teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
     evaluate = sections["eval"]
     return Experiment(
         name=dataset.name,
@@ -167,11 +169,14 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             std=std,
             crop_padding=images.crop_padding,
             flip=images.flip,
+            mixup=images.mixup,
+            cutmix=images.cutmix,
             dtype=run.dtype,
         ),
-        teacher_file=sections["teacher"].file,
+        teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**teacher),
-        recipe=sections["train"],
+        recipe=InrRecipe(**train),
+        init_from=init_from,
         channel_order=run.channel_order,
         width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
         eval_split=evaluate.split,
@@ -630,6 +635,24 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
     return state.params
 
 
+def load_start(experiment: Experiment) -> Params | None:
+    """The INR parameters of `train.init_from`; None where the run begins anew.
+
+    Raises:
+        FileNotFoundError, ValueError: if the file is missing or damaged, or holds another family.
+    """
+    if not experiment.init_from:
+        return None
+    hypernetwork, params, _ = checkpoint.load_inr(experiment.init_from)
+    if hypernetwork != experiment.hypernetwork:
+        raise UsageError(
+            f"train.init_from must hold an INR of the run's networks and kind, {experiment.spec} "
+            f"and {experiment.hypernetwork.inr}, but {experiment.init_from} has "
+            f"{hypernetwork.spec} and {hypernetwork.inr}; use the config that trained it."
+        )
+    return params
+
+
 def import_teacher(experiment: Experiment, path: str) -> Params:
     """Linen variables of a PyTorch network from a file; it must have the experiment's spec."""
     spec = experiment.spec
@@ -818,10 +841,16 @@ def train_inr(
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
     restored = restore(saved, template)
+    given = load_start(experiment)
+    if given is not None:  # blocks are what the file has, in every phase
+        phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
     if restored:
         start, state = restored
         params = state.result
         print(f"INR: continuing from step {start} of {total}", flush=True)
+    elif given is not None:
+        params = given
+        print(f"INR: starting from {experiment.init_from}", flush=True)
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
@@ -836,7 +865,7 @@ def train_inr(
     def images_of(kind):
         return training.phase_recipe(recipe, kind).images_per_step
 
-    unroll = jax.default_backend() == "cpu"
+    unroll = jax.default_backend() != "tpu"
     updates = {
         "fit": training.fit_update(hypernetwork, recipe),
         **{

@@ -8,8 +8,22 @@ import optax
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy of logits float[batch, classes] and labels int[batch]."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    """Mean cross-entropy of logits float[batch, classes].
+
+    `labels` are int[batch], or float[batch, classes], probabilities.
+    """
+    if labels.ndim == 1:
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    return jnp.mean(optax.softmax_cross_entropy(logits, labels))
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Share of the logits float[batch, classes] whose largest is that of the label.
+
+    `labels` are those of `cross_entropy`; of probabilities the largest counts.
+    """
+    wanted = labels if labels.ndim == 1 else jnp.argmax(labels, axis=-1)
+    return jnp.mean(jnp.argmax(logits, axis=-1) == wanted)
 
 
 def distillation(

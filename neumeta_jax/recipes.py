@@ -61,7 +61,7 @@ class Data:
     Attributes:
         name, dir: see `data.load_dataset`; an empty folder stands for the default one.
         num_validation, split_seed: see `data.split_validation`.
-        crop_padding, flip: of training images, see `data.augment`.
+        crop_padding, flip, mixup, cutmix: of training images, see `data.augment` and `data.mix`.
         mean, std: a number for each channel of images in [0, 1]; empty: those of the data set.
     """
 
@@ -71,6 +71,8 @@ class Data:
     split_seed: int = 0
     crop_padding: int = 4
     flip: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -120,11 +122,18 @@ class Teacher(TeacherRecipe):
     file: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Train(InrRecipe):
+    """The section `train`: `init_from` is a trained INR to start from; empty: none."""
+
+    init_from: str = ""
+
+
 SECTIONS = {
     "data": Data,
     "network": Network,
     "teacher": Teacher,
-    "train": InrRecipe,
+    "train": Train,
     "eval": Evaluation,
 }
 # Options that earlier versions had, and the values with which nothing differed without them.

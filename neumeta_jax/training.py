@@ -56,17 +56,41 @@ class Images(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What happens to a batch of uint8 images before the network sees it."""
+    """What happens to a batch of uint8 images before the network sees it.
+
+    `mixup` and `cutmix` are the shares of the training images that are mixed with another image
+    (`data.mix`).
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_padding: int = 4
     flip: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
     dtype: str = "float32"
 
-    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        augmented = data.augment(key, images, crop_padding=self.crop_padding, flip=self.flip)
-        return self.evaluate(augmented)
+    def __post_init__(self):
+        if not (self.mixup >= 0 and self.cutmix >= 0 and self.mixup + self.cutmix <= 1):
+            raise ValueError(
+                "mixup and cutmix are shares of the images and add up to 1 at most, got "
+                f"{self.mixup=} and {self.cutmix=}."
+            )
+
+    def train(
+        self, key: jax.Array, images: jax.Array, labels: jax.Array, num_classes: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """(what the network sees, labels) of uint8 images and labels int[batch].
+
+        Where images are mixed, labels become probabilities, float32[batch, num_classes].
+        """
+        images = data.augment(key, images, crop_padding=self.crop_padding, flip=self.flip)
+        x, y = data.normalize(images, self.mean, self.std), labels
+        if self.mixup or self.cutmix:
+            key = jax.random.fold_in(key, 1)
+            y = jax.nn.one_hot(labels, num_classes)
+            x, y = data.mix(key, x, y, mixup=self.mixup, cutmix=self.cutmix)
+        return x.astype(self.dtype), y
 
     def evaluate(self, images: jax.Array) -> jax.Array:
         return data.normalize(images, self.mean, self.std).astype(self.dtype)
@@ -204,8 +228,12 @@ def teacher_update(
     model = resnet.ResNet(spec)
 
     def update(state, step, key, images, indices):
-        x = preprocessing.train(jax.random.fold_in(key, step), images.images[indices])
-        y = images.labels[indices]
+        x, y = preprocessing.train(
+            jax.random.fold_in(key, step),
+            images.images[indices],
+            images.labels[indices],
+            spec.num_classes,
+        )
         if mesh is not None:
             x, y = jax.lax.with_sharding_constraint(
                 (x, y), jax.NamedSharding(mesh, jax.P(DATA_AXIS))
@@ -214,11 +242,10 @@ def teacher_update(
         def loss_fn(params):
             variables = {**state.params, "params": params}
             logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(y, spec.num_classes), recipe.label_smoothing
-            )
-            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-            return loss, (mutated["batch_stats"], jnp.mean(jnp.argmax(logits, -1) == y))
+            targets = y if y.ndim > 1 else jax.nn.one_hot(y, spec.num_classes)
+            targets = optax.smooth_labels(targets, recipe.label_smoothing)
+            loss = losses.cross_entropy(logits, targets)
+            return loss, (mutated["batch_stats"], losses.accuracy(logits, y))
 
         params = state.params["params"]
         (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -491,39 +518,24 @@ def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) ->
 
 
 def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
-    """AdamW or Muon with rates for "inr" (and "depth"), "alpha", "learned", behind a clip.
+    """AdamW or Muon behind a clip, at a learning rate of 1; the step multiplies by those it has.
 
     Muon takes steps whose singular values are all about equal (Jordan, "Muon", 2024), here for the
     kernels of convolutions, those that an INR holds as values included, and for hidden layers of
     MLPs; all else keeps AdamW, with Nesterov's momentum. Steps are as long as AdamW's, a root mean
     square of 0.2 times the learning rate (Liu et al., arXiv 2502.16982), so that rates carry over.
     """
-
-    def one_rate(learning_rate):
-        if recipe.optimizer == "muon":
-            return optax.contrib.muon(
-                learning_rate,
-                weight_decay=recipe.weight_decay,
-                adam_weight_decay=recipe.weight_decay,
-                consistent_rms=0.2,
-                muon_weight_dimension_numbers=_matrices,
-            )
-        return optax.adamw(learning_rate, weight_decay=recipe.weight_decay)
-
-    rates = {"inr": "inr", "depth": "inr", "alpha": "alpha", "learned": "learned"}
-    return optax.chain(
-        optax.clip(recipe.clip),
-        optax.multi_transform(
-            {
-                "inr": one_rate(recipe.learning_rate),
-                "alpha": one_rate(recipe.alpha_learning_rate),
-                "learned": one_rate(recipe.learned_learning_rate),
-            },
-            lambda params: {
-                name: jax.tree.map(lambda _, n=name: rates[n], params[name]) for name in params
-            },
-        ),
-    )
+    if recipe.optimizer == "muon":
+        optimizer = optax.contrib.muon(
+            1.0,
+            weight_decay=recipe.weight_decay,
+            adam_weight_decay=recipe.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        optimizer = optax.adamw(1.0, weight_decay=recipe.weight_decay)
+    return optax.chain(optax.clip(recipe.clip), optimizer)
 
 
 def _matrices(params: Any) -> Any:
@@ -584,16 +596,28 @@ class PhaseInputs(NamedTuple):
     warmup_steps: Any  # int32
     active: Any  # bool[num_blocks]
     learn_last: Any  # bool
+    rates: Any  # float32 by the names of the parameters: learning rates at their highest
 
 
 def phase_inputs(hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase) -> PhaseInputs:
     last = recipe.learned == "last" and phase.stage == 3
+    recipe = phase_recipe(recipe, phase.kind)
+    rates = {
+        "inr": recipe.learning_rate,
+        "alpha": recipe.alpha_learning_rate,
+        "learned": recipe.learned_learning_rate,
+    }
+    if phase.kind == "fit":
+        rates = dict.fromkeys(rates, 0.0) | {"inr": recipe.fit_learning_rate}
+    if hypernetwork.inr.depth_term:
+        rates["depth"] = rates["inr"]
     return PhaseInputs(
         start=np.int32(phase.start),
         num_steps=np.int32(phase.stop - phase.start),
         warmup_steps=np.int32(phase.warmup_steps),
         active=np.arange(len(hypernetwork.blocks)) < phase.num_active,
         learn_last=np.bool_(last),
+        rates={name: np.float32(rate) for name, rate in rates.items()},
     )
 
 
@@ -789,8 +813,8 @@ def inr_update(
 
     Args:
         unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
-            convolutions inside loops to code that is up to 100 times slower; elsewhere loops save
-            memory and compilation.
+            convolutions inside loops to code that is up to 100 times slower, and the host drives
+            the loops of a GPU; on a TPU loops save memory and compilation.
         mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
             its own micro-batches, and their gradients are averaged once per step. Generation, which
             is cheap beside it, happens on every device.
@@ -818,6 +842,8 @@ def inr_update(
             "reconstruction": is_full * losses.reconstruction(generated, teacher, active),
         }
 
+    # What tensor cores take at once; channels beyond a width are zero.
+    multiple = 1 if jax.default_backend() == "cpu" else 8
     # The widths of each size that are the same in every step, None where they are drawn.
     networks: list[tuple[int, ...] | None] = [None] * recipe.num_sizes
     if recipe.sandwich and recipe.mode == "at_once":
@@ -838,7 +864,11 @@ def inr_update(
     def network_loss(tree, x, y, targets, network):
         small = spec
         if network is not None:
-            small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, network)
+            shapes = [
+                min(-(-w // multiple) * multiple, full)
+                for w, full in zip(network, hypernetwork.full_widths, strict=True)
+            ]
+            small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, shapes)
         logits = resnet.apply(small, tree, x)
         terms = {"ce": losses.cross_entropy(logits, y)}
         loss = recipe.ce_weight * terms["ce"]
@@ -847,7 +877,7 @@ def inr_update(
                 logits, targets, temperature=recipe.temperature
             )
             loss += recipe.distillation_weight * terms["distillation"]
-        terms["accuracy"] = jnp.mean(jnp.argmax(logits, -1) == y)
+        terms["accuracy"] = losses.accuracy(logits, y)
         return loss, {"network_loss": loss, **terms}
 
     # Traced once for all that is written out; XLA inlines it.
@@ -856,16 +886,16 @@ def inr_update(
     def local_gradients(trees, target, x, y):
         """Mean gradients of the networks' losses with respect to their weights, and the terms.
 
-        Over the images of one device: x float[batches, share, ...], y int[batches, share].
+        Over the images of one device: x float[batches, share, ...], y [batches, share(, classes)].
         `target` is the network whose logits are the soft labels.
         """
         x, y = jax.tree.map(
             lambda a: a.reshape(a.shape[0], share // micro, micro, *a.shape[2:]), (x, y)
         )
-        targets = jnp.zeros((*y.shape, 0))
+        targets = jnp.zeros((*x.shape[:3], 0))
         if recipe.distillation_weight:
             found = loop(lambda x: resnet.apply(spec, target, x), x.reshape(-1, *x.shape[2:]))
-            targets = found.reshape(*y.shape, -1)
+            targets = found.reshape(*x.shape[:3], -1)
 
         def one_size(size, network):
             tree, batch = size
@@ -931,8 +961,9 @@ def inr_update(
             all_networks, state.params, has_aux=True
         )
 
-        x = preprocessing.train(data_key, images.images[indices])
-        y = images.labels[indices]
+        x, y = preprocessing.train(
+            data_key, images.images[indices], images.labels[indices], spec.num_classes
+        )
         # [sizes, images, ...], or one batch that all sizes share.
         batches = 1 if recipe.share_images else recipe.num_sizes
         x, y = jax.tree.map(lambda a: a.reshape(batches, recipe.batch_size, *a.shape[1:]), (x, y))
@@ -958,7 +989,12 @@ def inr_update(
             mask = depth_mask(hypernetwork, state.params)
         else:
             mask = update_mask(hypernetwork, recipe, state.params, phase)
-        updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
+        updates = {
+            name: jax.tree.map(
+                lambda u, m, r=phase.rates[name]: scale * r * m * u, tree, mask[name]
+            )
+            for name, tree in updates.items()
+        }
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -987,7 +1023,6 @@ def fit_update(
     width, with coordinate noise where the recipe has it, so that the fit is as smooth as what
     follows. Images are not looked at.
     """
-    factor = recipe.fit_learning_rate / recipe.learning_rate if recipe.learning_rate else 0.0
     optimizer = inr_optimizer(recipe)
     full = jnp.array(hypernetwork.full_widths, jnp.int32)
     names = [hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks]
@@ -1014,12 +1049,11 @@ def fit_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # Always a cosine: there is nothing to keep exploring once the weights are met.
         done = (step - phase.start) / phase.num_steps
-        scale = factor * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        mask = {
-            name: jax.tree.map(lambda _, n=name: float(n == "inr"), values)
-            for name, values in state.params.items()
+        scale = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        updates = {
+            name: jax.tree.map(lambda u, r=phase.rates[name]: scale * r * u, tree)
+            for name, tree in updates.items()
         }
-        updates = jax.tree.map(lambda u, m: scale * m * u, updates, mask)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
         # What the next phase starts from is the fit itself, not an average over its steps.

@@ -179,7 +179,7 @@ RUNS = (
 def test_the_work_directory_of_an_earlier_version_is_read(run):
     path = CONFIGS[0].parent.parent / "results" / run / "config.json"
     config = lab.read_config(path.parent)
-    assert set(config["train"]) == {field.name for field in dataclasses.fields(training.InrRecipe)}
+    assert set(config["train"]) == {field.name for field in dataclasses.fields(recipes.Train)}
     assert "channel_dropout" not in config["inr"]
     experiment = lab.from_config(config, stand_in(config["data"]["name"]))
     lab.check_same_config(path.parent, config)

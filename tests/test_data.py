@@ -808,3 +808,53 @@ def test_normalize_refuses_another_number_of_channels():
     with pytest.raises(ValueError, match="channel_statistics") as error:
         data.normalize(distinct_images(3, 4, 4), (0.5,), (0.5,))
     assert_one_sentence(error, "3 channels", "got 1 and 1")
+
+
+# mix
+
+
+mix = jax.jit(data.mix, static_argnames=("mixup", "cutmix"))
+
+
+def numbered(batch=64, size=16):
+    """Image n and target n are n everywhere, so that what is mixed says of what it is made."""
+    images = jnp.broadcast_to(
+        jnp.arange(batch, dtype=jnp.float32)[:, None, None, None], (batch, size, size, 3)
+    )
+    return images, jnp.eye(batch)
+
+
+def test_mixup_has_one_share_of_the_image_before_and_the_same_share_of_its_target():
+    images, targets = numbered()
+    x, y = (np.asarray(a) for a in mix(jax.random.key(0), images, targets, mixup=1.0, cutmix=0.0))
+    assert np.ptp(x, axis=(1, 2, 3)).max() < 1e-5  # one share for the whole image
+    np.testing.assert_allclose(y.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(x[:, 0, 0, 0], y @ np.arange(len(y)), rtol=1e-4, atol=1e-4)
+    rest = np.diag(y)
+    np.testing.assert_allclose(1 - rest, np.diag(np.roll(y, 1, axis=1)), atol=1e-6)
+    assert rest.min() < 0.1 and rest.max() > 0.9 and 0.4 < rest.mean() < 0.6
+
+
+def test_cutmix_has_a_box_of_the_image_before_and_its_area_of_the_target():
+    images, targets = numbered()
+    x, y = (np.asarray(a) for a in mix(jax.random.key(1), images, targets, mixup=0.0, cutmix=1.0))
+    other = x[..., 0] != np.arange(len(y))[:, None, None]
+    for n, box in enumerate(other):
+        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+        assert set(np.unique(x[n])) <= {n, (n - 1) % len(y)}
+        assert box.sum() == len(rows) * len(columns)  # a box, without holes
+        for edge in (rows, columns):
+            assert len(edge) == 0 or np.ptp(edge) == len(edge) - 1
+        np.testing.assert_allclose(y[n, n], 1 - box.mean(), atol=1e-6)
+        np.testing.assert_allclose(y[n, n - 1], box.mean(), atol=1e-6)
+    assert other.mean(axis=(1, 2)).min() < 0.1 and other.mean(axis=(1, 2)).max() > 0.5
+
+
+def test_images_are_mixed_in_the_shares_asked_for():
+    images, targets = numbered(batch=4096, size=4)
+    x, _ = mix(jax.random.key(2), images, targets[:, :1], mixup=0.25, cutmix=0.0)
+    changed = np.asarray((x != images).any(axis=(1, 2, 3)))
+    assert 0.22 < changed.mean() < 0.28
+    same = mix(jax.random.key(2), images, targets[:, :1], mixup=0.0, cutmix=0.0)
+    np.testing.assert_array_equal(same[0], images)
+    np.testing.assert_array_equal(same[1], targets[:, :1])

@@ -1,0 +1,319 @@
+"""Images per second of a training step of configs/resnet56.py:depth on a GPU, beside PyTorch's.
+
+    python benchmarks/gpu/throughput.py --out=DIR
+    python benchmarks/gpu/throughput.py --out=/tmp/t --smoke           # small, on any device
+
+Each variant, a batch size and flags of XLA, compiles in a process of its own, all at once; then
+they are timed one after the other, with nothing else on the device. Compiled programs stay in JAX's
+compilation cache, so that a run with the variant that was chosen starts at once.
+
+PyTorch runs the same four networks and the teacher in bfloat16, channels last, as one CUDA graph:
+forward, cross-entropy and soft labels, backward. It neither generates weights nor updates them.
+Random images and labels. The last lines are a table; `throughput.json` holds all of it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+# Of which phases: all sizes, and the depth term alone.
+KINDS = ("train", "depth")
+GRAPHS = "--xla_gpu_enable_command_buffer=+convolution"
+VARIANTS = {  # name: (batch size, XLA flags)
+    "256 graphs": (256, GRAPHS),
+    "256 graphs concurrent": (
+        256,
+        f"{GRAPHS} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
+    ),
+    "256 graphs conv fusion": (256, f"{GRAPHS} --xla_gpu_experimental_enable_conv_fusion=true"),
+    "512 graphs": (512, GRAPHS),
+}
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def settings(smoke: bool) -> dict:
+    if smoke:
+        return {"preset": "depth", "images": 200, "validation": 40, "steps": 1, "depth": 20}
+    return {"preset": "depth", "images": 50_000, "validation": 2000, "steps": 50, "depth": 56}
+
+
+def experiment_of(batch_size: int, smoke: bool):
+    """The experiment of the config on random images, and its splits."""
+    import importlib.util
+
+    import numpy as np
+
+    from neumeta_jax import data, experiment as lab
+
+    size = settings(smoke)
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "resnet56.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(size["preset"])
+    config.data.num_validation = size["validation"]
+    config.network.depth = size["depth"]
+    config.train.batch_size = batch_size
+    rng = np.random.default_rng(0)
+
+    def draw(number):
+        images = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
+        return images, rng.integers(0, 100, number).astype(np.int32)
+
+    dataset = data.make_dataset("cifar100", *draw(size["images"]), *draw(100), num_classes=100)
+    splits = data.split_validation(dataset, num_validation=size["validation"], seed=0)
+    return lab.from_config(config.to_dict(), dataset), splits
+
+
+def seconds_of(function, repeats: int = 3) -> float:
+    """The shortest of `repeats` runs of `function`, after one that does not count."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def worker(batch_size: int, smoke: bool) -> None:
+    """Compiles the step, waits for a line on standard input, and prints what it measured."""
+    import jax
+    import jax.numpy as jnp
+
+    from neumeta_jax import experiment as lab, hypernetwork as hyper, resnet, training
+
+    lab.enable_compilation_cache()
+    experiment, splits = experiment_of(batch_size, smoke)
+    family, recipe = experiment.hypernetwork, experiment.recipe
+    steps = settings(smoke)["steps"]
+    images = training.Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+    backbone = resnet.init_params(jax.random.key(0), family.spec)
+    params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+    phases = training.phases(family, recipe, num_images=len(splits.train_labels))
+    order = jnp.arange(len(splits.train_labels), dtype=jnp.int32)
+    key = jax.random.key(2)
+    state = training.start_phase(params, family, recipe, phases[0])
+
+    def runner(kind):
+        """A function that takes `steps` steps of the phase of `kind`."""
+        phase = next(phase for phase in phases if phase.kind == kind)
+        update = training.inr_update(
+            family, recipe, experiment.preprocessing, unroll=True, kind=kind
+        )
+        call = training.chunked(
+            update,
+            images_per_step=training.phase_recipe(recipe, kind).images_per_step,
+            steps_per_call=max(steps, 2),
+        )
+        rest = (backbone, training.phase_inputs(family, recipe, phase))
+
+        def run():
+            nonlocal state
+            zero = jnp.int32(0)
+            state, metrics, _ = call(state, zero, jnp.int32(steps), key, images, order, zero, *rest)
+            jax.block_until_ready(metrics)
+
+        return run
+
+    started = time.perf_counter()
+    runs = {kind: runner(kind) for kind in KINDS}
+    for run in runs.values():
+        run()
+    compile_s = time.perf_counter() - started
+
+    # The parts of a step that are no network: what a faster device would not make faster.
+    optimizer = training.inr_optimizer(recipe)
+
+    @jax.jit
+    def optimise(params, opt_state):
+        return optimizer.update(params, opt_state, params)
+
+    @jax.jit
+    def generate(params, key):
+        widths = training.step_widths(key, family, recipe, "train")
+        trees, pull_back = jax.vjp(
+            lambda params: jax.vmap(lambda w: hyper.generate(family, params, w))(widths), params
+        )
+        return pull_back(trees)
+
+    parts = {
+        "optimiser": lambda: jax.block_until_ready(optimise(state.params, state.opt_state)),
+        "generation": lambda: jax.block_until_ready(generate(state.params, key)),
+    }
+    for part in parts.values():
+        part()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    step_s, depth_s = (seconds_of(runs[kind]) / steps for kind in KINDS)
+    found = {
+        "batch_size": batch_size,
+        "compile_s": round(compile_s, 1),
+        "step_ms": 1e3 * step_s,
+        "images_per_second": recipe.num_sizes * batch_size / step_s,
+        "depth_step_ms": 1e3 * depth_s,
+        **{f"{name}_ms": 1e3 * seconds_of(part) for name, part in parts.items()},
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+    print(json.dumps(found), flush=True)
+
+
+def torch_worker(batch_size: int, smoke: bool) -> None:
+    """The same networks in PyTorch; prints what it measured."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    torch.backends.cudnn.benchmark = True
+    blocks_per_stage = (settings(smoke)["depth"] - 2) // 6
+    generated = range(1, blocks_per_stage)
+    last = blocks_per_stage - 1  # the last block of the network is not generated
+
+    def conv(inputs, outputs, stride=1, size=3):
+        return nn.Conv2d(inputs, outputs, size, stride, size // 2)
+
+    class Block(nn.Module):
+        def __init__(self, inputs, hidden, outputs, stride):
+            super().__init__()
+            self.conv1, self.conv2 = conv(inputs, hidden, stride), conv(hidden, outputs)
+            self.shortcut = conv(inputs, outputs, stride, 1) if stride > 1 else None
+
+        def forward(self, x):
+            y = self.conv2(functional.relu(self.conv1(x)))
+            return functional.relu((self.shortcut(x) if self.shortcut else x) + y)
+
+    def network(ratio=1.0, skipped=0):
+        layers, inputs = [conv(3, 16), nn.ReLU()], 16
+        for stage, width in enumerate((16, 32, 64)):
+            inner = [n for n in generated if not (stage == 2 and n == last)]
+            left_out = inner[len(inner) - skipped :] if skipped else []
+            for n in range(blocks_per_stage):
+                if n in left_out:
+                    continue
+                hidden = max(8, round(width * ratio)) if n in inner else width
+                layers.append(Block(inputs, hidden, width, 2 if stage and n == 0 else 1))
+                inputs = width
+        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100)]
+        whole = nn.Sequential(*layers, *head).to(device, dtype)
+        return whole.to(memory_format=torch.channels_last)
+
+    half = (blocks_per_stage - 1) // 2
+    networks = [network(), network(0.25), network(skipped=half), network()]
+    teacher = network()
+    x = torch.randn(batch_size, 3, 32, 32, device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    y = torch.randint(0, 100, (batch_size,), device=device)
+
+    def step():
+        with torch.no_grad():
+            soft = functional.softmax(teacher(x).float() / 2, -1)
+        for one in networks:
+            logits = one(x).float()
+            log_probabilities = functional.log_softmax(logits / 2, -1)
+            distillation = functional.kl_div(log_probabilities, soft, reduction="batchmean")
+            loss = functional.cross_entropy(logits, y) + 16 * distillation
+            for parameter in one.parameters():
+                parameter.grad = None
+            loss.backward()
+
+    run, wait = step, lambda: None
+    if cuda:
+        wait = torch.cuda.synchronize
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+
+    repeats = 1 if smoke else 20
+
+    def several():
+        for _ in range(repeats):
+            run()
+        wait()
+
+    step_s = seconds_of(several) / repeats
+    found = {
+        "batch_size": batch_size,
+        "step_ms": 1e3 * step_s,
+        "images_per_second": len(networks) * batch_size / step_s,
+        "torch": torch.__version__,
+    }
+    print(json.dumps(found), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between")
+    parser.add_argument("--torch_batch_sizes", default="256,512")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    scale = 16 if options.smoke else 1
+    if options.worker:
+        kind, batch_size = options.worker.split(":")
+        run = torch_worker if kind == "torch" else worker
+        run(int(batch_size) // scale, options.smoke)
+        return
+
+    def start(kind, batch_size, flags=""):
+        environment = os.environ | {
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        }
+        command = [
+            sys.executable,
+            __file__,
+            f"--out={options.out}",
+            f"--worker={kind}:{batch_size}",
+        ]
+        command += ["--smoke"] * options.smoke
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def finish(process):
+        out, _ = process.communicate("go\n")
+        lines = out.strip().splitlines()
+        return (
+            json.loads(lines[-1]) if process.returncode == 0 and lines else {"failed": out[-500:]}
+        )
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    sizes = [int(n) for n in options.torch_batch_sizes.split(",") if n]
+    for batch_size in sizes:
+        found[f"PyTorch {batch_size}"] = finish(start("torch", batch_size))
+    names = [name for name in options.variants.split(",") if name]
+    waiting = {name: start("jax", *VARIANTS[name]) for name in names}
+    for name, process in waiting.items():
+        if process.stdout.readline().strip() != "ready":
+            print(f"{name} did not compile", flush=True)
+    for name, process in waiting.items():
+        found[name] = finish(process)
+    (options.out / "throughput.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'variant':<26}{'images/s':>10}{'ms a step':>11}{'optimiser':>11}{'generation':>11}")
+    for name, row in found.items():
+        if "failed" in row:
+            print(f"{name:<26}failed: {row['failed'][-100:]}")
+            continue
+        numbers = [row.get(key) for key in ("step_ms", "optimiser_ms", "generation_ms")]
+        cells = "".join(f"{'' if n is None else format(n, '.2f'):>11}" for n in numbers)
+        print(f"{name:<26}{row['images_per_second']:>10,.0f}{cells}")
+
+
+if __name__ == "__main__":
+    main()
