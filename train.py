@@ -13,7 +13,7 @@ import time
 
 from absl import flags
 
-from neumeta_jax import command_line, experiment as lab, hosts, programs
+from neumeta_jax import command_line, experiment as lab, hosts
 from neumeta_jax.progress import format_seconds
 
 
@@ -33,7 +33,6 @@ def main(argv):
         )
     lab.quiet_logging()
     lab.enable_compilation_cache()
-    programs.enable()
     with hosts.joined(options):
         run(config, options)
 
@@ -48,7 +47,6 @@ def run(config, options):
         print(json.dumps(config, indent=1))
         print(lab.describe(experiment, dataset, splits, estimate_time=True))
         return
-    lab.prefetch_programs(experiment, splits)
     print(lab.describe(experiment, dataset, splits), flush=True)
 
     with lab.open_workdir(options.workdir, config) as workdir:

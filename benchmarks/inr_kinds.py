@@ -30,7 +30,7 @@ import numpy as np
 from neumeta_jax import architecture, experiment as lab, hypernetwork as hyper, resnet
 from neumeta_jax.command_line import UsageError, run
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import INR, Grid, PerTensorMLP, Projection, SharedMLP, describe_inr
+from neumeta_jax.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
 
 NUM_IMAGES = 10_000
 KINDS: dict[str, tuple[str, INR]] = {
@@ -42,7 +42,6 @@ KINDS: dict[str, tuple[str, INR]] = {
         "an MLP per tensor, 256 x 4, 16 frequencies (arXiv 2410.11878)",
         PerTensorMLP(hidden_width=256, num_layers=4, num_frequencies=16, activation="relu"),
     ),
-    "shared_mlp": ("one MLP for all tensors, 256 x 4", SharedMLP()),
     "grid_cell": ("values averaged over cells, linear in the width", Grid(num_terms=2)),
     "grid_nested": (
         "the first channels of learned values",

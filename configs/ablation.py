@@ -13,9 +13,9 @@ budget: 200 steps, each of which passes 32 images through each of three sizes, a
 images. Accuracies are of the validation split and for comparing rows with each other only: the
 budget is a fraction of a full run's, and the public teacher was trained on these images.
 
-Fit phases come on top of the budget: `per_tensor_mlp` and `shared_mlp` have no closed form to start
-at the teacher with, and fit it for 600 steps first, which look at no images. benchmarks/ablation.py
-reports their time apart. Both then learn at 1e-4, since higher rates undo the fit.
+A fit phase comes on top of the budget: `per_tensor_mlp` has no closed form to start at the teacher
+with, and fits it for 600 steps first, which look at no images. benchmarks/ablation.py reports their
+time apart. It then learns at 1e-4, since higher rates undo the fit.
 
 Hardware: one CPU core a row, or any accelerator.
 """
@@ -25,6 +25,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from neumeta_jax import recipes
+
 NUM_IMAGES = 45_000
 NUM_STEPS = 200
 BATCH_SIZE = 32
@@ -32,14 +34,8 @@ NUM_BLOCKS = 5  # that a ResNet20 generates
 EPOCHS = NUM_STEPS * BATCH_SIZE / NUM_IMAGES
 WARMUP_EPOCHS = 40 * BATCH_SIZE / NUM_IMAGES
 
-FIT = {
-    "channel_order": "smoothness",
-    "train.fit_steps": 600,
-    "train.fit_widths": "random",
-    "train.learning_rate": 1e-4,
-}
-GRID = {"kind": "grid", "num_terms": 1, "resampling": "nested", "noise_scale": 0.0}
-CELL = {**GRID, "num_terms": 2, "resampling": "cell"}
+GRID = {"kind": "grid", "num_terms": 1, "resampling": "nested"}
+CELL = {"kind": "grid"}
 # Each block has its share of the steps, and of the warm-up.
 BLOCKWISE = {
     "train.mode": "blockwise",
@@ -48,7 +44,7 @@ BLOCKWISE = {
 }
 
 # Name of the preset -> (what it is, the fields that differ from the base). "inr" is the section as
-# a whole, because each kind has its own fields.
+# a whole, because each kind has its own fields, but for those at their defaults.
 ROWS = {
     "base": ("projection of learned values, channels by importance, Muon", {}),
     # The optimiser.
@@ -66,32 +62,17 @@ ROWS = {
     "per_tensor_mlp": (
         "one MLP per tensor after a fit, learning rate 1e-4, channels by smoothness",
         {
-            **FIT,
+            "channel_order": "smoothness",
+            "train.fit_steps": 600,
+            "train.fit_widths": "random",
+            "train.learning_rate": 1e-4,
             "inr": {
                 "kind": "per_tensor_mlp",
                 "hidden_width": 128,
                 "num_layers": 4,
                 "num_frequencies": 7,
-                "activation": "elu",
                 "noise_scale": 0.0,
                 "noise_per": "channel",
-            },
-        },
-    ),
-    "shared_mlp": (
-        "one MLP for all tensors after a fit, learning rate 1e-4, channels by smoothness",
-        {
-            **FIT,
-            "inr": {
-                "kind": "shared_mlp",
-                "hidden_width": 256,
-                "num_layers": 4,
-                "num_frequencies": 6,
-                "embedding_size": 64,
-                "activation": "gelu",
-                "noise_scale": 0.0,
-                "integrated": True,
-                "max_cell": 1.0,
             },
         },
     ),
@@ -140,22 +121,11 @@ def get_config(preset: str = "") -> ConfigDict:
     config.log_every = 100
     config.checkpoint_every = NUM_STEPS
 
-    config.train.mode = "at_once"
     config.train.epochs = EPOCHS
-    config.train.final_epochs = 0.0
     config.train.warmup_epochs = WARMUP_EPOCHS
     config.train.batch_size = BATCH_SIZE
-    config.train.share_images = True
-    config.train.micro_batch = 16
-    config.train.num_random_sizes = 2
-    config.inr.max_cell = 1.0
     config.train.min_width_ratio = 0.5
-    config.train.max_width_ratio = 1.0
-    config.train.sandwich = True
     config.train.per_block_widths = 0.0
-    config.train.skip_blocks = 0.0
-    config.train.max_skipped = 0.5
-    config.train.skip_order = "random"
 
     config.eval.split = "validation"
     config.eval.width_ratios = (1.0, 0.75, 0.5, 0.33, 0.25)
@@ -165,7 +135,7 @@ def get_config(preset: str = "") -> ConfigDict:
     _, changes = ROWS[preset or "base"]
     for field, value in changes.items():
         if field == "inr":
-            config.inr = ConfigDict(value)
+            config.inr = recipes.inr(**value)
             continue
         section, _, name = field.rpartition(".")
         (config[section] if section else config)[name] = value

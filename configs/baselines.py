@@ -23,6 +23,9 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from neumeta_jax import recipes
+from neumeta_jax.baselines import Baseline
+
 # A network with soft labels learns from them and from labels as 4 to 1, as the INR's recipe does.
 DISTILLED = {
     "distill_from": "teacher",
@@ -109,28 +112,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.log_every = 50
     config.checkpoint_every = 100
 
-    config.baseline = ConfigDict()
-    config.baseline.method = ""
-    config.baseline.title = ""
-    config.baseline.variant = ""
-    config.baseline.source = ""
-    config.baseline.images = 50_000
-    config.baseline.width_ratios = (1.0, 0.75, 0.5, 0.25)
-    config.baseline.init = "teacher"
-    config.baseline.criterion = "surgeon"  # the best on validation images
-    config.baseline.criteria = ()
-    config.baseline.batch_size = 128 if large else 64
-    config.baseline.learning_rate = 0.02
-    config.baseline.momentum = 0.9
-    config.baseline.weight_decay = 5e-4  # the teacher's
-    config.baseline.distill_from = "none"
-    config.baseline.ce_weight = 1.0
-    config.baseline.distillation_weight = 0.0
-    config.baseline.temperature = 1.0
-    config.baseline.num_random_sizes = 2
-    config.baseline.calibration_images = 2000
-    for field, value in ROWS[name].items():
-        config.baseline[field] = value
+    batch_size = 128 if large else 64
+    section = {**recipes.field_defaults(Baseline), "batch_size": batch_size, **ROWS[name]}
+    config.baseline = ConfigDict(section)
 
     config.eval.width_ratios = config.baseline.width_ratios
     if name.startswith("neumeta"):
@@ -152,23 +136,16 @@ def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
     each, as all steps of `training.inr_update` have the full size.
     """
     config.channel_order = "smoothness"
-    config.inr = ConfigDict()
-    config.inr.kind = "per_tensor_mlp"
-    config.inr.hidden_width = 256
-    config.inr.num_layers = 4
-    config.inr.num_frequencies = 16
-    config.inr.activation = "relu"
-    config.inr.noise_scale = 1.0
-    config.inr.noise_per = "query"
+    config.inr = recipes.inr(
+        "per_tensor_mlp", hidden_width=256, num_layers=4, num_frequencies=16, activation="relu"
+    )
     config.train = _load("resnet56_paper").get_config("at_once").train
     config.train.warmup_epochs = 0.0
     config.train.batch_size = 64
     config.train.num_random_sizes = 1
-    config.train.alpha_init = 1.0  # SkipInit is HTTY's
-    config.train.alpha_learning_rate = 0.0
+    config.train.alpha_learning_rate = 0.0  # SkipInit is HTTY's
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-4
-    config.train.reconstruction_weight = 1.0
     config.train.ema_decay = 0.995
     config.train.learning_rate = 1e-3
     config.train.weight_decay = 1e-2

@@ -19,129 +19,75 @@ with this recipe.
 
 from ml_collections import ConfigDict
 
+from neumeta_jax import recipes
+
 PRESETS = ("", "protocol_a", "depth", "smoke", "grid", "per_tensor_mlp")
 
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
         raise ValueError(f"configs/resnet20.py has the presets {PRESETS[1:]}, got {preset!r}.")
-    config = ConfigDict()
-    config.seed = 0
-    config.dtype = "float32"
-    config.channel_order = "importance"
-    config.generated = "inner"
-    config.log_every = 50
-    config.eval_every = 0  # besides the end of each phase
+    config = recipes.defaults("projection", modulated=True)
+    config.channel_order = "importance"  # a nested family that keeps the first channels loses least
     config.checkpoint_every = 100
 
-    config.data = ConfigDict()
-    config.data.name = "cifar100"
-    config.data.dir = ""
-    config.data.num_validation = 5000
-    config.data.split_seed = 0
-    config.data.crop_padding = 4
-    config.data.flip = True
-    config.data.mixup = 0.0  # share of the images mixed with another as a whole
-    config.data.cutmix = 0.0  # and of those with a box of another
-    config.data.mean = ()  # those of the data set
-    config.data.std = ()
-
-    config.network = ConfigDict()
     config.network.depth = 20
-    config.network.stage_widths = (16, 32, 64)
-    config.network.shortcut = "projection"
 
-    config.teacher = ConfigDict()
-    config.teacher.file = ""
-    config.teacher.epochs = 200.0
-    config.teacher.batch_size = 128
-    config.teacher.learning_rate = 0.1
-    config.teacher.momentum = 0.9
-    config.teacher.weight_decay = 5e-4
-    config.teacher.label_smoothing = 0.0
-
-    config.inr = ConfigDict()
-    config.inr.kind = "projection"
-    config.inr.num_terms = 1
-    config.inr.modulated = True
-    config.inr.ridge = 1e-3
-    # Protocol A: no cell as wide as those of a quarter of the channels is ever drawn.
-    config.inr.max_cell = 1.75 if preset == "protocol_a" else 1.0
-
-    config.train = ConfigDict()
-    config.train.init_from = ""
+    # Chosen on validation images, see results/cifar100_resnet20/experiments.md.
     config.train.mode = "at_once"
     config.train.epochs = 3.5  # each image is seen by all sizes of its step
-    config.train.final_epochs = 0.0
-    config.train.depth_epochs = 4.5 if preset == "depth" else 0.0
-    config.train.depth_learning_rate = 5e-4
-    config.train.shallow_epochs = 12.0 if preset == "depth" else 0.0
-    config.train.shallow_learning_rate = 8e-4
     config.train.warmup_epochs = 0.1
     config.train.warmup_phases = "all"
-    config.train.blocks_per_phase = 1
-    config.train.block_init = "teacher"
-    config.train.fit_steps = 0  # starts at the teacher in closed form
-    config.train.fit_learning_rate = 4e-3
-    config.train.fit_widths = "full"
+    config.train.block_init = "teacher"  # in closed form, so that there is no fit phase
     config.train.alpha_init = 1.0
     config.train.batch_size = 32
     config.train.share_images = True
     config.train.micro_batch = 16  # stays in the cache of one core
-    config.train.num_random_sizes = 3 if preset == "depth" else 2
-    config.train.min_width_ratio = 0.5 if preset == "protocol_a" else 0.25
-    config.train.max_width_ratio = 1.0
-    config.train.sandwich = True
+    config.train.num_random_sizes = 2
+    config.train.min_width_ratio = 0.25
+    config.train.sandwich = True  # arXiv 1903.05134
     config.train.per_block_widths = 0.5
-    config.train.skip_blocks = 0.5 if preset == "depth" else 0.0
-    config.train.max_skipped = 0.5
-    config.train.skip_order = "last" if preset == "depth" else "random"
-    config.train.noise = True
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-5
     config.train.reconstruction_weight = 0.0
     config.train.distillation_weight = 4.0
-    config.train.stream_weight = 0.0
-    config.train.distill_from = "teacher"
     config.train.temperature = 2.0
-    config.train.ema_decay = 0.0
     config.train.optimizer = "muon"
     config.train.learning_rate = 6e-4
     config.train.alpha_learning_rate = 6e-4
     config.train.learned_learning_rate = 3e-4
-    config.train.weight_decay = 1e-4
-    config.train.clip = 10.0
     config.train.learned = "all"
     config.train.schedule = "cosine"
+    config.train.fit_learning_rate = 4e-3  # of presets that have a fit phase
+    config.train.depth_learning_rate = 5e-4  # of the preset `:depth`
 
-    config.eval = ConfigDict()
-    config.eval.split = "test"
     config.eval.width_ratios = (1.25, 1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3, 0.25)
-    config.eval.progress_ratios = (1.0, 0.75, 0.5, 0.25)
     config.eval.progress_images = 1000
     config.eval.batch_size = 50  # what the layers pass on stays in the cache of a core
-    config.eval.num_samples = 1
 
+    if preset == "protocol_a":
+        config.train.min_width_ratio = 0.5
+        config.inr.max_cell = 1.75  # no cell as wide as those of a quarter of the channels
     if preset == "depth":
         config.inr.depth_term = True
+        config.train.shallow_epochs = 12.0
+        config.train.depth_epochs = 4.5
+        config.train.num_random_sizes = 3
+        config.train.skip_blocks = 0.5
     if preset == "grid":
         config.channel_order = "smoothness"
-        config.inr = ConfigDict()
-        config.inr.kind = "grid"
-        config.inr.num_terms = 2
-        config.inr.resampling = "cell"
-        config.inr.noise_scale = 0.0
+        config.inr = recipes.inr("grid")
     if preset == "per_tensor_mlp":
-        config.inr = ConfigDict()
-        config.inr.kind = "per_tensor_mlp"
-        config.inr.hidden_width = 192
-        config.inr.num_layers = 4
-        config.inr.num_frequencies = 7
-        config.inr.activation = "elu"
-        config.inr.noise_scale = 0.0
-        config.inr.noise_per = "channel"
+        config.inr = recipes.inr(
+            "per_tensor_mlp",
+            hidden_width=192,
+            num_layers=4,
+            num_frequencies=7,
+            noise_scale=0.0,
+            noise_per="channel",
+        )
         config.train.fit_steps = 800
-        config.train.learning_rate = 1e-4
+        config.train.learning_rate = 1e-4  # higher rates undo the fit
     if preset == "smoke":
         config.data.num_validation = 200
         config.train.epochs = 0.005

@@ -109,7 +109,7 @@ class Baseline:
     images: int = 50_000
     width_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     init: str = "teacher"
-    criterion: str = "taylor"
+    criterion: str = "surgeon"  # the best on validation images
     criteria: tuple[str, ...] = ()
     batch_size: int = 64
     learning_rate: float = 0.02
@@ -629,7 +629,7 @@ def inr_cost(experiment: Experiment, num_images: int) -> Cost:
         sizes[1] = architecture.morph(experiment.spec, family.blocks, widths).num_macs
     passes = steps * recipe.batch_size
     distilled = 0
-    targets = recipe.distillation_weight or recipe.stream_weight
+    targets = recipe.distillation_weight
     if targets and recipe.distill_from == "teacher":
         distilled = steps * recipe.images_per_step
     cost = _cost(passes, sizes=sizes, full=full, distilled=distilled)

@@ -3,6 +3,7 @@
 Both can be read without running code from the file, and appear whole or not at all.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -222,6 +223,38 @@ def _digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that takes calls after its end: nobody waits for them any more."""
+
+    def call_soon_threadsafe(self, callback, *args, context=None):
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self):
+        return _PatientLoop()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+    """Has orbax run in loops that it may close early.
+
+    It does at the first array that it cannot read or write, when those of the others are still in
+    the hands of tensorstore, whose threads then report to a loop that is gone.
+    """
+    previous = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(previous)
+
+
 def _set_aside(directory: pathlib.Path) -> None:
     """Renames a damaged checkpoint to "<step>.damaged", or "<step>.damaged2" and so on."""
     names = (f"{directory.name}.damaged{n if n > 1 else ''}" for n in itertools.count(1))
@@ -277,7 +310,7 @@ class Checkpoints:
         try:
             if directory.exists():
                 _set_aside(directory)  # a damaged one that a resumed run has reached again
-            with self._manager() as manager:
+            with _patient_loops(), self._manager() as manager:
                 manager.save(
                     step,
                     args=ocp.args.Composite(
@@ -311,7 +344,7 @@ class Checkpoints:
         damaged = []
         for step in reversed(steps):
             try:
-                with self._manager() as manager:
+                with _patient_loops(), self._manager() as manager:
                     restored = manager.restore(
                         step,
                         args=ocp.args.Composite(

@@ -79,23 +79,16 @@ def parse(
         print("\nFlags, besides --config=FILE[:PRESET] and --config.FIELD=VALUE:")
         print(values.get_help())
         sys.exit(0)
-    path, preset = _config_argument(argv)
+    path, preset, argv = _config_argument(argv)
     if path is None:
         if config_required:
             raise UsageError(f"--config=FILE is required; there are {_existing_configs()}.")
         if any(arg.startswith(("--config.", "-config.")) for arg in argv):
             raise UsageError("--config.field=value needs --config=FILE before it.")
     else:
-        base = _load_config(path, preset)
-        argv = _checked_overrides(argv, _flatten(base.to_dict()))
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, optionally with a preset: FILE[:PRESET].",
-        flag_values=values,
-        lock_config=True,
-        sys_argv=argv,
-    )
+        config = _load_config(path, preset)
+        argv = _checked_overrides(argv, _flatten(config.to_dict()))
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
         remaining = values(argv)
     except flags.Error as error:
@@ -117,17 +110,18 @@ def sentence(text: str) -> str:
     return line if line.endswith((".", "?")) else f"{line}."
 
 
-def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None]:
+def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """The file and the preset that `--config` asks for, and the other arguments."""
     for number, arg in enumerate(argv):
-        value = None
+        value, end = None, number + 1
         if arg in ("--config", "-config"):
-            value = argv[number + 1] if number + 1 < len(argv) else ""
+            value, end = "".join(argv[end : end + 1]), end + 1
         elif arg.startswith(("--config=", "-config=")):
             value = arg.split("=", 1)[1]
         if value is not None:
             path, _, preset = value.partition(":")
-            return path, preset or None
-    return None, None
+            return path, preset or None, [*argv[:number], *argv[end:]]
+    return None, None, list(argv)
 
 
 def _existing_configs() -> str:

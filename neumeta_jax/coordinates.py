@@ -205,22 +205,3 @@ def fourier_features(x: jax.Array, num_frequencies: int) -> jax.Array:
     half_turns = x * np.exp2(np.arange(num_frequencies, dtype=np.float32))
     phase = jnp.pi * (half_turns - 2.0 * jnp.round(half_turns / 2.0))
     return jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1)
-
-
-def integrated_features(x: jax.Array, cell: jax.Array, num_frequencies: int) -> jax.Array:
-    """The mean of `fourier_features` over cells of width `cell` around `x`, float32[..., 1 + 2F].
-
-        mean of sin(2^f pi t) over |t - x| < cell / 2  =  sin(2^f pi x) sinc(2^(f - 1) cell)
-
-    with sinc(u) = sin(pi u) / (pi u), and the same for cosines; the mean of t is x. Waves that
-    repeat within a cell vanish, as in the integrated positional encoding of mip-NeRF (Barron et
-    al., arXiv 2103.13415), there with Gaussian cells. `cell` broadcasts against `x`.
-
-    >>> features = integrated_features(jnp.array(0.25), jnp.array(1.0), 2)
-    >>> [round(abs(float(x)), 3) for x in features]
-    [0.25, 0.45, 0.0, 0.45, 0.0]
-    """
-    half_turns = jnp.asarray(cell, jnp.float32)[..., None] / 2
-    damping = jnp.sinc(half_turns * np.exp2(np.arange(num_frequencies, dtype=np.float32)))
-    damping = jnp.concatenate([jnp.ones_like(half_turns), damping, damping], axis=-1)
-    return fourier_features(x, num_frequencies) * damping

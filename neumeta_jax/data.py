@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import pickles
+from neumeta_jax import archives, pickles
 
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
@@ -296,7 +296,7 @@ def _load_npz(name: str, path: pathlib.Path) -> Dataset:
     wanted = ("train_images", "train_labels", "test_images", "test_labels")
     with _reading(path), zipfile.ZipFile(path) as archive:
         keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
-        arrays = [_read_npy(archive, f"{key}.npy") for key in wanted if key in keys]
+        arrays = [_read_numbers(archive, f"{key}.npy") for key in wanted if key in keys]
     if len(arrays) < len(wanted):
         raise ValueError(
             f"{path} must hold the arrays {', '.join(wanted)}, got {', '.join(keys) or 'none'}; "
@@ -305,27 +305,11 @@ def _load_npz(name: str, path: pathlib.Path) -> Dataset:
     return make_dataset(name, *arrays, source=str(path))
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Returns an integer array of an archive; no size is believed before it is checked."""
-    entry = archive.getinfo(name)
-    largest = min(_MAX_ARRAY_BYTES, _MAX_INFLATION * entry.compress_size + 2**20)
-    # Other methods than these inflate a whole chunk before zipfile looks at the entry's size.
-    known = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not known or entry.file_size > largest:
-        raise ValueError(f"{name} of {entry.file_size} bytes, where {largest} are read at most")
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_2_0
-        if version == (1, 0):
-            read_header = np.lib.format.read_array_header_1_0
-        shape, fortran_order, dtype = read_header(file)
-        if dtype.kind not in "biuf":  # objects would be unpickled
-            raise ValueError(f"{name} of type {dtype}, where integers are read")
-        size = math.prod(shape) * dtype.itemsize
-        if size != entry.file_size - file.tell():
-            raise ValueError(f"{name} of shape {shape} in {entry.file_size} bytes"[:200])
-        array = np.frombuffer(file.read(), dtype)  # to the end, where its checksum is compared
-    return array.reshape(shape, order="F" if fortran_order else "C")
+def _read_numbers(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    array = archives.read_npy(archive, name, inflation=_MAX_INFLATION, largest=_MAX_ARRAY_BYTES)
+    if array is None:  # objects would be unpickled
+        raise ValueError(f"{name} holds no numbers")
+    return array
 
 
 # CIFAR: https://www.cs.toronto.edu/~kriz/cifar.html

@@ -6,7 +6,6 @@ work directories.
 
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -36,9 +35,9 @@ from neumeta_jax import (
     hypernetwork as hyper,
     page,
     plotting,
-    programs,
     published,
     quantize,
+    recipes,
     resnet,
     smoothing,
     storage,
@@ -56,7 +55,6 @@ from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 
 BACKBONE_FILE = "backbone.safetensors"
 MOMENTS_FILE = "moments.safetensors"
-CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
 NUM_MOMENT_IMAGES = 2000
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
@@ -95,16 +93,6 @@ class Experiment:
         return self.recipe.min_width_ratio, self.recipe.max_width_ratio
 
 
-def _fields(cls: type, section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(cls)]
-    for field in section:
-        if field not in known:
-            close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {known}."
-            raise UsageError(f"The config section {name!r} has no field {field!r}; {hint}")
-    return dict(section)
-
-
 @contextlib.contextmanager
 def _reading_config() -> Iterator[None]:
     """Turns what a missing field, or a value of the wrong type, ends in into one sentence."""
@@ -121,10 +109,10 @@ def _reading_config() -> Iterator[None]:
 @_reading_config()
 def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
     """The data set of a config and its training, validation and test splits."""
-    section = config["data"]
-    dataset = data.load_dataset(section["name"], data_dir=section["dir"] or None)
+    section = recipes.from_fields(recipes.Data, config["data"], "data")
+    dataset = data.load_dataset(section.name, data_dir=section.dir or None)
     splits = data.split_validation(
-        dataset, num_validation=section["num_validation"], seed=section["split_seed"]
+        dataset, num_validation=section.num_validation, seed=section.split_seed
     )
     return dataset, splits
 
@@ -141,8 +129,13 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             raise UsageError(
                 f"The config's {name} must be a section with fields, got {config[name]!r:.80}."
             )
-    section = config["data"]
-    mean, std = tuple(section["mean"]), tuple(section["std"])
+    sections: dict[str, Any] = {
+        name: recipes.from_fields(cls, config[name], name) for name, cls in recipes.SECTIONS.items()
+    }
+    images, network = sections["data"], sections["network"]
+    alone = {name: value for name, value in config.items() if not isinstance(value, Mapping)}
+    run = recipes.from_fields(recipes.Run, alone, "")
+    mean, std = images.mean, images.std
     if not mean or not std:
         known = data.NORMALIZATION.get(dataset.name)
         mean, std = known or data.channel_statistics(dataset.train_images)
@@ -151,65 +144,49 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             f"data.mean and data.std need {dataset.channels} entries, those of std above 0, got "
             f"{mean} and {std}."
         )
-    network = config["network"]
     spec = architecture.cifar_resnet(
-        network["depth"],
+        network.depth,
         num_classes=dataset.num_classes,
-        stage_widths=tuple(network["stage_widths"]),
+        stage_widths=network.stage_widths,
         image_size=dataset.image_size,
         channels=dataset.channels,
-        shortcut=network["shortcut"],
+        shortcut=network.shortcut,
     )
     hypernetwork = Hypernetwork(
         spec=spec,
-        blocks=architecture.generated_blocks(spec, config["generated"]),
+        blocks=architecture.generated_blocks(spec, run.generated),
         inr=make_inr(**config["inr"]),
     )
-    teacher = dict(config["teacher"])
-    teacher_file = teacher.pop("file")
-    train = dict(config["train"])
-    init_from = train.pop("init_from", "")
-    evaluate = config["eval"]
-    if evaluate["split"] not in ("test", "validation"):
-        raise UsageError(f"eval.split must be test or validation, got {evaluate['split']!r}.")
-    if evaluate["batch_size"] < 1 or evaluate["num_samples"] < 1:
-        raise UsageError(
-            "eval.batch_size and eval.num_samples must be at least 1, got "
-            f"{evaluate['batch_size']} and {evaluate['num_samples']}."
-        )
-    if config["channel_order"] not in CHANNEL_ORDERS:
-        raise UsageError(
-            f"channel_order must be one of {CHANNEL_ORDERS}, got {config['channel_order']!r}."
-        )
-    if config["dtype"] not in ("float32", "bfloat16"):
-        raise UsageError(f"dtype must be float32 or bfloat16, got {config['dtype']!r}.")
+    teacher, train = dict(config["teacher"]), dict(config["train"])
+    teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
+    evaluate = sections["eval"]
     return Experiment(
         name=dataset.name,
-        seed=config["seed"],
+        seed=run.seed,
         hypernetwork=hypernetwork,
         preprocessing=Preprocessing(
             mean=mean,
             std=std,
-            crop_padding=section["crop_padding"],
-            flip=section["flip"],
-            mixup=section.get("mixup", 0.0),
-            cutmix=section.get("cutmix", 0.0),
-            dtype=config["dtype"],
+            crop_padding=images.crop_padding,
+            flip=images.flip,
+            mixup=images.mixup,
+            cutmix=images.cutmix,
+            dtype=run.dtype,
         ),
         teacher_file=teacher_file,
-        teacher_recipe=TeacherRecipe(**_fields(TeacherRecipe, teacher, "teacher")),
-        recipe=InrRecipe(**_fields(InrRecipe, train, "train")),
+        teacher_recipe=TeacherRecipe(**teacher),
+        recipe=InrRecipe(**train),
         init_from=init_from,
-        channel_order=config["channel_order"],
-        width_ratios=tuple(map(architecture.check_width_ratio, evaluate["width_ratios"])),
-        eval_split=evaluate["split"],
-        eval_samples=evaluate["num_samples"],
-        eval_batch_size=evaluate["batch_size"],
-        progress_ratios=tuple(map(architecture.check_width_ratio, evaluate["progress_ratios"])),
-        progress_images=evaluate["progress_images"],
-        log_every=config["log_every"],
-        eval_every=config["eval_every"],
-        checkpoint_every=config["checkpoint_every"],
+        channel_order=run.channel_order,
+        width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
+        eval_split=evaluate.split,
+        eval_samples=evaluate.num_samples,
+        eval_batch_size=evaluate.batch_size,
+        progress_ratios=tuple(map(architecture.check_width_ratio, evaluate.progress_ratios)),
+        progress_images=evaluate.progress_images,
+        log_every=run.log_every,
+        eval_every=run.eval_every,
+        checkpoint_every=run.checkpoint_every,
     )
 
 
@@ -377,28 +354,17 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
         raise UsageError(f"{path} must be JSON; it is damaged, restore or remove it.") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path} must hold a config; it is damaged, restore or remove it.")
-    return config
+    with _reading_config():
+        return recipes.completed(config)
 
 
 def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the fields that differ, if another config made `path`.
 
-    A field that an earlier version did not have counts as its default, with which training is what
-    it was; one that it had and that is gone, as long as it was switched off, does not count.
+    Fields that an earlier version did not have count as their defaults, see `recipes.completed`.
     """
-    saved, given = read_config(path), json.loads(json.dumps(config))
-    of_recipe = {field.name: field.default for field in dataclasses.fields(InrRecipe)}
-    for section, defaults in (
-        ("train", of_recipe | {"init_from": ""}),
-        ("data", {"mixup": 0.0, "cutmix": 0.0}),
-        ("inr", {}),
-    ):
-        if isinstance(saved.get(section), dict) and isinstance(given.get(section), dict):
-            new = {name: defaults[name] for name in given[section] if name in defaults}
-            saved[section] = new | saved[section]
-            if not saved[section].get("channel_dropout", True):
-                del saved[section]["channel_dropout"]
-    differing = differences(saved, given)
+    pair = read_config(path), recipes.completed(config)
+    differing = differences(*json.loads(json.dumps(pair)))
     if differing:
         raise UsageError(
             f"{path} was written by another config; these fields differ: {', '.join(differing)}; "
@@ -846,26 +812,6 @@ def _make_backbone(
     return backbone.params
 
 
-def _made_from(experiment: Experiment, kind: str) -> tuple:
-    """All that the calls of `train_inr` in phases of a kind are made from, on one device."""
-    return (
-        f"train_inr {kind}",
-        experiment.hypernetwork,
-        experiment.recipe,
-        experiment.preprocessing,
-        training.default_steps_per_call(),
-    )
-
-
-def prefetch_programs(experiment: Experiment, splits: data.Splits) -> None:
-    """Begins to load the programs of INR training, if an earlier process kept them."""
-    phases = training.phases(
-        experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
-    )
-    for kind in dict.fromkeys(phase.kind for phase in phases):
-        programs.prefetch(_made_from(experiment, kind), versions())
-
-
 def train_inr(
     workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
 ) -> Params:
@@ -939,11 +885,6 @@ def train_inr(
         kind: training.chunked(update, images_per_step=images_of(kind), **size)
         for kind, update in updates.items()
     }
-    if mesh is None:
-        calls = {
-            kind: programs.keep(call, _made_from(experiment, kind), versions())
-            for kind, call in calls.items()
-        }
     shown = {
         "fit": ("loss",),
         "train": ("loss", "ce", "accuracy", "full_accuracy"),
@@ -1437,7 +1378,7 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
         step = 4 * generation
         if phase.kind != "fit":
             num_sizes = training.phase_recipe(recipe, phase.kind).num_sizes
-            targets = bool(recipe.distillation_weight or recipe.stream_weight)
+            targets = bool(recipe.distillation_weight)
             step = num_sizes * (4 * (forward + generation) + targets * forward)
         total += (phase.stop - phase.start) * step
     minutes = total / 60

@@ -5,7 +5,6 @@ of equal role and shape (`coordinates.TensorGroup`). What surrounds it is the sa
 (`hypernetwork`): masking to the width, SkipInit, what is not generated.
 
     per_tensor_mlp   the papers': one residual MLP of Fourier features per tensor
-    shared_mlp       one MLP for all tensors, told apart by learned embeddings
     grid             learned values, averaged over each channel's cell
     projection       learned values; a smaller network is the least-squares projection of the full
 """
@@ -310,233 +309,6 @@ def _mask_stacked(inr_params, groups, active):
     return mask
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedMLP:
-    """One coordinate MLP for all generated tensors, told apart by learned embeddings.
-
-    For output channel o and input channel c of tensor i, in a block of stage width S (the channels
-    it writes to) with C hidden ones,
-
-        h = act(W_o g((o + 1/2) / C_out) + W_c g((c + 1/2) / C_in) + W_s C / S + W_e e_i)
-        h = h + s * act(W h + b), num_layers - 1 times
-        kernel slice = scale_i * (W_9 h + b_9) * S / C where C_in = C, else without S / C
-        bias = scale_i * (W_1 h + b_1)
-
-    with g the Fourier features, e_i the embedding of the tensor and s learned scalars that start at
-    0.1. Biases have no W_c g(c). S / C is the quadrature that keeps sums over the hidden channels;
-    S is their number in every full-size `cifar_resnet`, so that there nothing changes. Embeddings
-    instead of coordinates of a tensor: NeRN (Ashkenazi et al., ICLR 2023, arXiv 2212.13554).
-
-    The first layer is linear in what depends on o and on c: it takes C_out + C_in evaluations.
-    With H, L, F, E the first four fields and N tensors,
-
-        parameters      H (2 (1 + 2F) + 1 + E) + (L - 1) (H^2 + H + 1) + 10 (H + 1) + N (E + 1)
-        multiply-adds   sum over tensors of (C_out + C_in) (1 + 2F) H + E H
-                        + C_out C_in ((L - 1) H^2 + 9 H)     (biases: C_in = 1, and H for 9 H)
-
-    which is 229,225 parameters for the 23 blocks of a ResNet56.
-
-    Attributes:
-        hidden_width, num_layers, num_frequencies, embedding_size: H, L, F, E.
-        activation: "elu", "relu" or "gelu".
-        noise_scale: in training, centres move by up to +-0.5 channels times this, each channel as
-            a whole.
-        integrated: g is the mean over the channel's cell, 1 / C_out or 1 / C_in wide, and not the
-            value at its centre, see `coordinates.integrated_features`.
-        max_cell: in training, the cells of a block are wider by a factor drawn from [1, max_cell].
-    """
-
-    hidden_width: int = 256
-    num_layers: int = 4
-    num_frequencies: int = 6
-    embedding_size: int = 64
-    activation: str = "gelu"
-    noise_scale: float = 0.0
-    integrated: bool = True
-    max_cell: float = 1.0
-    needs_moments = False
-    depth_term = False
-
-    def __post_init__(self):
-        sizes = self.hidden_width, self.num_layers, self.embedding_size
-        if min(sizes) < 1 or self.num_frequencies < 0:
-            raise ValueError(
-                "A shared MLP needs hidden_width, num_layers and embedding_size >= 1 and "
-                f"num_frequencies >= 0, got {self.hidden_width=}, {self.num_layers=}, "
-                f"{self.embedding_size=}, {self.num_frequencies=}."
-            )
-        if self.noise_scale < 0:
-            raise ValueError(f"noise_scale must be at least 0, got {self.noise_scale}.")
-        if self.max_cell < 1 or (self.max_cell > 1 and not self.integrated):
-            raise ValueError(
-                "max_cell must be at least 1, and more only together with integrated, got "
-                f"{self.max_cell=}, {self.integrated=}."
-            )
-        if self.activation not in ("elu", "relu", "gelu"):
-            raise ValueError(f"activation must be one of elu, relu, gelu, got {self.activation!r}.")
-
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
-        width, features = self.hidden_width, 1 + 2 * self.num_frequencies
-        num_tensors = groups[0].num_tensors
-        matrices = {
-            "rows": (features, width),
-            "columns": (features, width),
-            "width": (1, width),
-            "embedding": (self.embedding_size, width),
-            **{f"hidden{n}_kernel": (width, width) for n in range(1, self.num_layers)},
-            "kernel_head": (width, 9),
-            "bias_head": (width, 1),
-        }
-        # One draw of unit variance for all: a generator each takes long to compile.
-        shapes = [*matrices.values(), (num_tensors, self.embedding_size)]
-        sizes = [math.prod(shape) for shape in shapes]
-        draws = jax.random.uniform(key, (sum(sizes),), minval=-(3**0.5), maxval=3**0.5)
-        draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
-        *values, embeddings = [
-            draw.reshape(shape)
-            for draw, shape in zip(jnp.split(draws, np.cumsum(sizes)[:-1]), shapes, strict=True)
-        ]
-        mlp = {
-            name: value / value.shape[0] ** 0.5
-            for name, value in zip(matrices, values, strict=True)
-        }
-        for n in range(1, self.num_layers):
-            mlp[f"hidden{n}_bias"] = jnp.zeros(width)
-            mlp[f"scale{n}"] = jnp.full((), 0.1)
-        mlp |= {"kernel_head_bias": jnp.zeros(9), "bias_head_bias": jnp.zeros(1)}
-        # The MLP's outputs are of order 1, a convolution's weights of order fan_in^(-1/2).
-        scales = np.ones(num_tensors, np.float32)
-        for group in groups:
-            fan_in = 9 * _sibling(groups, group, f"{group.layer}_kernel").columns
-            scales[list(group.indices)] = fan_in**-0.5
-        return {"mlp": mlp, "embeddings": embeddings, "scales": jnp.asarray(scales)}
-
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        mlp = inr_params["mlp"]
-        widths = jnp.maximum(jnp.asarray(widths), 1).astype(jnp.float32)
-        stretch, shifts = self._jitter(key, groups, widths.shape[0])
-        raw = {}
-        for group, (row_shift, column_shift) in zip(groups, shifts, strict=True):
-            positions, indices = np.array(group.positions), np.array(group.indices)
-            hidden = widths[positions][:, None]
-            cells = stretch[positions][:, None]
-            # Not the size of the hidden axis: a larger network than the full one has more of it.
-            ratio = hidden / _sibling(groups, group, "conv2_kernel").rows
-
-            embedded = inr_params["embeddings"][indices] @ mlp["embedding"] + ratio * mlp["width"]
-            out_width = hidden if group.out_is_hidden else jnp.full_like(hidden, group.rows)
-            rows = self._features(group.rows, out_width, row_shift, cells) @ mlp["rows"]
-            h = (embedded[:, None] + rows)[:, :, None]
-            if group.kind == "kernel":
-                in_width = hidden if group.in_is_hidden else jnp.full_like(hidden, group.columns)
-                columns = self._features(group.columns, in_width, column_shift, cells)
-                h = h + (columns @ mlp["columns"])[:, None]
-
-            act = {"elu": nn.elu, "relu": nn.relu, "gelu": nn.gelu}[self.activation]
-            h = act(h)
-            for n in range(1, self.num_layers):
-                dense = h @ mlp[f"hidden{n}_kernel"] + mlp[f"hidden{n}_bias"]
-                h = h + mlp[f"scale{n}"] * act(dense)
-            scale = inr_params["scales"][indices][:, None]
-            if group.in_is_hidden:
-                scale = scale / ratio
-            head = f"{group.kind}_head"
-            raw[group.name] = scale[:, :, None, None] * (h @ mlp[head] + mlp[f"{head}_bias"])
-        return raw
-
-    def _features(self, channels, width, shift, cells):
-        """float32[tensors, channels, 1 + 2F] of an axis with `width` float32[tensors, 1]."""
-        centre = (jnp.arange(channels, dtype=jnp.float32) + 0.5 + shift) / width
-        if not self.integrated:
-            return coordinates.fourier_features(centre, self.num_frequencies)
-        return coordinates.integrated_features(centre, cells / width, self.num_frequencies)
-
-    def _jitter(self, key, groups, num_blocks):
-        """Cell factors float32[num_blocks], and how far each group's (rows, columns) move."""
-        stretch, shifts = jnp.ones(num_blocks), [(0.0, 0.0)] * len(groups)
-        if key is None:
-            return stretch, shifts
-        cell_key, noise_key = jax.random.split(key)
-        if self.max_cell > 1:
-            stretch = jax.random.uniform(cell_key, (num_blocks,), minval=1.0, maxval=self.max_cell)
-        if self.noise_scale:
-            # One draw for all groups: the generator is most of the compiled code.
-            shapes = [
-                (len(group.positions), channels)
-                for group in groups
-                for channels in (group.rows, group.columns)
-            ]
-            sizes = [math.prod(shape) for shape in shapes]
-            noise = jax.random.uniform(noise_key, (sum(sizes),), minval=-0.5, maxval=0.5)
-            noise = jax.lax.optimization_barrier(self.noise_scale * noise)
-            parts = [
-                part.reshape(shape)
-                for part, shape in zip(jnp.split(noise, np.cumsum(sizes)[:-1]), shapes, strict=True)
-            ]
-            shifts = list(zip(parts[::2], parts[1::2], strict=True))
-        return stretch, shifts
-
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
-        """`inr_params` with the scale of every tensor; the MLP itself has no closed form."""
-        scales = inr_params["scales"]
-        for group in groups:
-            size = jnp.sqrt(jnp.mean(raw[group.name] ** 2, axis=(1, 2, 3)))
-            scales = scales.at[jnp.array(group.indices)].set(jnp.maximum(size, 1e-6))
-        return {**inr_params, "scales": scales}
-
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, moments
-        return inr_params
-
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        copied = dict(inr_params)
-        for group in groups:
-            if source in group.positions and target in group.positions:
-                s, t = (group.indices[group.positions.index(p)] for p in (source, target))
-                for name in ("embeddings", "scales"):
-                    copied[name] = copied[name].at[t].set(copied[name][s])
-        return copied
-
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        """See `INR.update_mask`; the MLP is everyone's, and learns with any block."""
-        active = jnp.asarray(active).astype(jnp.float32)
-        flags = jnp.zeros_like(inr_params["scales"])
-        for group in groups:
-            flags = flags.at[jnp.array(group.indices)].set(active[jnp.array(group.positions)])
-        shared = jax.tree.map(lambda p: jnp.full((1,) * p.ndim, active.max()), inr_params["mlp"])
-        return {"mlp": shared, "embeddings": flags[:, None], "scales": flags}
-
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        return _mask_nothing(inr_params)
-
-
-def _sibling(groups, group, layer_and_kind):
-    """The group of the same blocks with another layer or kind, such as "conv2_kernel"."""
-    name = group.name.removesuffix(f"{group.layer}_{group.kind}") + layer_and_kind
-    return next(other for other in groups if other.name == name)
-
-
 RESAMPLING = ("cell", "nested")
 
 
@@ -686,8 +458,8 @@ class Projection:
 
     Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the
     dropped channels D contributed is not lost but carried by the kept ones, as well as least
-    squares can: with M the second moments of the hidden activations and a constant, M =
-    E[(h, 1) (h, 1)^T],
+    squares can: with M the second moments of the hidden activations and a constant,
+    M = E[(h, 1) (h, 1)^T],
 
         A = (M_KK + ridge diag(M_KK))^-1 M_KD         h_D is approximately A^T (h_K, 1)
         W1(C) = W1_K,   W2(C) = W2_K + A W2_D,   b2(C) = b2 + (last row of A) W2_D
@@ -923,7 +695,6 @@ def _cholesky(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 INR_KINDS: dict[str, type] = {
     "per_tensor_mlp": PerTensorMLP,
-    "shared_mlp": SharedMLP,
     "grid": Grid,
     "projection": Projection,
 }

@@ -1,6 +1,6 @@
 """The terms of the training loss: float32 scalars, differentiable everywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -38,26 +38,6 @@ def distillation(
     log_teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits) / temperature)
     divergence = jnp.sum(jnp.exp(log_teacher) * (log_teacher - log_student), axis=-1)
     return temperature**2 * jnp.mean(divergence)
-
-
-def stream_error(streams: Sequence[jax.Array], teacher_streams: Sequence[jax.Array]) -> jax.Array:
-    """Mean over stages and images of a residual stream's squared error, relative to the teacher's.
-
-        |s - t|^2 / |t|^2    norms over pixels and channels
-
-    All sizes of a network have streams of the same shape, so that the teacher's can be a target as
-    they are (hints: Romero et al., arXiv 1412.6550). No gradient flows into the teacher.
-
-    Args:
-        streams, teacher_streams: float[batch, size, size, channels] of each stage.
-    """
-    total = jnp.zeros(())
-    for found, wanted in zip(streams, teacher_streams, strict=True):
-        target = jax.lax.stop_gradient(wanted).astype(jnp.float32)
-        error = jnp.sum(jnp.square(found.astype(jnp.float32) - target), axis=(1, 2, 3))
-        size = jnp.sum(jnp.square(target), axis=(1, 2, 3))
-        total += jnp.mean(error / jnp.maximum(size, 1e-12))
-    return total / len(streams)
 
 
 def weight_norm(blocks: Mapping, active: Mapping[str, jax.Array] | None = None) -> jax.Array:

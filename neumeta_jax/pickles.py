@@ -11,6 +11,7 @@ remains dangerous is what costs much more to do than to write:
 import io
 import pickle
 import pickletools
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -23,8 +24,15 @@ _KEYS = (str, bytes, int, float, type(None))
 def check(stream: io.BytesIO) -> None:
     """Raises ValueError unless the next pickle in `stream` is complete and of bounded cost.
 
-    Leaves the stream where it was. Whatever else pickletools raises on damage is also an error.
+    Leaves the stream where it was. Whatever else pickletools raises on damage is also an error, and
+    so is what Python only warns of, such as a text with an escape that there is not.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _check_opcodes(stream)
+
+
+def _check_opcodes(stream: io.BytesIO) -> None:
     start, limit, tuples = stream.tell(), stream.getbuffer().nbytes, 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         # The unpickler may allocate its memo up to the largest index, which one byte can make 4e9.

@@ -119,26 +119,12 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     Returns:
         float32[batch, classes].
     """
-    return apply_with_streams(spec, params, images)[0]
-
-
-def apply_with_streams(
-    spec: ResNetSpec, params: Mapping, images: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """(what `apply` returns, the residual stream after each stage).
-
-    A stream has the shape float[batch, size, size, stage width] whatever the hidden widths are and
-    whichever blocks are skipped.
-    """
     x = _relu(_affine(images, params["stem"]))
-    streams = {}
     for block in spec.blocks:
         if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
             x, _ = _apply_block(block, params[block.name], x)
-        streams[block.stage] = x
     x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-    logits = x @ params["head"]["kernel"] + params["head"]["bias"]
-    return logits, tuple(streams[stage] for stage in sorted(streams))
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
 
 
 def _affine(x, layer, stride=1):

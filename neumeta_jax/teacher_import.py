@@ -2,7 +2,7 @@
 
 A PyTorch checkpoint is a pickle, and a pickle can call anything while it loads. The reader here
 lets it name a dozen things, all of which describe tensors; no other can be reached, so that a
-hostile file is an error and not a program. Neither PyTorch nor safetensors needs to be installed.
+hostile file is an error and not a program. PyTorch needs not be installed.
 
     path -> read_tensors -> {PyTorch name: array} -> infer_spec -> ResNetSpec
                                                   -> to_variables -> {"params", "batch_stats"}
@@ -10,7 +10,6 @@ hostile file is an error and not a program. Neither PyTorch nor safetensors need
 
 import functools
 import io
-import json
 import math
 import os
 import pathlib
@@ -22,8 +21,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
-from neumeta_jax import pickles
+from neumeta_jax import archives, pickles
 from neumeta_jax.architecture import NUM_STAGES, ResNetSpec
 
 # The codes of safetensors; bfloat16 and booleans are read as integers, see `_native`.
@@ -52,7 +52,7 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 
 _MAX_SIZE = 2**31  # bytes of a file, and of an entry of a zip archive
 _MAX_INFLATION = 10
-_SLACK = 2**20  # small entries (a batch norm's ones) may inflate as they like
+_SLACK = 2**20  # which small files may inflate to as they like
 _MAX_DIMS = 16
 _MAX_COUNT = 2**48  # keeps every product of counts far from what NumPy's integers cannot hold
 _MAX_BLOCKS = 1000  # per stage; the deepest published CIFAR ResNet has 200
@@ -110,7 +110,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         tensors = reader(content)
         if not tensors:
             raise _RefusalError(f"holds no named tensors; {_REMEDY}")
-    except _RefusalError as error:
+    except (_RefusalError, archives.InflationError) as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # what a damaged file raises in zipfile, pickle, ... is open-ended
         reason = _show(str(error) or type(error).__name__, 200)
@@ -182,69 +182,31 @@ def _open_zip(content: bytes) -> zipfile.ZipFile:
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str) -> bytes:
-    entry = archive.getinfo(name)
-    # Other methods than these inflate a whole chunk before zipfile looks at the entry's size.
-    known = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    largest = min(_MAX_SIZE, _MAX_INFLATION * entry.compress_size + _SLACK)
-    if not known or entry.file_size > largest:
-        raise _RefusalError(
-            f"has an entry {_show(name)} that inflates to {entry.file_size} bytes, where at most "
-            f"{largest} are read, stored or deflated; save it again uncompressed."
-        )
-    return archive.read(entry)
+    return archives.read_entry(archive, name, inflation=_MAX_INFLATION, largest=_MAX_SIZE)
 
 
 def _read_npz(content: bytes) -> dict[str, np.ndarray]:
     tensors = {}
     archive = _open_zip(content)
     for name in archive.namelist():
-        if not name.endswith(".npy"):
-            continue
-        data = _read_entry(archive, name)
-        stream = io.BytesIO(data)
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
-        if dtype.kind not in "biuf":
-            continue  # text, objects, ...: no tensor, and never unpickled
-        size = len(data) - stream.tell()
-        # Before any memory is taken: np.load would allocate what the header claims.
-        if not _is_shape(shape) or math.prod(shape) * dtype.itemsize != size:
-            raise ValueError(f"{_show(name)} has {size} bytes for {_show(shape)} of {dtype}")
-        array = np.frombuffer(data, dtype, offset=stream.tell())
-        array = array.reshape(shape, order="F" if fortran_order else "C")
-        tensors[name.removesuffix(".npy")] = _native(array)
+        if name.endswith(".npy"):
+            array = archives.read_npy(archive, name, inflation=_MAX_INFLATION, largest=_MAX_SIZE)
+            if array is not None:  # text, objects, ...: no tensor
+                tensors[name.removesuffix(".npy")] = _native(array)
     return tensors
 
 
 def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
-    (length,) = struct.unpack_from("<Q", content)
-    if length > len(content) - 8:
-        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
-    header = json.loads(content[8 : 8 + length].decode("utf-8"))
-    data = memoryview(content)[8 + length :]
-    tensors, total = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    tensors = {}
+    for name, entry in safetensors.deserialize(content):
+        code = entry["dtype"]
         if code not in _DTYPES:
             raise _RefusalError(
                 f"has the tensor {_show(name)} of type {_show(code)}, but only "
                 f"{', '.join(_DTYPES)} are read; convert it to F32."
             )
-        dtype = np.dtype(_DTYPES[code])
-        size = math.prod(shape) * dtype.itemsize if _is_shape(shape) else -1
-        total += max(size, 0)  # tensors may not share bytes, or a small file fills the memory
-        fits = _is_count(begin) and _is_count(end) and end - begin == size
-        if not fits or end > len(data) or total > len(data):
-            raise ValueError(
-                f"{_show(name)} of shape {_show(shape)} and type {code} at {_show((begin, end))} "
-                f"of {len(data)} bytes"
-            )
-        tensors[name] = _native(np.frombuffer(data[begin:end], dtype).reshape(shape), code)
+        array = np.frombuffer(entry["data"], _DTYPES[code]).reshape(entry["shape"])
+        tensors[name] = _native(array, code)
     return tensors
 
 

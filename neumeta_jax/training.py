@@ -267,7 +267,6 @@ FIT_WIDTHS = ("full", "random")
 WARMUP_PHASES = ("stage", "all")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
-SKIP_ORDERS = ("last", "random")
 DEPTH_KINDS = ("shallow", "depth")  # of phases that train the depth term alone
 STEP_KINDS = ("train", *DEPTH_KINDS)  # of phases whose steps are those of `inr_update`
 
@@ -312,15 +311,13 @@ class InrRecipe:
         per_block_widths: share of the random sizes that draw one ratio for each block instead of
             one for the network.
         skip_blocks: share of the random sizes that skip blocks, so that depth varies too: in each
-            stage a number drawn uniformly from 0 to `max_skipped` of its generated blocks.
+            stage the last ones, a number drawn uniformly from 0 to `max_skipped` of those that are
+            generated.
         max_skipped: share of a stage's generated blocks, rounded, half of one upwards.
-        skip_order: which blocks those are: the "last" ones of the stage, or "random" ones.
         noise: whether training adds coordinate noise (its size belongs to the INR).
         ce_weight, norm_weight, reconstruction_weight, distillation_weight, temperature: the loss.
-        stream_weight: of `losses.stream_error`, the residual stream after each stage as a target.
-        distill_from: whose logits are the soft labels, and whose streams the targets: the folded
-            "teacher"'s, or those of the "full" size of the same step (in-place distillation, arXiv
-            1903.05134).
+        distill_from: whose logits are the soft labels: the folded "teacher"'s, or those of the
+            "full" size of the same step (in-place distillation, arXiv 1903.05134).
         ema_decay: of an average of the parameters that replaces them in the end; 0 keeps none.
         optimizer: "adamw", or "muon" for what is a matrix to it, see `inr_optimizer`.
         learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: of the
@@ -355,13 +352,11 @@ class InrRecipe:
     per_block_widths: float = 0.0
     skip_blocks: float = 0.0
     max_skipped: float = 0.5
-    skip_order: str = "random"
     noise: bool = True
     ce_weight: float = 100.0
     norm_weight: float = 1e-3
     reconstruction_weight: float = 1.0
     distillation_weight: float = 0.0
-    stream_weight: float = 0.0
     distill_from: str = "teacher"
     temperature: float = 1.0
     ema_decay: float = 0.0
@@ -384,7 +379,6 @@ class InrRecipe:
             ("fit_widths", FIT_WIDTHS),
             ("distill_from", DISTILL_FROM),
             ("warmup_phases", WARMUP_PHASES),
-            ("skip_order", SKIP_ORDERS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}.")
@@ -557,7 +551,7 @@ def _matrices(params: Any) -> Any:
             return numbers(reduction_axis=(3, 4), output_axis=2)
         if names[-1] == "kernel" and leaf.ndim == 4:  # HWIO
             return numbers(reduction_axis=(0, 1, 2), output_axis=3)
-        if re.fullmatch(r"hidden\d+(/|_)kernel", "/".join(names[-2:]).removeprefix("mlp/")):
+        if re.fullmatch(r"hidden\d+/kernel", "/".join(names[-2:])):
             return numbers(reduction_axis=(leaf.ndim - 2,), output_axis=leaf.ndim - 1)
         return None
 
@@ -750,19 +744,16 @@ def skippable_blocks(
 def _sample_skipped(key, hypernetwork, recipe, num):
     """bool[num, num_blocks]: which blocks each network skips."""
     num_blocks = len(hypernetwork.blocks)
-    # One draw for all: whether to skip, how many in each stage, and an order of the blocks.
+    # One draw for all: whether to skip, and how many in each stage. More are drawn than are used,
+    # as they were for the runs in results/, which this way can be repeated.
     draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + num_blocks))
     skips = draws[:, 0] < recipe.skip_blocks
     skipped = jnp.zeros((num, num_blocks), bool)
     for stage, members, most in skippable_blocks(hypernetwork, recipe):
-        positions = jnp.array(members)
         count = jnp.floor(draws[:, stage] * (most + 1))
-        score = draws[:, 1 + NUM_STAGES + positions]
-        if recipe.skip_order == "last":
-            score = jnp.broadcast_to(-positions, score.shape)
-        place = jnp.argsort(jnp.argsort(score, axis=1), axis=1)
+        place = jnp.arange(len(members))[::-1]  # counted from the last one
         chosen = skips[:, None] & (place < count[:, None])
-        skipped = skipped.at[:, positions].set(chosen)
+        skipped = skipped.at[:, jnp.array(members)].set(chosen)
     return skipped
 
 
@@ -878,18 +869,14 @@ def inr_update(
                 for w, full in zip(network, hypernetwork.full_widths, strict=True)
             ]
             small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, shapes)
-        logits, streams = resnet.apply_with_streams(small, tree, x)
-        soft_labels, target_streams = targets
+        logits = resnet.apply(small, tree, x)
         terms = {"ce": losses.cross_entropy(logits, y)}
         loss = recipe.ce_weight * terms["ce"]
         if recipe.distillation_weight:
             terms["distillation"] = losses.distillation(
-                logits, soft_labels, temperature=recipe.temperature
+                logits, targets, temperature=recipe.temperature
             )
             loss += recipe.distillation_weight * terms["distillation"]
-        if recipe.stream_weight:
-            terms["stream"] = losses.stream_error(streams, target_streams)
-            loss += recipe.stream_weight * terms["stream"]
         terms["accuracy"] = losses.accuracy(logits, y)
         return loss, {"network_loss": loss, **terms}
 
@@ -900,20 +887,15 @@ def inr_update(
         """Mean gradients of the networks' losses with respect to their weights, and the terms.
 
         Over the images of one device: x float[batches, share, ...], y [batches, share(, classes)].
-        `target` is the network whose logits and streams are the targets.
+        `target` is the network whose logits are the soft labels.
         """
         x, y = jax.tree.map(
             lambda a: a.reshape(a.shape[0], share // micro, micro, *a.shape[2:]), (x, y)
         )
-        targets = (jnp.zeros((*x.shape[:3], 0)), ())
-        if recipe.distillation_weight or recipe.stream_weight:
-
-            def targets_of(x):
-                logits, streams = resnet.apply_with_streams(spec, target, x)
-                return logits, streams if recipe.stream_weight else ()
-
-            found = loop(targets_of, x.reshape(-1, *x.shape[2:]))
-            targets = jax.tree.map(lambda a: a.reshape(*x.shape[:3], *a.shape[2:]), found)
+        targets = jnp.zeros((*x.shape[:3], 0))
+        if recipe.distillation_weight:
+            found = loop(lambda x: resnet.apply(spec, target, x), x.reshape(-1, *x.shape[2:]))
+            targets = found.reshape(*x.shape[:3], -1)
 
         def one_size(size, network):
             tree, batch = size

@@ -1,34 +1,38 @@
-"""What all tests share: JAX on the CPU, cheap compilation, a compilation cache of this session.
+"""What all tests share: JAX on the CPU, cheap compilation, a compilation cache kept between runs.
 
 Nearly all the time of these tests is compilation. The settings are environment variables too, so
 that the programs that tests start see them.
 """
 
 import os
-import shutil
-import tempfile
+import pathlib
 
 import jax
-import pytest
 
-_CACHE = tempfile.mkdtemp(prefix="neumeta-jax-tests-")
+_CACHE_HOME = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+_SETTINGS = {
+    "jax_platforms": os.environ.get("JAX_PLATFORMS", "cpu"),
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(_CACHE_HOME / "neumeta-jax-tests")
+    ),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+}
+for _name, _value in _SETTINGS.items():
+    os.environ[_name.upper()] = str(int(_value) if isinstance(_value, bool) else _value)
+    jax.config.update(_name, _value)
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_compilation_cache_dir", _CACHE)
-
-
-@pytest.fixture(autouse=True)
-def no_kept_programs(monkeypatch):
-    """Tests replace functions, which the keys of kept programs do not see; see `programs`."""
-    from neumeta_jax import programs
-
-    monkeypatch.setattr(programs, "_enabled", False)
-    monkeypatch.setattr(programs, "enable", lambda: None)
+# Each of them takes the longest of what is left where they start, so that they start first.
+_LONG = ("test_recipe", "test_training", "test_devices", "test_hosts", "test_hypernetwork")
 
 
-def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+def pytest_xdist_auto_num_workers():
+    """A process for each core, and no other than pytest's own where there is one core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, 8) if cores and cores > 1 else 0
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules first, so that no worker is left with one when the others are done."""
+    order = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -61,7 +61,7 @@ OVERRIDES = ["--", "--config.teacher.file=teacher.npz"]
 
 def test_rows_share_a_teacher_and_a_failed_row_stops_no_other(ablation, tmp_path, capsys):
     workdir = tmp_path / "runs"
-    rows = "base,in_place,shared_mlp,order_smoothness"
+    rows = "base,in_place,per_tensor_mlp,order_smoothness"
     with pytest.raises(SystemExit) as stop:
         ablation.main(
             ["", f"--workdir={workdir}", f"--rows={rows}", "--seeds=0,1", "--jobs=2", *OVERRIDES]
@@ -74,13 +74,13 @@ def test_rows_share_a_teacher_and_a_failed_row_stops_no_other(ablation, tmp_path
     prepared = sorted(path.parent.name for path in workdir.glob("*/prepared"))
     assert len(prepared) == 2, prepared  # one for each order of channels
     assert (workdir / "base" / "backbone.safetensors").read_text() == "importance"
-    assert (workdir / "shared_mlp-seed1" / "backbone.safetensors").read_text() == "smoothness"
+    assert (workdir / "per_tensor_mlp-seed1" / "backbone.safetensors").read_text() == "smoothness"
 
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     base, shared = (
         next([cell.strip() for cell in line.split("|")] for line in table if f"| {row} |" in line)
-        for row in ("base", "shared_mlp")
+        for row in ("base", "per_tensor_mlp")
     )
     # Means of two seeds; 400 steps of 32 shared images at 64 images a second, 600 steps of fit.
     assert base[3:-1] == ["55.0", "25.0", "1,234", "200", "2 (0, 1)"]

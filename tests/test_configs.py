@@ -3,13 +3,22 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import command_line, data, experiment as lab, hypernetwork as hyper, training
+from neumeta_jax import (
+    command_line,
+    data,
+    experiment as lab,
+    hypernetwork as hyper,
+    recipes,
+    training,
+)
+from neumeta_jax.inr import make_inr
 from neumeta_jax.resnet import init_params
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
@@ -140,3 +149,79 @@ def test_the_inrs_of_the_ablation_are_about_as_large_as_a_network(name):
         assert size > 1.2
     else:
         assert 0.3 < size <= 1.2
+
+
+# --- defaults and earlier versions -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_has_every_field_of_its_sections(path):
+    config = load(path).get_config().to_dict()
+    for name, cls in recipes.SECTIONS.items():
+        assert set(config[name]) == {field.name for field in dataclasses.fields(cls)}
+    inr = make_inr(**config["inr"])
+    assert set(config["inr"]) == {"kind", *(field.name for field in dataclasses.fields(inr))}
+    config.pop("baseline", None)
+    alone = {name for name, value in config.items() if not isinstance(value, dict)}
+    assert alone == {field.name for field in dataclasses.fields(recipes.Run)}
+    assert recipes.completed(config) == config
+
+
+RUNS = (
+    "digits",
+    "cifar100_resnet20/protocol_b",
+    "cifar100_resnet20/depth",
+    "cifar100_resnet56/depth",
+)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_work_directory_of_an_earlier_version_is_read(run):
+    path = CONFIGS[0].parent.parent / "results" / run / "config.json"
+    config = lab.read_config(path.parent)
+    assert set(config["train"]) == {field.name for field in dataclasses.fields(recipes.Train)}
+    assert "channel_dropout" not in config["inr"]
+    experiment = lab.from_config(config, stand_in(config["data"]["name"]))
+    lab.check_same_config(path.parent, config)
+    saved = json.loads(path.read_text())
+    assert experiment.recipe.epochs == saved["train"]["epochs"]
+
+
+@pytest.mark.parametrize(
+    "fields, refused",
+    [
+        ({}, ""),
+        ({"stream_weight": 0.0}, ""),
+        ({"stream_weight": 0.5}, "train.stream_weight must be 0.0"),
+        ({"skip_order": "random"}, ""),
+        ({"skip_order": "last", "skip_blocks": 0.5}, ""),
+        ({"skip_order": "random", "skip_blocks": 0.5}, "train.skip_order must be 'last'"),
+    ],
+    ids=str,
+)
+def test_options_that_are_gone_are_taken_where_they_changed_nothing(fields, refused):
+    config = recipes.defaults("grid").to_dict()
+    old = {**config, "train": {**config["train"], **fields}}
+    if refused:
+        with pytest.raises(command_line.UsageError, match=refused) as error:
+            recipes.completed(old)
+        assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    else:
+        found = recipes.completed(old)
+        skip_blocks = {name: value for name, value in fields.items() if name == "skip_blocks"}
+        assert found["train"] == {**config["train"], **skip_blocks}
+
+
+@pytest.mark.parametrize(
+    "section, field, message",
+    [
+        ("train", "epoch", "section 'train' has no field 'epoch'; did you mean 'epochs'"),
+        ("data", "pad", "section 'data' has no field 'pad'"),
+        ("", "sed", "The config has no field 'sed'; did you mean 'seed'"),
+    ],
+)
+def test_an_unknown_field_is_refused(section, field, message):
+    config = recipes.defaults("grid").to_dict()
+    (config[section] if section else config)[field] = 1
+    with pytest.raises(command_line.UsageError, match=message):
+        lab.from_config(config, stand_in("cifar100"))

@@ -210,21 +210,3 @@ def test_fourier_features_keep_the_coordinate_itself_and_the_shape():
     features = coordinates.fourier_features(x, 5)
     assert features.shape == (2, 3, 1, 11)
     np.testing.assert_array_equal(features[..., 0], x)
-
-
-def test_integrated_features_are_the_means_of_fourier_features_over_cells():
-    x = np.linspace(-0.3, 1.4, 7).astype(np.float32)[:, None]
-    cell = np.array([1 / 64, 0.3, 1.0], np.float32)
-    features = jax.jit(lambda x, d: coordinates.integrated_features(x, d, 6))(x, cell)
-    assert features.shape == (7, 3, 13)
-    points = (np.arange(4000) + 0.5) / 4000 - 0.5  # the midpoint rule
-    inside = x[..., None].astype(np.float64) + cell[:, None] * points
-    angles = np.pi * inside[..., None] * 2.0 ** np.arange(6)
-    means = np.concatenate([inside[..., None], np.sin(angles), np.cos(angles)], axis=-1).mean(2)
-    np.testing.assert_allclose(features, means, rtol=0, atol=2e-6)
-
-
-def test_integrated_features_of_a_cell_without_width_are_fourier_features():
-    x = np.linspace(0, 1, 9).astype(np.float32)
-    features = coordinates.integrated_features(x, np.zeros(9, np.float32), 8)
-    np.testing.assert_array_equal(features, coordinates.fourier_features(jnp.asarray(x), 8))

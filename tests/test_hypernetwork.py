@@ -18,7 +18,6 @@ from neumeta_jax.inr import (
     Grid,
     PerTensorMLP,
     Projection,
-    SharedMLP,
     describe_inr,
     make_inr,
 )
@@ -30,7 +29,6 @@ IMAGES = np.random.default_rng(7).normal(size=(3, 8, 8, 2)).astype(np.float32)
 INRS = {
     "mlp": PerTensorMLP(hidden_width=8, num_layers=2, num_frequencies=5),
     "cell grid": Grid(num_terms=3),
-    "shared mlp": SharedMLP(hidden_width=8, num_layers=3, num_frequencies=3, embedding_size=5),
     "projection": Projection(num_terms=2, modulated=True),
     "nested grid": Grid(num_terms=2, resampling="nested"),
 }
@@ -43,7 +41,7 @@ WIDTHS = {
     "partly skipped": (3, 0, 6),
 }
 all_kinds = pytest.mark.parametrize("inr", INRS.values(), ids=INRS)
-one_of_each_class = pytest.mark.parametrize("inr", list(INRS.values())[:4], ids=list(INRS)[:4])
+one_of_each_class = pytest.mark.parametrize("inr", list(INRS.values())[:3], ids=list(INRS)[:3])
 
 
 def scrambled(tree, seed, scale=0.3):
@@ -121,48 +119,6 @@ def reference_mlp(params, queries, num_frequencies):
     return h @ params["out"]["kernel"] + params["out"]["bias"]
 
 
-def gelu(x):
-    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-ACTIVATIONS = {"elu": elu, "relu": lambda x: np.maximum(x, 0), "gelu": gelu}
-
-
-def integrated(x, cell, num_frequencies):
-    """The means of `features` from edge to edge of a cell, from their antiderivatives."""
-    angles = np.pi * 2.0 ** np.arange(num_frequencies)
-    left, right = angles * (x - cell / 2)[..., None], angles * (x + cell / 2)[..., None]
-    sines = (np.cos(left) - np.cos(right)) / (angles * cell)
-    cosines = (np.sin(right) - np.sin(left)) / (angles * cell)
-    return np.concatenate([x[..., None], sines, cosines], axis=-1)
-
-
-def reference_shared_mlp(inr, params, group, row, width, stretch=1.0):
-    """The equation of `SharedMLP` with cells wider by `stretch`, at every query of one tensor."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    mlp, tensor, act = params["mlp"], group.indices[row], ACTIVATIONS[inr.activation]
-
-    def encoded(channels):
-        x = (np.arange(channels) + 0.5) / channels
-        if inr.integrated:
-            return integrated(x, stretch / channels, inr.num_frequencies)
-        return features(x, inr.num_frequencies)
-
-    full = SPEC.stage_widths[int(group.name.removeprefix("stage")[0]) - 1]
-    c_out = width if group.out_is_hidden else group.rows
-    c_in = width if group.in_is_hidden else group.columns
-    h = params["embeddings"][tensor] @ mlp["embedding"] + (width / full) * mlp["width"][0]
-    h = h + (encoded(c_out) @ mlp["rows"])[:, None]
-    if group.kind == "kernel":
-        h = h + encoded(c_in) @ mlp["columns"]
-    h = act(h)
-    for n in range(1, inr.num_layers):
-        h = h + mlp[f"scale{n}"] * act(h @ mlp[f"hidden{n}_kernel"] + mlp[f"hidden{n}_bias"])
-    values = h @ mlp[f"{group.kind}_head"] + mlp[f"{group.kind}_head_bias"]
-    full_c_in = full if group.in_is_hidden else c_in
-    return params["scales"][tensor] * values * full_c_in / c_in
-
-
 def least_squares(moments, width, ridge):
     """float64[full + 1, full]: what stands for each channel where the first `width` are left.
 
@@ -227,8 +183,6 @@ def resampled(values, axis, width, resampling):
 
 def reference_tensor(members, params, group, row, width):
     """[C_out, C_in, outputs] of one tensor of a block with `width` hidden channels."""
-    if isinstance(members.inr, SharedMLP):
-        return reference_shared_mlp(members.inr, params["inr"], group, row, width)
     if isinstance(members.inr, Projection):
         return reference_projection(members, params, group, row, width)
     params = jax.tree.map(lambda x: x[row], params["inr"][group.name])
@@ -346,95 +300,6 @@ def test_the_papers_inr_of_a_resnet56_has_187_8_million_parameters():
     assert round(total / 1e6, 1) == 187.8
 
 
-def test_the_shared_mlp_of_a_resnet56_has_229_225_parameters():
-    spec = cifar_resnet(56, num_classes=100)
-    members = Hypernetwork(spec, generated_blocks(spec), SharedMLP())
-    inr = jax.eval_shape(lambda key: members.inr.init(key, members.groups), jax.random.key(0))
-    total = sum(leaf.size for leaf in jax.tree.leaves(inr))
-    assert total == 256 * (2 * 13 + 1 + 64) + 3 * (256**2 + 257) + 10 * 257 + 92 * 65 == 229_225
-
-
-def test_a_fresh_shared_mlp_generates_weights_of_the_size_that_a_convolution_takes():
-    inr = SharedMLP(hidden_width=64)
-    groups = coordinates.tensor_groups(SPEC, BLOCKS)
-
-    @jax.jit
-    def fresh(key):
-        params = inr.init(key, groups)
-        return params, inr(params, groups, np.array(WIDTHS["full"]))
-
-    params, raw = fresh(jax.random.key(0))
-    assert params["mlp"]["scale1"] == params["mlp"]["scale3"] == np.float32(0.1)
-    for group in groups:
-        if group.kind == "kernel":
-            size = np.sqrt(np.mean(np.asarray(raw[group.name]) ** 2, axis=(1, 2, 3)))
-            assert (size * np.sqrt(9 * group.columns) > 0.2).all()
-            assert (size * np.sqrt(9 * group.columns) < 3).all()
-            for row in range(1, len(size)):  # the tensors of a group differ
-                assert np.abs(raw[group.name][row] - raw[group.name][0]).max() > size[0] / 4
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"integrated": False}, {"activation": "relu"}, {"activation": "elu", "num_layers": 1}],
-    ids=["points", "relu", "one layer"],
-)
-def test_every_variant_of_the_shared_mlp_follows_its_equation(fields):
-    fields = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, **fields}
-    members, params = family(SharedMLP(**fields, embedding_size=5), blocks=(1,))
-    for widths in ((4,), (3,)):
-        expected = padded(reference_dense(members, params, widths), SPEC)["stage1_block1"]
-        assert_same_tree(generate(members, params, widths)["stage1_block1"], expected)
-
-
-@pytest.mark.parametrize("fields", [{"noise_scale": 1.0}, {"max_cell": 2.0}], ids=str)
-def test_a_shared_mlp_moves_channels_or_widens_cells_only_with_a_key(fields):
-    small = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, "embedding_size": 5}
-    members, params = family(SharedMLP(**small, **fields), blocks=(0, 1))
-    quiet, _ = family(SharedMLP(**small), blocks=(0, 1))
-    exact = generate(quiet, params, (3, 3), key=fast_key(0))
-    assert_same_tree(generate(members, params, (3, 3)), exact, tolerance=0)
-    noisy = [generate(members, params, (3, 3), key=fast_key(seed)) for seed in range(2)]
-    for block in ("stage1_block0", "stage1_block1"):
-        for layer in LAYERS:
-            for kind in KINDS:
-                values = [tree[block][layer][kind] for tree in (exact, *noisy)]
-                assert 1e-5 < np.abs(values[1] - values[0]).max() < 10
-                assert (values[1] != values[2]).any()
-        assert not np.asarray(noisy[0][block]["conv1"]["bias"])[3:].any()
-
-
-def test_all_tensors_of_a_block_have_cells_that_are_wider_by_one_factor():
-    small = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 3, "embedding_size": 5}
-    inr, groups = SharedMLP(**small, max_cell=2.0), coordinates.tensor_groups(SPEC, BLOCKS)
-    params = family(inr)[1]["inr"]
-    widths = jnp.array([3, 2, 5])
-    stretch, _ = inr._jitter(fast_key(0), groups, 3)
-    assert len(set(stretch.tolist())) == 3
-    assert all(1 <= factor <= 2 for factor in stretch.tolist())
-    raw = jax.jit(lambda key: inr(params, groups, widths, key=key))(fast_key(0))
-    for group in groups:
-        for row, position in enumerate(group.positions):
-            width, factor = int(widths[position]), float(stretch[position])
-            expected = reference_shared_mlp(inr, params, group, row, width, stretch=factor)
-            actual = raw[group.name][row, : expected.shape[0], : expected.shape[1]]
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-6)
-
-
-def test_a_shared_mlp_can_start_with_the_scales_of_the_backbone():
-    members, backbone = Hypernetwork(SPEC, BLOCKS, INRS["shared mlp"]), random_backbone()
-    backbone["stage1_block0"]["conv1"]["bias"] = np.zeros(4, np.float32)
-    params = jax.jit(
-        lambda key: hypernetwork.init(key, members, backbone, alpha=1.0, from_backbone=True)
-    )(fast_key(0))
-    for position, n in enumerate(BLOCKS):
-        for number, (layer, kind) in enumerate((la, ki) for la in LAYERS for ki in KINDS):
-            tensor = backbone[SPEC.blocks[n].name][layer][kind]
-            size = max(np.sqrt(np.mean(np.square(tensor))), 1e-6)
-            scale = params["inr"]["scales"][4 * position + number]
-            assert float(scale) == pytest.approx(size, rel=1e-5)
-
-
 @all_kinds
 def test_one_compilation_generates_what_the_equations_give_at_every_width(inr):
     members, params = family(inr)
@@ -513,10 +378,8 @@ def test_gradients_reach_every_parameter_and_are_finite(inr):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
         np.testing.assert_array_equal(gradients["alpha"] != 0, np.array(widths) > 0)
         assert all(leaf.any() for leaf in jax.tree.leaves(gradients["learned"]))
-        if isinstance(inr, SharedMLP):
-            assert all(leaf.any() for leaf in jax.tree.leaves(gradients["inr"]["mlp"]))
         for group in members.groups:
-            tensors = dict(of_tensors(inr, gradients["inr"], group))
+            tensors = dict(gradients["inr"][group.name])
             if "moments" in tensors:
                 assert not tensors.pop("moments").any()  # measured, not learned
             for leaf in jax.tree.leaves(tensors):
@@ -629,15 +492,6 @@ def test_a_grid_can_start_at_the_backbone(name):
         lambda key: hypernetwork.init(key, members, backbone, alpha=1.0, from_backbone=True)
     )(fast_key(0))
     assert_same_tree(generate(members, params, members.widths(1.0)), backbone)
-
-
-def of_tensors(inr, inr_params, group):
-    """The leaves that belong to single tensors of a group, with a leading axis of tensors."""
-    if isinstance(inr, SharedMLP):
-        return {
-            name: inr_params[name][np.array(group.indices)] for name in ("embeddings", "scales")
-        }
-    return inr_params[group.name]
 
 
 def projection_of(backbone, moments, inr=None, blocks=BLOCKS):
@@ -858,8 +712,7 @@ def test_a_copied_block_generates_the_weights_of_its_source(inr):
     copied = copy_block(members, params, 0, 1)
     for group in members.groups:
         new_leaves, old_leaves = (
-            jax.tree.leaves_with_path(of_tensors(inr, tree, group))
-            for tree in (copied, params["inr"])
+            jax.tree.leaves_with_path(tree[group.name]) for tree in (copied, params["inr"])
         )
         for (path, new), (_, old) in zip(new_leaves, old_leaves, strict=True):
             measured = jax.tree_util.keystr(path, simple=True) == "moments"  # each block's own
@@ -894,13 +747,8 @@ def test_a_masked_update_changes_only_active_blocks(inr):
 
     updated = update(active)
     assert jax.tree.map(np.shape, updated) == jax.tree.map(np.shape, params["inr"])
-    if isinstance(inr, SharedMLP):  # the MLP is everyone's: it learns with any block
-        moved = jax.tree.map(lambda x: x + np.float32(0.1), params["inr"]["mlp"])
-        assert_same_tree(updated["mlp"], moved, tolerance=1e-7)
-        assert_same_tree(update(np.zeros(3, bool)), params["inr"], tolerance=0)
-        updated = {**updated, "mlp": params["inr"]["mlp"]}
     for group in members.groups:
-        tensors = of_tensors(inr, updated, group)
+        tensors = updated[group.name]
         if "moments" in tensors:
             np.testing.assert_array_equal(tensors["moments"], params["inr"][group.name]["moments"])
     before = generate(members, params, WIDTHS["half"])
@@ -917,8 +765,7 @@ def test_a_masked_update_changes_only_active_blocks(inr):
     [
         *INRS.values(),
         PerTensorMLP(activation="gelu", noise_per="channel", noise_scale=0.5),
-        SharedMLP(activation="relu", noise_scale=0.5, max_cell=2.0),
-        Projection(ridge=0.1, depth_term=True),
+        Projection(ridge=0.1, depth_term=True, max_cell=1.5),
     ],
 )
 def test_a_described_inr_can_be_made_again(inr):
@@ -952,14 +799,6 @@ def test_unknown_kinds_and_fields_of_inrs_are_refused():
         ("per_tensor_mlp", {"num_frequencies": -1}, "num_frequencies=-1"),
         ("per_tensor_mlp", {"activation": "tanh"}, "'tanh'"),
         ("per_tensor_mlp", {"noise_per": "row"}, "'row'"),
-        ("shared_mlp", {"hidden_width": 0}, "hidden_width=0"),
-        ("shared_mlp", {"num_layers": 0}, "num_layers=0"),
-        ("shared_mlp", {"embedding_size": 0}, "embedding_size=0"),
-        ("shared_mlp", {"num_frequencies": -1}, "num_frequencies=-1"),
-        ("shared_mlp", {"activation": "tanh"}, "'tanh'"),
-        ("shared_mlp", {"noise_scale": -0.5}, "-0.5"),
-        ("shared_mlp", {"max_cell": 0.5}, "max_cell=0.5"),
-        ("shared_mlp", {"max_cell": 2.0, "integrated": False}, "integrated=False"),
         ("projection", {"num_terms": 0}, "num_terms=0"),
         ("projection", {"ridge": 0.0}, "ridge=0.0"),
         ("projection", {"max_cell": 0.5}, "0.5"),

@@ -77,26 +77,6 @@ def test_distillation_stays_finite_for_extreme_logits():
     assert finite(gradient)
 
 
-def test_stream_error_is_the_mean_of_the_relative_squared_errors():
-    rng = np.random.default_rng(3)
-    shapes = [(3, 4, 4, 2), (3, 2, 2, 5)]
-    teacher = [rng.normal(size=shape).astype("float32") for shape in shapes]
-    streams = [rng.normal(size=shape).astype("float32") for shape in shapes]
-    wanted = np.mean(
-        [
-            [np.sum((s[n] - t[n]) ** 2.0) / np.sum(t[n] ** 2.0) for n in range(3)]
-            for s, t in zip(streams, teacher, strict=True)
-        ]
-    )
-    assert float(losses.stream_error(streams, teacher)) == pytest.approx(wanted, rel=1e-5)
-    zeros = [np.zeros_like(t) for t in teacher]
-    assert float(losses.stream_error(zeros, teacher)) == pytest.approx(1.0)
-    assert float(losses.stream_error(teacher, teacher)) == 0
-    assert np.isfinite(float(losses.stream_error(streams, zeros)))
-    gradient = jax.grad(losses.stream_error, argnums=1)(streams, teacher)
-    assert not any(np.any(g) for g in gradient)
-
-
 def test_weight_norm_sums_the_norms_of_the_tensors():
     blocks = random_blocks(1)
     expected = sum(np.linalg.norm(tensor) for tensor in tensors(blocks))
