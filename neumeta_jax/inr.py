@@ -12,7 +12,7 @@ of equal role and shape (`coordinates.TensorGroup`). What surrounds it is the sa
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,22 +24,24 @@ from neumeta_jax.coordinates import Coordinates, TensorGroup
 from neumeta_jax.resnet import Params
 
 
-class INR(Protocol):
-    """What an implicit neural representation must offer. Implementations are hashable values."""
+class INR:
+    """What an implicit neural representation must offer. Implementations are hashable values.
 
-    @property
-    def needs_moments(self) -> bool:
-        """Whether `with_moments` makes use of the second moments of the hidden channels."""
-        ...
+    What is not written out here is that of a kind which keeps a tree of arrays for each group, with
+    a leading axis of tensors.
 
-    @property
-    def depth_term(self) -> bool:
-        """Whether weights depend on which blocks are skipped, those not generated included."""
-        ...
+    Attributes:
+        needs_moments: whether `with_moments` uses the second moments of the hidden channels.
+        depth_term: whether weights depend on which blocks are skipped, those not generated
+            included.
+    """
+
+    needs_moments: bool = False
+    depth_term: bool = False
 
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         """Fresh parameters."""
-        ...
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -54,25 +56,20 @@ class INR(Protocol):
         `widths` is int[num_blocks]; entries beyond a block's width may hold anything finite. With a
         `key`, coordinates are noisy.
         """
-        ...
+        raise NotImplementedError
 
     def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
+        self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]
     ) -> Params:
         """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
 
-        Kinds without one return `inr_params` as they are.
+        Kinds without one return `inr_params` as they are; that is what the fit phase is for.
         """
-        ...
+        del groups, raw
+        return inr_params
 
     def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
+        self, inr_params: Params, groups: Sequence[TensorGroup], moments: Mapping[str, jax.Array]
     ) -> Params:
         """`inr_params` that know the second moments of the hidden channels of each tensor.
 
@@ -80,13 +77,21 @@ class INR(Protocol):
         `resnet.hidden_moments`), and are measured, not learned: no block copies those of another.
         Kinds without `needs_moments` return `inr_params` as they are.
         """
-        ...
+        del groups, moments
+        return inr_params
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
         """`inr_params` in which block `target` starts as a copy of block `source`."""
-        ...
+        copied = dict(inr_params)
+        for group in groups:
+            if source in group.positions and target in group.positions:
+                s, t = group.positions.index(source), group.positions.index(target)
+                copied[group.name] = jax.tree.map(
+                    lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
+                )
+        return copied
 
     def update_mask(
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
@@ -95,11 +100,18 @@ class INR(Protocol):
 
         `active` is bool[num_blocks] and may be traced.
         """
-        ...
+        mask = {}
+        for group in groups:
+            flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
+            mask[group.name] = jax.tree.map(
+                lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+            )
+        return mask
 
     def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
         """A tree that broadcasts against `inr_params`: 1 for the `depth_term`, else 0."""
-        ...
+        del groups
+        return jax.tree.map(lambda _: jnp.float32(0), inr_params)
 
 
 class CoordinateMLP(nn.Module):
@@ -144,7 +156,7 @@ class CoordinateMLP(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class PerTensorMLP:
+class PerTensorMLP(INR):
     """One `CoordinateMLP` for every generated tensor; its output is divided by C_in.
 
     The MLPs of a group are stacked along a leading axis and run as one batched call.
@@ -162,8 +174,6 @@ class PerTensorMLP:
     activation: str = "elu"
     noise_scale: float = 1.0
     noise_per: str = "query"
-    needs_moments = False
-    depth_term = False
 
     def __post_init__(self):
         if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
@@ -189,7 +199,7 @@ class PerTensorMLP:
             activation=self.activation,
         )
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
         shapes = {}
         for group in groups:
@@ -204,10 +214,8 @@ class PerTensorMLP:
         sizes = [math.prod(shape) for _, shape in leaves]
         draws = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
         draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
-        values = []
-        for (path, shape), draw in zip(
-            leaves, jnp.split(draws, np.cumsum(sizes)[:-1]), strict=True
-        ):
+        values, parts = [], jnp.split(draws, np.cumsum(sizes)[:-1])
+        for (path, shape), draw in zip(leaves, parts, strict=True):
             name = path[-1].key
             if name.startswith("scale"):
                 values.append(jnp.full(shape, 0.1, jnp.float32))
@@ -215,17 +223,9 @@ class PerTensorMLP:
                 values.append(jnp.zeros(shape, jnp.float32))
             else:  # uniform(+-1 / sqrt(fan_in)), PyTorch's default
                 values.append(draw.reshape(shape) / shape[1] ** 0.5)
-        params = jax.tree_util.tree_unflatten(treedef, values)
-        return params
+        return jax.tree_util.tree_unflatten(treedef, values)
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         for number, group in enumerate(groups):
             coords = coordinates.raw_coordinates(group, widths)
@@ -250,70 +250,12 @@ class PerTensorMLP:
             raw[group.name] = values / in_width[..., None]
         return raw
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, raw
-        return inr_params  # no closed form; that is what the fit phase is for
-
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, moments
-        return inr_params
-
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        return _copy_stacked(inr_params, groups, source, target)
-
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        return _mask_stacked(inr_params, groups, active)
-
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        return _mask_nothing(inr_params)
-
-
-def _copy_stacked(inr_params, groups, source, target):
-    """`INR.copy_block` where every leaf of a group has a leading axis of tensors."""
-    copied = dict(inr_params)
-    for group in groups:
-        if source in group.positions and target in group.positions:
-            s, t = group.positions.index(source), group.positions.index(target)
-            copied[group.name] = jax.tree.map(
-                lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
-            )
-    return copied
-
-
-def _mask_nothing(inr_params: Params) -> Params:
-    return jax.tree.map(lambda _: jnp.float32(0), inr_params)
-
-
-def _mask_stacked(inr_params, groups, active):
-    """`INR.update_mask` where every leaf of a group has a leading axis of tensors."""
-    mask = {}
-    for group in groups:
-        flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
-        mask[group.name] = jax.tree.map(
-            lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
-        )
-    return mask
-
 
 RESAMPLING = ("cell", "nested")
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(INR):
     """Learned values on a grid of channels, interpolated, and conditioned on the width.
 
     For a block of `hidden` channels at full size and w = width / hidden, before resampling,
@@ -339,8 +281,6 @@ class Grid:
     num_terms: int = 2
     resampling: str = "cell"
     noise_scale: float = 0.0
-    needs_moments = False
-    depth_term = False
 
     def __post_init__(self):
         if self.num_terms < 1 or self.noise_scale < 0:
@@ -351,7 +291,7 @@ class Grid:
         if self.resampling not in RESAMPLING:
             raise ValueError(f"resampling must be one of {RESAMPLING}, got {self.resampling!r}.")
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         params = {}
         for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
             shape = (len(group.positions), group.rows, group.columns, group.num_outputs)
@@ -362,14 +302,7 @@ class Grid:
             params[group.name] = {"values": jnp.moveaxis(values, 0, 1)}
         return params
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         for number, group in enumerate(groups):
             values = inr_params[group.name]["values"]
@@ -412,39 +345,12 @@ class Grid:
         overlap = jnp.minimum(right, edges + 1 / full) - jnp.maximum(left, edges)
         return jnp.maximum(overlap, 0.0) * width[:, None, None]
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
+    def start_from(self, inr_params, groups, raw):
         started = {}
         for group in groups:
             values = jnp.zeros_like(inr_params[group.name]["values"])
             started[group.name] = {"values": values.at[:, 0].set(raw[group.name])}
         return started
-
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, moments
-        return inr_params
-
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        return _copy_stacked(inr_params, groups, source, target)
-
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        return _mask_stacked(inr_params, groups, active)
-
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        return _mask_nothing(inr_params)
 
 
 def _hidden_width(inr_params, group):
@@ -453,7 +359,7 @@ def _hidden_width(inr_params, group):
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
+class Projection(INR):
     """Learned values on a grid of channels; smaller networks are projections of the full one.
 
     Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the
@@ -517,7 +423,7 @@ class Projection:
         if self.max_cell < 1:
             raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         params = self._values_only.init(key, groups)
         for group in groups:
             if self.modulated:
@@ -530,14 +436,7 @@ class Projection:
                 params[group.name]["moments"] = moments
         return params
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         by_name = {group.name: group for group in groups}
         factor = jnp.ones(())
@@ -610,12 +509,7 @@ class Projection:
         solution = jnp.roll(solution, -1, axis=1)[:, :, 1:]
         return jnp.where(kept[:, None, :], jnp.eye(moments.shape[-1])[:, :-1], solution)
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
+    def start_from(self, inr_params, groups, raw):
         started = self._values_only.start_from(inr_params, groups, raw)
         for group in groups:
             for leaf in ("modulation", "moments"):
@@ -623,12 +517,7 @@ class Projection:
                     started[group.name][leaf] = inr_params[group.name][leaf]
         return started
 
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
+    def with_moments(self, inr_params, groups, moments):
         found = dict(inr_params)
         for group in groups:
             if group.in_is_hidden:
@@ -636,24 +525,20 @@ class Projection:
                 found[group.name] = {**inr_params[group.name], "moments": known}
         return found
 
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        copied = _copy_stacked(inr_params, groups, source, target)
+    def copy_block(self, inr_params, groups, source, target):
+        copied = super().copy_block(inr_params, groups, source, target)
         moments = {g.name: inr_params[g.name]["moments"] for g in groups if g.in_is_hidden}
         return self.with_moments(copied, groups, moments)
 
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        mask = _mask_stacked(inr_params, groups, active)
+    def update_mask(self, inr_params, groups, active):
+        mask = super().update_mask(inr_params, groups, active)
         for group in groups:
             if "moments" in mask[group.name]:  # measured, not learned
                 mask[group.name]["moments"] = jnp.zeros_like(mask[group.name]["moments"])
         return mask
 
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        mask = _mask_nothing(inr_params)
+    def depth_mask(self, inr_params, groups):
+        mask = super().depth_mask(inr_params, groups)
         if self.depth_term:
             last = jnp.arange(self.num_terms + 1) == self.num_terms
             for group in groups:
