@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import checkpoint, experiment as lab, training
-from neumeta_jax.progress import MetricsFile, Progress
+from neumeta_jax import experiment as lab, training
+from neumeta_jax.progress import MetricsFile
 
 WINDOW = 1000  # steps
 NUM_VALUES = 100_000  # of the state, 400 kB
@@ -60,7 +60,6 @@ def run(
     call = training.chunked(update, images_per_step=4, steps_per_call=1)
     stamps = np.zeros(num_steps)
     rows: list[dict[str, Any]] = []
-    saved = checkpoint.Checkpoints(workdir / "checkpoints" / "inr")
     metrics = workdir / "metrics.jsonl"
 
     def timed(state, first, *rest):
@@ -76,7 +75,7 @@ def run(
                     "mean_us": round(1e6 * float(np.mean(seconds)), 1),
                     "resident_mib": round(resident_bytes() / 2**20, 1),
                     "metrics_kib": round(metrics.stat().st_size / 2**10, 1),
-                    "checkpoints": len(saved.steps()),
+                    "checkpoints": len(part.saved.steps()),
                 }
             )
         return call(state, first, *rest)
@@ -84,27 +83,28 @@ def run(
     experiment: Any = types.SimpleNamespace(
         log_every=log_every, checkpoint_every=checkpoint_every, eval_every=0
     )
+    part = lab.Part(
+        lab.Workdir(workdir),
+        experiment,
+        "inr",
+        "INR",
+        jax.random.key(0),
+        images,
+        num_steps,
+        steps_per_call=1,
+    )
     state = training.TrainState({"w": jnp.ones(NUM_VALUES)}, ())
-    with Progress(num_steps, 4) as progress:
-        lab.run_part(
-            lab.Workdir(workdir),
-            experiment,
-            part="inr",
-            saved=saved,
-            call=timed,
-            state=state,
-            start=0,
-            stop=num_steps,
-            key=jax.random.key(0),
-            images=images,
-            images_per_step=4,
-            steps_per_call=1,
-            phase="synthetic",
-            progress=progress,
-            shown=("loss",),
-            state_before=lambda: (0, state),
-            locate=lambda *_: "",
-        )
+    part.run(
+        timed,
+        state,
+        start=0,
+        stop=num_steps,
+        images_per_step=4,
+        phase="synthetic",
+        shown=("loss",),
+        state_before=lambda: (0, state),
+        locate=lambda *_: "",
+    )
     return rows
 
 

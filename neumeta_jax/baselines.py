@@ -37,11 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 from neumeta_jax import (
     architecture,
-    checkpoint,
     command_line,
     data,
     diagnosis,
@@ -57,7 +55,7 @@ from neumeta_jax import (
 from neumeta_jax.architecture import ResNetSpec, widths_at
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.experiment import Experiment, Workdir
-from neumeta_jax.progress import Progress, format_seconds
+from neumeta_jax.progress import format_seconds
 from neumeta_jax.resnet import Params, ResNet
 from neumeta_jax.training import Images, Preprocessing, TrainState
 
@@ -679,85 +677,6 @@ def _num_bytes(*trees: Any) -> int:
     return sum(int(x.size) * 4 for x in jax.tree.leaves(trees))
 
 
-def _train_sgd(
-    workdir: Workdir,
-    experiment: Experiment,
-    baseline: Baseline,
-    splits: data.Splits,
-    *,
-    part: str,
-    number: int,
-    first: Callable[[], Params],
-    forward: Forward,
-    teacher: Params,
-    of_one: ResNetSpec | None = None,
-) -> Params:
-    """Trains from where `workdir` stands; returns {"params", "batch_stats"}.
-
-    Args:
-        part: of the run, for checkpoints and metrics.
-        number: of the part, for its random numbers.
-        first: makes the variables to start from.
-        forward: see `sgd_update`.
-        teacher: a folded tree; empty where there are no soft labels.
-        of_one: the network's spec, where there is only one.
-    """
-    images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
-    num_steps, batch_size = baseline.num_steps, baseline.batch_size
-    recipe = training.TeacherRecipe(
-        batch_size=batch_size,
-        learning_rate=baseline.learning_rate,
-        momentum=baseline.momentum,
-        weight_decay=baseline.weight_decay,
-    )
-    optimizer = training.sgd_optimizer(recipe, num_steps)
-    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / part)
-
-    def last_state():
-        variables = jax.tree.map(jnp.array, first())  # steps donate their buffers
-        fresh = TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
-        return lab.restore(saved, fresh) or (0, fresh)
-
-    def locate(state, step):
-        if of_one is None:
-            return ""
-        return diagnosis.locate_in_teacher(
-            of_one, experiment.preprocessing, state.params, step, images
-        )
-
-    start, state = last_state()
-    if start:
-        print(f"{part}: continuing from step {start} of {num_steps}", flush=True)
-    workdir.metrics.rewind(part, start)
-    steps_per_call = training.default_steps_per_call()
-    update = sgd_update(
-        forward, baseline, optimizer, experiment.preprocessing, teacher_spec=experiment.spec
-    )
-    call = training.chunked(update, images_per_step=batch_size, steps_per_call=steps_per_call)
-    with Progress(num_steps, batch_size, done=start) as progress:
-        state = lab.run_part(
-            workdir,
-            experiment,
-            part=part,
-            saved=saved,
-            call=call,
-            state=state,
-            start=start,
-            stop=num_steps,
-            key=jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number),
-            images=images,
-            images_per_step=batch_size,
-            steps_per_call=steps_per_call,
-            phase=part,
-            progress=progress,
-            shown=("loss", "full_accuracy", "accuracy"),
-            rest=(teacher,),
-            state_before=last_state,
-            locate=locate,
-        )
-    return state.params
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What all families are made from."""
@@ -807,19 +726,57 @@ class Run:
         preprocessing = self.experiment.preprocessing
         return recalibrate(spec, variables, images, preprocessing, batch_size=batch_size)
 
-    def train(self, part: str, number: int, first, forward, of_one=None) -> Params:
-        return _train_sgd(
-            self.workdir,
-            self.experiment,
-            self.baseline,
-            self.splits,
-            part=part,
-            number=number,
-            first=first,
-            forward=forward,
-            teacher=self.soft_teacher,
-            of_one=of_one,
+    def train(
+        self,
+        name: str,
+        number: int,
+        first: Callable[[], Params],
+        forward: Forward,
+        of_one: ResNetSpec | None = None,
+    ) -> Params:
+        """Trains from where the work directory stands; returns {"params", "batch_stats"}.
+
+        Args:
+            name: of the part of the run, for checkpoints and metrics.
+            number: of the part, for its random numbers.
+            first: makes the variables to start from.
+            forward: see `sgd_update`.
+            of_one: the network's spec, where there is only one.
+        """
+        baseline, experiment, splits = self.baseline, self.experiment, self.splits
+        images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+        recipe = training.TeacherRecipe(
+            batch_size=baseline.batch_size,
+            learning_rate=baseline.learning_rate,
+            momentum=baseline.momentum,
+            weight_decay=baseline.weight_decay,
         )
+        optimizer = training.sgd_optimizer(recipe, baseline.num_steps)
+        preprocessing = experiment.preprocessing
+
+        def fresh():
+            variables = jax.tree.map(jnp.array, first())  # steps donate their buffers
+            return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
+
+        def locate(state, step):
+            if of_one is None:
+                return ""
+            return diagnosis.locate_in_teacher(of_one, preprocessing, state.params, step, images)
+
+        key = jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number)
+        part = lab.Part(self.workdir, experiment, name, name, key, images, baseline.num_steps)
+        update = sgd_update(
+            forward, baseline, optimizer, preprocessing, teacher_spec=experiment.spec
+        )
+        state = part.train(
+            update,
+            fresh,
+            images_per_step=baseline.batch_size,
+            shown=("loss", "full_accuracy", "accuracy"),
+            rest=(self.soft_teacher,),
+            locate=locate,
+        )
+        return state.params
 
 
 def _one_by_one(run: Run) -> Family:
@@ -935,18 +892,13 @@ def _inr(run: Run) -> Family:
     backbone = lab.prepare_backbone(run.workdir, experiment, run.splits)
     params = lab.train_inr(run.workdir, experiment, run.splits, backbone)
     lab.save_result(run.workdir, experiment, params)
-    samples = experiment.eval_samples
-    key = lab.phase_key(experiment, 3) if samples > 1 else None
+    noise = experiment.noise(experiment.eval_samples)
     # The key is an argument: XLA would spend minutes on working out the noise of a constant.
-    generate = jax.jit(
-        lambda params, widths, key: hyper.generate(
-            family, params, widths, key=key, num_samples=samples
-        )
-    )
+    generate = jax.jit(functools.partial(hyper.generate, family), static_argnames="num_samples")
 
     def network(ratio):
         widths = family.widths(ratio)
-        tree = generate(params, jnp.asarray(widths), key)
+        tree = generate(params, jnp.asarray(widths), **noise)
         return resnet.slice_params(experiment.spec, tree, family.blocks, widths.tolist())
 
     return Family(
@@ -1120,17 +1072,15 @@ def row(
     }
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir", "", "Where the run lives; created if absent.", flag_values=values
-    )
-    flags.DEFINE_float("budget", 1.0, "Factor on baseline.images.", flag_values=values)
-    flags.DEFINE_boolean(
-        "trial",
+FLAGS: command_line.Flags = {
+    "workdir": (str, "", "Where the run lives; created if absent."),
+    "budget": (float, 1.0, "Factor on baseline.images."),
+    "trial": (
+        bool,
         False,
         "Leave the test images alone and write no row, only print; for choosing rates.",
-        flag_values=values,
-    )
+    ),
+}
 
 
 def section(config: Mapping[str, Any]) -> Baseline:
@@ -1154,7 +1104,7 @@ def section(config: Mapping[str, Any]) -> Baseline:
 
 
 def main(argv: Sequence[str]) -> None:
-    config, options = command_line.parse(argv, define_flags, config_required=True)
+    config, options = command_line.parse(argv, FLAGS, config_required=True)
     if not options.workdir:
         raise UsageError("--workdir=DIR is required; the run is kept and resumed there.")
     baseline = section(config)
@@ -1200,7 +1150,7 @@ def main(argv: Sequence[str]) -> None:
             )
             path = workdir.path / folder / ROW_FILE
             path.parent.mkdir(exist_ok=True)
-            lab.write_json(path, document)
+            storage.write_json(path, document)
             print(f"wrote {path}", flush=True)
             before = elapsed()
             workdir.check_stop(0)

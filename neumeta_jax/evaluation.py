@@ -1,15 +1,14 @@
 """Accuracy of networks drawn from one INR, over a grid of widths."""
 
-import csv
 import dataclasses
 import functools
-import json
+import itertools
 import logging
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from neumeta_jax.architecture import (
     widths_at,
 )
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
+from neumeta_jax.command_line import Flags
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.training import Preprocessing
 
@@ -61,7 +61,7 @@ class GridRow:
 
 @dataclasses.dataclass
 class Comparison:
-    """Networks against the full one on the same images; `evaluate_missing` fills it.
+    """Networks against the full one on the same images; an `Evaluator` fills it.
 
     Attributes:
         reference: float32[images, classes], logits of the full network, once it was evaluated.
@@ -131,6 +131,18 @@ def batch_norm_accuracy(
 
 STRATEGIES = ("auto", "loop", "map", "vmap")
 MESH_AXES = ("configs", "data")
+SAMPLE_FLAGS: Flags = {  # of commands that evaluate
+    "num_samples": (
+        int,
+        None,
+        "Noisy weight samples to average (papers: 100); default: the config's.",
+    ),
+    "strategy": (
+        STRATEGIES,
+        "auto",
+        "How networks are evaluated; auto finds out which is fastest here.",
+    ),
+}
 
 # Multiply-adds in the time in which a network's programs compile, an order of magnitude: a ResNet20
 # took 5 s on two busy CPU cores, at 15e9 a second. On accelerators not measured.
@@ -750,144 +762,119 @@ def _logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return logits
 
 
-def evaluate_missing(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    widths: Sequence[tuple[int, ...]],
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    known: MutableMapping[tuple[int, ...], float],
-    comparison: Comparison | None = None,
-    on_known: Callable[[], None] | None = None,
-    **options,
-) -> None:
-    """Adds those of `widths` to `known` that it lacks, each once, by one call of `evaluate_grid`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """The networks of one INR on the same images, each evaluated once, whoever asks for it.
 
-    Args:
+    Attributes:
         hypernetwork, params: the family and its learned parameters.
-        widths: hidden widths of each network.
         images, labels: uint8[n, size, size, channels], int[n].
         preprocessing: normalisation of the images.
-        known: accuracies by widths, from calls with the same parameters, images and options.
-        comparison: what is in `known` is in it too after the call; the full network is evaluated
-            first where this needs it.
-        on_known: called whenever a network was added.
         options: of `evaluate_grid`, but not `on_result`, `on_images` and `per_image`. The `mesh` is
             `device_mesh()` if none is given.
+        split: what tables call the images.
+        known: accuracies by widths of what was evaluated; evaluations add to it.
+        comparison: with the full network, of all that is known; None: that is not asked for.
     """
-    options = {"mesh": device_mesh(), **options}
 
-    def is_known(row):
-        return row in known and (comparison is None or row in comparison.found)
+    hypernetwork: Hypernetwork
+    params: Mapping
+    images: np.ndarray
+    labels: np.ndarray
+    preprocessing: Preprocessing
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    split: str = ""
+    known: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    comparison: Comparison | None = None
 
-    missing = [row for row in dict.fromkeys(widths) if not is_known(row)]
-    if not missing:
-        return
-    full = hypernetwork.full_widths
-    if comparison is not None:
-        if comparison.reference is None:
-            missing = list(dict.fromkeys([full, *missing]))  # the first row is evaluated first
-        options |= {"per_image": _logits}
+    def knows(self, widths: tuple[int, ...]) -> bool:
+        found = self.comparison is None or widths in self.comparison.found
+        return found and widths in self.known
 
-        def on_images(number, logits):
-            reference = logits if comparison.reference is None else comparison.reference
-            comparison.reference = reference
-            comparison.found[missing[number]] = consistency.compare(logits, reference, labels)
+    def describe(self, widths: tuple[int, ...]) -> dict[str, Any]:
+        """What is known of a network, by the names of `GridRow`."""
+        dense = morph(self.hypernetwork.spec, self.hypernetwork.blocks, widths)
+        return {
+            "widths": widths,
+            "num_params": dense.num_params,
+            "num_macs": dense.num_macs,
+            "accuracy": self.known[widths],
+            **(self.comparison.found[widths]._asdict() if self.comparison else {}),
+        }
 
-        options |= {"on_images": on_images}
+    def evaluate(
+        self,
+        widths: Sequence[tuple[int, ...]],
+        *,
+        on_known: Callable[[], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """`describe` of each of `widths`, after one call of `evaluate_grid` for the unknown ones.
 
-    def on_result(number, accuracy):
-        known[missing[number]] = accuracy
-        if on_known:
-            on_known()
+        The full network is evaluated first where the comparison needs it. `on_known` is called
+        whenever a network was added.
+        """
+        options = {"mesh": device_mesh(), **self.options}
+        missing = [row for row in dict.fromkeys(widths) if not self.knows(row)]
+        comparison = self.comparison
+        if missing and comparison is not None:
+            if comparison.reference is None:  # the first row is evaluated first
+                missing = list(dict.fromkeys([self.hypernetwork.full_widths, *missing]))
 
-    evaluate_grid(
-        hypernetwork,
-        params,
-        np.array(missing),
-        images,
-        labels,
-        preprocessing,
-        on_result=on_result,
-        **options,
-    )
+            def on_images(number, logits):
+                reference = logits if comparison.reference is None else comparison.reference
+                comparison.reference = reference
+                found = consistency.compare(logits, reference, self.labels)
+                comparison.found[missing[number]] = found
 
+            options |= {"per_image": _logits, "on_images": on_images}
 
-def evaluate_ratios(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    width_ratios: Sequence[float],
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    trained_range: tuple[float, float],
-    known: MutableMapping[tuple[int, ...], float] | None = None,
-    comparison: Comparison | None = None,
-    on_row: Callable[[GridRow], None] | None = None,
-    **options,
-) -> list[GridRow]:
-    """One row for each width ratio, in the order given, by `evaluate_grid`.
+        def on_result(number, accuracy):
+            self.known[missing[number]] = accuracy
+            if on_known:
+                on_known()
 
-    Ratios that round to the same widths are one network, which is evaluated once.
+        if missing:
+            data = self.images, self.labels, self.preprocessing
+            network = self.hypernetwork, self.params, np.array(missing)
+            evaluate_grid(*network, *data, on_result=on_result, **options)
+        return [self.describe(row) for row in widths]
 
-    Args:
-        hypernetwork, params: the family and its learned parameters.
-        width_ratios: each in (0, 1.5].
-        images, labels: uint8[n, size, size, channels], int[n].
-        preprocessing: normalisation of the images.
-        trained_range: smallest and largest width ratio seen in training.
-        known, comparison: see `evaluate_missing`; what they hold is not evaluated again, and what
-            is found is added. Rows say how consistent they are if there is a comparison.
-        on_row: called with each row, in the order given, as soon as it and those before are known.
-        options: of `evaluate_grid`, but not `on_result`.
+    def rows(
+        self,
+        width_ratios: Sequence[float],
+        *,
+        trained_range: tuple[float, float],
+        on_row: Callable[[GridRow], None] | None = None,
+    ) -> list[GridRow]:
+        """One row for each width ratio, in the order given.
 
-    Raises:
-        ValueError: for a width ratio out of range, before anything is evaluated.
-    """
-    ratios = [check_width_ratio(ratio) for ratio in width_ratios]
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    known = {} if known is None else known
-    widths = [widths_at(spec, blocks, ratio) for ratio in ratios]
-    low, high = trained_range
-    rows: list[GridRow] = []
+        Ratios that round to the same widths are one network.
 
-    def report():
-        for ratio, row in zip(ratios[len(rows) :], widths[len(rows) :], strict=True):
-            if row not in known or (comparison and row not in comparison.found):
-                break
-            small = morph(spec, blocks, row)
-            compared = comparison.found[row]._asdict() if comparison else {}
-            rows.append(
-                GridRow(
-                    width_ratio=ratio,
-                    widths=row,
-                    num_params=small.num_params,
-                    num_macs=small.num_macs,
-                    accuracy=known[row],
-                    trained=low - 1e-9 <= ratio <= high + 1e-9,
-                    **compared,
-                )
-            )
-            if on_row:
-                on_row(rows[-1])
+        Args:
+            width_ratios: each in (0, 1.5].
+            trained_range: smallest and largest width ratio seen in training.
+            on_row: called with each row, in the order given, as soon as it and those before are
+                known.
 
-    evaluate_missing(
-        hypernetwork,
-        params,
-        widths,
-        images,
-        labels,
-        preprocessing,
-        known=known,
-        comparison=comparison,
-        on_known=report,
-        **options,
-    )
-    report()
-    return rows
+        Raises:
+            ValueError: for a width ratio out of range, before anything is evaluated.
+        """
+        low, high = trained_range
+        family = self.hypernetwork
+        widths = [widths_at(family.spec, family.blocks, ratio) for ratio in width_ratios]
+        rows: list[GridRow] = []
+
+        def report():
+            waiting = zip(width_ratios[len(rows) :], widths[len(rows) :], strict=True)
+            for ratio, row in itertools.takewhile(lambda pair: self.knows(pair[1]), waiting):
+                trained = low - 1e-9 <= ratio <= high + 1e-9
+                rows.append(GridRow(float(ratio), trained=trained, **self.describe(row)))
+                if on_row:
+                    on_row(rows[-1])
+
+        self.evaluate(widths, on_known=report)
+        report()
+        return rows
 
 
 class Dip(NamedTuple):
@@ -1006,11 +993,29 @@ def weight_slices(
 
 def format_row(row: GridRow) -> str:
     """A line of the table under `TABLE_HEADER`."""
-    seen = "trained" if row.trained else "unseen"
     return (
-        f"{row.width_ratio:6.3f}  {format_widths(row.widths):>12}  {row.num_params:>10,}  "
-        f"{row.num_macs / 1e6:>9.2f}  {100 * row.accuracy:>8.2f}  {format_consistency(row)}{seen}"
+        f"{row.width_ratio:6.3f}  {format_widths(row.widths):>12}  {format_counts(_row_dict(row))}"
     )
+
+
+def format_counts(row: Mapping[str, Any]) -> str:
+    """The columns under `COUNTS_HEADER` of a row in JSON types; blanks if it was not compared."""
+    compared = ["", "", "", ""]
+    if row.get("agreement") is not None:
+        compared = [
+            f"{100 * row['agreement']:.2f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{100 * row['calibration_error']:.2f}",
+            f"{row['worst_class']} ({-100 * row['worst_class_drop'] + 0.0:+.1f})",
+        ]
+    cells = [
+        f"{row['num_params']:,}",
+        f"{row['num_macs'] / 1e6:.2f}",
+        f"{100 * row['accuracy']:.2f}",
+        *compared,
+    ]
+    padded = [cell.rjust(len(title)) for cell, title in zip(cells, _COUNTS, strict=True)]
+    return "  ".join([*padded, "trained" if row["trained"] else "unseen"])
 
 
 def format_widths(widths: Sequence[int]) -> str:
@@ -1020,18 +1025,16 @@ def format_widths(widths: Sequence[int]) -> str:
     return shown if len(distinct) <= 4 else f"{distinct[0]}..{distinct[-1]}"
 
 
-def format_consistency(found: GridRow | consistency.Consistency) -> str:
-    """The columns under `CONSISTENCY_HEADER`, with blanks after; blanks alone for a lone row."""
-    if found.agreement is None or found.worst_class_drop is None:
-        return " " * (len(CONSISTENCY_HEADER) + 2)
-    worst = f"{found.worst_class} ({-100 * found.worst_class_drop + 0.0:+.1f})"
-    return (
-        f"{100 * found.agreement:>8.2f}  {found.kl_divergence:>7.4f}  "
-        f"{100 * (found.calibration_error or 0.0):>6.2f}  {worst:>13}  "
-    )
-
-
-CONSISTENCY_HEADER = f"{'agrees %':>8}  {'KL nats':>7}  {'ECE %':>6}  {'worst class':>13}"
+_COUNTS = (
+    "parameters",
+    " MACs (M)",
+    " top-1 %",
+    "agrees %",
+    "KL nats",
+    " ECE %",
+    "  worst class",
+)
+COUNTS_HEADER = "  ".join([*_COUNTS, "range"])
 
 
 def format_int8_row(row: GridRow) -> str:
@@ -1047,10 +1050,7 @@ def format_int8_row(row: GridRow) -> str:
 INT8_TABLE_HEADER = (
     f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8}  {'change':>8}"
 )
-TABLE_HEADER = (
-    f"{'ratio':>6}  {'widths':>12}  {'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  "
-    f"{CONSISTENCY_HEADER}  range"
-)
+TABLE_HEADER = f"{'ratio':>6}  {'widths':>12}  {COUNTS_HEADER}"
 
 
 def format_table(rows: Sequence[GridRow]) -> str:
@@ -1086,16 +1086,6 @@ def write_grid(
     **extra,
 ) -> None:
     """Writes `grid.json` and `grid.csv` into `directory`; each file appears whole or not at all."""
-    directory = pathlib.Path(directory)
     document = grid_dict(rows, dataset=dataset, split=split, **extra)
-    with storage.replacing(directory / "grid.json") as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-    path = directory / "grid.csv"
-    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
-        fields = [field.name for field in dataclasses.fields(GridRow)]
-        if all(row.int8_accuracy is None for row in rows):
-            fields.remove("int8_accuracy")
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**_row_dict(row), "widths": " ".join(map(str, row.widths))})
+    storage.write_json(pathlib.Path(directory) / "grid.json", document)
+    storage.write_csv(pathlib.Path(directory) / "grid.csv", storage.as_table(document["rows"]))

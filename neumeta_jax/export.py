@@ -54,6 +54,7 @@ from neumeta_jax import (
     checkpoint,
     command_line,
     data,
+    evaluation,
     experiment as lab,
     hypernetwork as hyper,
     litert,
@@ -847,57 +848,34 @@ def check_format(format: str, *, normalize: bool, int8: str | None = None) -> No
 # --- the command -----------------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
-    flags.DEFINE_float(
-        "width", None, "Kept fraction of all hidden channels, up to 1.5.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "widths",
-        None,
-        "Hidden channels of each generated block, comma-separated; 0 skips the block.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "spec", None, "A JSON file with widths, spec and blocks of one network.", flag_values=values
-    )
-    flags.DEFINE_enum("format", None, FORMATS, "Of the file.", flag_values=values)
-    flags.DEFINE_string("out", "", "The file to write.", flag_values=values)
-    flags.DEFINE_bool(
-        "normalize",
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "width": (float, None, "Kept fraction of all hidden channels, up to 1.5."),
+    "widths": (list, None, "Hidden channels of each generated block; 0 skips the block."),
+    "spec": (str, None, "A JSON file with widths, spec and blocks of one network."),
+    "format": (FORMATS, None, "Of the file."),
+    "out": (str, "", "The file to write."),
+    "normalize": (
+        bool,
         False,
         f"Put the normalisation into the graph ({', '.join(GRAPH_FORMATS)}), which then takes "
         "uint8 pixels.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "int8",
+    ),
+    "int8": (
+        str,
         None,
         "Weights in 8 bits (--int8), or activations too (--int8=full, onnx and litert).",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_images", 256, "Images of the data set to compare on, at most.", flag_values=values
-    )
-    flags.DEFINE_float(
-        "tolerance",
+    ),
+    "num_images": (int, 256, "Images of the data set to compare on, at most."),
+    "tolerance": (
+        float,
         None,
         f"Largest relative logit error to accept; default {TOLERANCE:g}, {FULL_INT8_TOLERANCE:g} "
         "with --int8=full.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_samples",
-        None,
-        "Noisy weight samples to average; default: the config's, as in eval.py.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "data_dir",
-        "",
-        "Where the data lies, if no longer where the run found it.",
-        flag_values=values,
-    )
+    ),
+    "num_samples": evaluation.SAMPLE_FLAGS["num_samples"],
+    **command_line.DATA_DIR,
+}
 
 
 def _chosen_widths(hypernetwork: Hypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
@@ -943,27 +921,20 @@ def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
 
 def main(argv: Sequence[str]) -> None:
     argv = ["--int8=weights" if arg in ("--int8", "-int8") else arg for arg in argv]
-    config, options = command_line.parse(argv, define_flags, config_required=False)
+    config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
     lab.enable_compilation_cache()
-    saved = lab.read_config(options.workdir)
-    if config:
-        lab.check_same_config(options.workdir, config)
-    hypernetwork, params, _ = checkpoint.load_inr(options.workdir)
+    opened = lab.open_run(config, options)
+    hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
-    if options.data_dir:
-        saved["data"]["dir"] = options.data_dir
-    dataset, splits = lab.load_data(saved)
-    experiment = lab.from_config(saved, dataset)
-    lab.check_same_family(experiment, hypernetwork)
+    experiment, splits = opened.load()
     split = "validation" if len(splits.validation_images) else "test"
     images = splits.validation_images if split == "validation" else splits.test_images
 
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
-    num_samples = options.num_samples or experiment.eval_samples
-    key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
-    spec, tree = draw(hypernetwork, params, widths, key=key, num_samples=num_samples)
+    noise = experiment.noise(options.num_samples or experiment.eval_samples)
+    spec, tree = draw(hypernetwork, opened.params, widths, **noise)
     print(
         f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"

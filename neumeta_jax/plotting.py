@@ -1,9 +1,8 @@
 """Figures. Each has its numbers in a CSV or JSON file beside it."""
 
-import csv
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
 REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
 ENTRIES = ("#1f5fa8", "#c8501e", "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35")
+RATIO, HIDDEN = "kept hidden width (ratio)", "hidden width (channels)"
+MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
 CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
 
 
@@ -47,12 +48,10 @@ def plot_grid(
         _draw_teacher(axis, teacher_accuracy)
         _restrain(axis)
     left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    left.set_xlabel("kept hidden width (ratio)")
-    left.set_ylabel("top-1 accuracy (%)")
-    right.set_xlabel("multiply-adds (millions)")
+    left.set(xlabel=RATIO, ylabel=TOP_1)
+    right.set_xlabel(MACS)
     right.legend(loc="lower right", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def plot_against_macs(
@@ -113,15 +112,10 @@ def plot_against_macs(
                 color="0.25",
             )
         table += [(s.name, "", s.num_macs, s.accuracy, "", s.source) for s in singles]
-    _restrain(axis)
     axis.margins(x=0.08, y=0.1)  # room for the names of single networks
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
     header = ("name", "width_ratio", "num_macs", "accuracy", "trained", "source")
-    _save_csv(path, header, table)
+    _save(figure, path, title, [header, *table])
 
 
 def plot_sweep(
@@ -165,13 +159,9 @@ def plot_sweep(
     _draw_teacher(axis, teacher_accuracy)
     if teacher_accuracy is not None:
         table.append(("teacher", 1.0, "", teacher_accuracy, ""))
-    _restrain(axis)
-    axis.set_xlabel("kept hidden width (ratio)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    _save_csv(path, ("series", "width_ratio", "num_macs", "accuracy", "trained"), table)
+    _finish(figure, axis, xlabel=RATIO, ylabel=TOP_1)
+    header = ("series", "width_ratio", "num_macs", "accuracy", "trained")
+    _save(figure, path, title, [header, *table])
 
 
 def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
@@ -241,10 +231,7 @@ def plot_weight_slices(
         label = f"out {out}, hidden {hidden}, tap {tap}"
         left.plot(widths, values, color=color, linewidth=1, marker=".", markersize=4, label=label)
         add("curves", values, out, hidden, tap)
-    _restrain(left)
-    left.set_xlabel("hidden width (channels)")
-    left.set_ylabel("weight of conv2")
-    _legend_below(figure, left, columns=3)
+    _finish(figure, left, xlabel=HIDDEN, ylabel="weight of conv2", columns=3)
 
     image = kernels[:, CENTER // 3, CENTER % 3, :, 0].T  # [hidden, widths]
     for hidden, values in enumerate(image):
@@ -266,13 +253,10 @@ def plot_weight_slices(
         right.axvline(bound, color="0.3", linestyle="--", linewidth=1)
     right.set_xlim(extent[:2])
     right.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel("hidden width (channels)")
-    right.set_ylabel("hidden channel")
+    right.set(xlabel=HIDDEN, ylabel="hidden channel")
     figure.colorbar(shown, ax=right, extend="both", label="centre tap to output channel 0")
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
     header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
-    _save_csv(path, header, table)
+    _save(figure, path, title, [header, *table])
 
 
 _AXES = {
@@ -327,13 +311,8 @@ def plot_search(
     largest = max(row[column] for row in rows)
     if limit <= 1.5 * largest:  # else it would squeeze the points
         axis.axvline(scale * limit, color="0.3", linestyle="--", linewidth=1, label="budget")
-    _restrain(axis)
-    axis.set_xlabel(label)
-    axis.set_ylabel("validation accuracy (%)")
-    _legend_below(figure, axis, columns=5)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    _finish(figure, axis, xlabel=label, ylabel="validation accuracy (%)", columns=5)
+    _save(figure, path, title, storage.as_table(rows))
 
 
 def plot_random_networks(
@@ -355,13 +334,8 @@ def plot_random_networks(
         some = sorted((r for r in rows if r["series"] == series), key=lambda row: row["num_macs"])
         x, y = [row["num_macs"] / 1e6 for row in some], [100 * row["accuracy"] for row in some]
         draw(x, y, label=series, **style)
-    _restrain(axis)
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
+    _save(figure, path, title, storage.as_table(rows))
 
 
 def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -397,12 +371,9 @@ def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, t
     axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
     unseen = any(not row["trained"] for row in rows)
-    axis.set_xlabel("kept hidden width (ratio)" + ("; * never trained" if unseen else ""))
-    axis.set_ylabel("layers")
-    figure.colorbar(image, ax=axis, label="top-1 accuracy (%)")
-    figure.suptitle(title + ", multiply-adds", fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    axis.set(xlabel=RATIO + ("; * never trained" if unseen else ""), ylabel="layers")
+    figure.colorbar(image, ax=axis, label=TOP_1)
+    _save(figure, path, title + ", multiply-adds", storage.as_table(rows))
 
 
 def plot_comparison(
@@ -438,12 +409,8 @@ def plot_comparison(
         style = {"color": "0.55", "marker": "osD^"[number % 4], "markersize": 4, "linewidth": 1}
         sizes = [size / 1e6 for size in x]
         axis.plot(sizes, y, linestyle="--", label=f"{name} (published, full length)", **style)
-    _restrain(axis)
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("test top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _finish(figure, axis, xlabel=MACS, ylabel="test top-1 accuracy (%)")
+    _save(figure, path, title)
 
 
 # --- what the figures share ------------------------------------------------------------------
@@ -485,8 +452,10 @@ def _restrain(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_below(figure, axis, *, columns: int = 0) -> None:
-    """The legend of `axis` below all axes, where it covers no point whatever the curves do."""
+def _finish(figure, axis, *, xlabel: str, ylabel: str, columns: int = 0) -> None:
+    """Labels, and a legend below all axes, where it covers no point whatever the curves do."""
+    _restrain(axis)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     handles, labels = axis.get_legend_handles_labels()
     columns = columns or (3 if len(labels) <= 3 else 2)
     figure.legend(
@@ -494,23 +463,12 @@ def _legend_below(figure, axis, *, columns: int = 0) -> None:
     )
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def _save(
+    figure, path: str | os.PathLike, title: str, table: Sequence[Sequence[Any]] | None = None
+) -> None:
+    """Writes the PNG and, beside it, a table whose first row is its header, each whole."""
+    figure.suptitle(title, fontsize=10)
     with storage.replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-
-
-def save_table(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of equal keys as a CSV, beside a figure or alone; lists with blanks between."""
-    names = list(rows[0])
-    table = [
-        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
-        for row in rows
-    ]
-    _save_csv(path, names, table)
-
-
-def _save_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes the table beside the figure `path`, whole or not at all."""
-    path = pathlib.Path(path).with_suffix(".csv")
-    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    if table:
+        storage.write_csv(pathlib.Path(path).with_suffix(".csv"), table)

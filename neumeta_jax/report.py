@@ -409,27 +409,17 @@ def write_figure(path: pathlib.Path, comparison: Comparison) -> None:
             },
         },
     )
-    plotting.save_table(
-        path,
-        [
-            {
-                "method": row["method"],
-                "variant": row["variant"],
-                "seed": row["seed"],
-                **{name: size[name] for name in ("width_ratio", "num_params", "num_macs")},
-                **{name: size[name] for name in ("images", "validation", "test")},
-            }
-            for method in comparison.methods
-            for row in method.rows
-            for size in row["sizes"]
-        ],
-    )
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    with storage.replacing(path) as partial:
-        partial.write_text(text)
-    print(f"wrote {path}")
+    rows = [
+        {
+            **{name: row[name] for name in ("method", "variant", "seed")},
+            **{name: size[name] for name in ("width_ratio", "num_params", "num_macs")},
+            **{name: size[name] for name in ("images", "validation", "test")},
+        }
+        for method in comparison.methods
+        for row in method.rows
+        for size in row["sizes"]
+    ]
+    storage.write_csv(path.with_suffix(".csv"), storage.as_table(rows))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -452,9 +442,11 @@ def main(argv: Sequence[str]) -> None:
         readme = replace_block(args.readme, block)
     for comparison in comparisons:
         write_figure(out.parent / f"{comparison.stem}.png", comparison)
-    write_text(out, report(args.results, comparisons))
-    if readme is not None:
-        write_text(args.readme, readme)
+    texts = {out: report(args.results, comparisons), args.readme: readme}
+    for path, text in texts.items():
+        if text is not None:
+            storage.write_text(path, text)
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from neumeta_jax import (
     experiment as lab,
     plotting,
     resnet,
+    storage,
 )
 from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.buckets import container_macs, make_buckets
@@ -596,7 +597,7 @@ class Record:
         fields["archive"] = [candidate._asdict() for candidate in self.archive]
         for name in ("latencies", "validation", "test"):
             fields[name] = [[widths, value] for widths, value in fields[name].items()]
-        lab.write_json(path, fields)
+        storage.write_json(path, fields)
 
 
 def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
@@ -654,44 +655,26 @@ def _table(space: Space, costs: Sequence[Cost], uniform: Collection[Widths], rec
 # --- the command -----------------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    def number(name, default, text):
-        flags.DEFINE_float(name, default, text, flag_values=values)
-
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
-
-    def string(name, text):
-        flags.DEFINE_string(name, "", text, flag_values=values)
-
-    def switch(name, default, text):
-        flags.DEFINE_bool(name, default, text, flag_values=values)
-
-    string("workdir", "A work directory of train.py.")
-    string("out", "The folder to write into; default: search in the work directory.")
-    number("max_macs", None, "Budget: multiply-adds of one image, such as 30e6.")
-    number("max_params", None, "Budget: parameters of the dense network.")
-    number("max_latency_ms", None, "Budget: milliseconds of the dense network on this device.")
-    integer("latency_batch", 1, "Images of the pass whose latency counts.")
-    number("min_ratio", None, "Smallest width ratio of a block; default: the smallest trained.")
-    number("max_ratio", None, "Largest width ratio of a block; default: the largest trained.")
-    integer("width_multiple", 1, "Hidden widths are multiples of this, such as 8.")
-    switch("depth", False, "Blocks may be skipped, those that keep the shape of the stream.")
-    integer("num_candidates", 1000, "Networks to evaluate.")
-    integer("population", 50, "Networks between two selections.")
-    integer("num_images", 2000, "Of the validation split, for each candidate.")
-    integer("seed", 0, "Of the search.")
-    number("time_limit", None, "Minutes after which the search ends with what it has.")
-    switch("test", True, "Evaluate the winner and the best uniform network on the test split.")
-    integer("num_samples", None, "Noisy weight samples to average; default: the config's.")
-    flags.DEFINE_enum(
-        "strategy",
-        "auto",
-        evaluation.STRATEGIES,
-        "How networks are evaluated, as in eval.py.",
-        flag_values=values,
-    )
-    string("data_dir", "Where the data lies, if no longer where the run found it.")
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "out": (str, "", "The folder to write into; default: search in the work directory."),
+    "max_macs": (float, None, "Budget: multiply-adds of one image, such as 30e6."),
+    "max_params": (float, None, "Budget: parameters of the dense network."),
+    "max_latency_ms": (float, None, "Budget: milliseconds of the dense network on this device."),
+    "latency_batch": (int, 1, "Images of the pass whose latency counts."),
+    "min_ratio": (float, None, "Smallest width ratio of a block; default: the smallest trained."),
+    "max_ratio": (float, None, "Largest width ratio of a block; default: the largest trained."),
+    "width_multiple": (int, 1, "Hidden widths are multiples of this, such as 8."),
+    "depth": (bool, False, "Blocks may be skipped, those that keep the shape of the stream."),
+    "num_candidates": (int, 1000, "Networks to evaluate."),
+    "population": (int, 50, "Networks between two selections."),
+    "num_images": (int, 2000, "Of the validation split, for each candidate."),
+    "seed": (int, 0, "Of the search."),
+    "time_limit": (float, None, "Minutes after which the search ends with what it has."),
+    "test": (bool, True, "Evaluate the winner and the best uniform network on the test split."),
+    **evaluation.SAMPLE_FLAGS,
+    **command_line.DATA_DIR,
+}
 
 
 BUDGETS = ("max_macs", "max_params", "max_latency_ms")
@@ -718,16 +701,13 @@ def _check_options(options: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    config, options = command_line.parse(argv, define_flags, config_required=False)
+    config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
     lab.enable_compilation_cache()
-    workdir = pathlib.Path(options.workdir)
-    saved = lab.read_config(workdir)
-    if config:
-        lab.check_same_config(workdir, config)
-    hypernetwork, params, _ = checkpoint.load_inr(workdir)
-    low, high = saved["train"]["min_width_ratio"], saved["train"]["max_width_ratio"]
+    opened = lab.open_run(config, options)
+    hypernetwork, recipe = opened.hypernetwork, opened.config["train"]
+    low, high = recipe["min_width_ratio"], recipe["max_width_ratio"]
     low = low if options.min_ratio is None else options.min_ratio
     high = high if options.max_ratio is None else options.max_ratio
     space = make_space(
@@ -740,11 +720,7 @@ def main(argv: Sequence[str]) -> None:
     )
     counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
     check_budgets(space, counted)
-    if options.data_dir:
-        saved["data"]["dir"] = options.data_dir
-    dataset, splits = lab.load_data(saved)
-    experiment = lab.from_config(saved, dataset)
-    lab.check_same_family(experiment, hypernetwork)
+    experiment, splits = opened.load()
     lab.evaluation_split(splits, "validation")
 
     num_samples = options.num_samples or experiment.eval_samples
@@ -753,14 +729,15 @@ def main(argv: Sequence[str]) -> None:
     settings |= {name: getattr(options, name) for name in ("population", "num_images", "seed")}
     if options.max_latency_ms is not None:
         settings["latency_batch"] = options.latency_batch
-    settings["inr"] = lab.file_digest(workdir / checkpoint.INR_FILE)
-    out = pathlib.Path(options.out or workdir / "search")
+    settings["inr"] = lab.file_digest(opened.workdir / checkpoint.INR_FILE)
+    out = pathlib.Path(options.out or opened.workdir / "search")
     with lab.locked(out, name="The folder of --out"):
         record = read_record(out / STATE_FILE, settings)
         if record.strategy == "auto":
             record.strategy = options.strategy
         try:
-            _search(out, experiment, params, splits, space, counted, record, (low, high), options)
+            network = experiment, opened.params, splits
+            _search(out, *network, space, counted, record, (low, high), options)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped after {len(record.archive)} candidates; the same command continues."
@@ -823,8 +800,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
             experiment.preprocessing,
             batch_size=batch_size,
             mesh=mesh,
-            num_samples=record.settings["num_samples"],
-            key=lab.phase_key(experiment, 3) if record.settings["num_samples"] > 1 else None,
+            **experiment.noise(record.settings["num_samples"]),
             **options,
         )
         return result.accuracy.tolist(), result.strategy
@@ -948,9 +924,9 @@ def _write(out, experiment, space, costs, uniform, record, winners, options) -> 
     best |= {**described["searched"], **shared, "uniform": None}
     if "uniform" in winners:
         best["uniform"] = {"widths": list(winners["uniform"]), **described["uniform"]}
-    lab.write_json(out / "best.json", best)
+    storage.write_json(out / "best.json", best)
     front = {"front_over": axis.name, "best": list(winners["searched"]), **shared, "rows": rows}
-    lab.write_json(out / "pareto.json", front)
+    storage.write_json(out / "pareto.json", front)
     plotting.plot_search(
         out / "pareto.png",
         rows,

@@ -1,10 +1,13 @@
 """Writing files so that a fault of the disk is one sentence and costs nothing that was there."""
 
 import contextlib
+import csv
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import safetensors
 
@@ -61,3 +64,27 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all, as the functions below."""
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_csv(path: str | os.PathLike, table: Iterable[Sequence]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of equal keys for `write_csv`: their names first, lists with blanks between."""
+    names = list(rows[0]) if rows else []
+    return [names] + [
+        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
+        for row in rows
+    ]

@@ -58,11 +58,18 @@ def labels(backbone, images):
     return np.where(np.arange(NUM_IMAGES) % 3, found, (found + 1) % 5).astype("int32")
 
 
-def grid(params, ratios, images, labels, **options):
-    options = {"trained_range": RANGE, "batch_size": 10, **options}
-    return evaluation.evaluate_ratios(
-        FAMILY, params, ratios, images, labels, PREPROCESSING, **options
+def grid(params, ratios, images, labels, *, known=None, comparison=None, on_row=None, **options):
+    evaluator = evaluation.Evaluator(
+        FAMILY,
+        params,
+        images,
+        labels,
+        PREPROCESSING,
+        options={"batch_size": 10, **options},
+        known={} if known is None else known,
+        comparison=comparison,
     )
+    return evaluator.rows(ratios, trained_range=RANGE, on_row=on_row)
 
 
 @pytest.fixture(scope="module")
