@@ -132,7 +132,7 @@ def check_workdir(config, options):
         strategy=options.strategy,
     )
     run = opened.workdir, experiment, evaluator
-    width_ratios = ratios or experiment.width_ratios
+    width_ratios = ratios or experiment.evaluation.width_ratios
     depths = []
     if skipped:
         depths = morphs.evaluate_depths(*run, skipped=skipped, width_ratios=width_ratios)

@@ -55,7 +55,7 @@ def run(config, options):
         return
     print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
     evaluator = lab.make_evaluator(experiment, params, splits)
-    ratios = experiment.width_ratios
+    ratios = experiment.evaluation.width_ratios
     lab.evaluate_and_write(
         pathlib.Path(options.workdir), experiment, evaluator, width_ratios=ratios
     )

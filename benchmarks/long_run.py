@@ -18,7 +18,6 @@ import resource
 import shutil
 import sys
 import time
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import experiment as lab, training
+from neumeta_jax import experiment as lab, recipes, training
 from neumeta_jax.progress import MetricsFile
 
 WINDOW = 1000  # steps
@@ -80,12 +79,10 @@ def run(
             )
         return call(state, first, *rest)
 
-    experiment: Any = types.SimpleNamespace(
-        log_every=log_every, checkpoint_every=checkpoint_every, eval_every=0
-    )
+    settings = recipes.Run(log_every=log_every, checkpoint_every=checkpoint_every)
     part = lab.Part(
         lab.Workdir(workdir),
-        experiment,
+        settings,
         "inr",
         "INR",
         jax.random.key(0),

@@ -41,6 +41,7 @@ from neumeta_jax import (
     hypernetwork as hyper,
     losses,
     resnet,
+    storage,
     timing,
     training,
 )
@@ -634,7 +635,7 @@ def main(argv: Sequence[str]) -> None:
                 {"network": name, "part": part, "seconds": seconds, "facts": found.facts}
             )
             document["wall_seconds"] = time.perf_counter() - started
-            lab.write_json(args.out / "speed.json", document)
+            storage.write_json(args.out / "speed.json", document)
             (args.out / "speed.md").write_text(markdown(document))
             print(f"{name}, {part}: {seconds:.0f} s", flush=True)
     print(f"\n{markdown(document)}\nwrote {args.out / 'speed.json'} and speed.md")

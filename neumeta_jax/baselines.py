@@ -50,6 +50,7 @@ from neumeta_jax import (
     resnet,
     smoothing,
     storage,
+    timing,
     training,
 )
 from neumeta_jax.architecture import ResNetSpec, widths_at
@@ -196,16 +197,14 @@ class Family(NamedTuple):
         storage_bytes: what has to be stored for the sizes of the comparison, weights as float32.
         continuous: whether sizes between those exist too.
         switch_images: images that a change of size needs.
-        cost: of training.
         calibration_images: training images that importance or statistics were measured on.
         kept_as_is: ratios whose network needed no training.
     """
 
     network: Callable[[float], tuple[ResNetSpec, Params]]
     storage_bytes: int
-    continuous: bool
-    switch_images: int
-    cost: Cost
+    continuous: bool = True
+    switch_images: int = 0
     calibration_images: int = 0
     kept_as_is: tuple[float, ...] = ()
 
@@ -213,23 +212,11 @@ class Family(NamedTuple):
 # --- networks with batch norm ----------------------------------------------------------------
 
 
-def _take_hidden(layers: Mapping, index) -> Params:
-    """A block's layers with the hidden channels `index`, a slice or an array of positions."""
-    taken = {
-        **layers,
-        "conv1": {"kernel": layers["conv1"]["kernel"][..., index]},
-        "conv2": {"kernel": layers["conv2"]["kernel"][:, :, index]},
-    }
-    if "bn1" in layers:
-        taken["bn1"] = {name: x[index] for name, x in layers["bn1"].items()}
-    return taken
-
-
 def _take(spec: ResNetSpec, variables: Mapping, indices: Mapping[int, Any]) -> Params:
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
     for n, index in indices.items():
         name = spec.blocks[n].name
-        params[name] = _take_hidden(params[name], index)
+        params[name] = resnet.take_hidden(params[name], index)
         bn1 = {moment: x[index] for moment, x in stats[name]["bn1"].items()}
         stats[name] = {**stats[name], "bn1": bn1}
     return {"params": params, "batch_stats": stats}
@@ -437,7 +424,7 @@ def switch(
     shared = dict(variables["params"]["shared"])
     for n, width in zip(blocks, widths, strict=True):
         name = spec.blocks[n].name
-        shared[name] = _take_hidden(shared[name], slice(width))
+        shared[name] = resnet.take_hidden(shared[name], slice(width))
     params = join_norms(shared, variables["params"]["norms"][str(ratio)])
     small = architecture.morph(spec, blocks, widths)
     return small, {"params": params, "batch_stats": variables["batch_stats"][str(ratio)]}
@@ -568,12 +555,7 @@ def sgd_update(
             }
             return loss, (stats, found)
 
-        params = state.params["params"]
-        (loss, (stats, found)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, **found, "grad_norm": optax.tree.norm(grads)}
-        return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
+        return training.sgd_step(optimizer, state, loss_fn)
 
     return update
 
@@ -692,6 +674,13 @@ class Run:
         number = self.baseline.calibration_images
         return self.splits.train_images[:number], self.splits.train_labels[:number]
 
+    @property
+    def cost(self) -> Cost:
+        """Of training one of its families."""
+        if self.baseline.method == "inr":
+            return inr_cost(self.experiment, len(self.splits.train_labels))
+        return training_cost(self.experiment, self.baseline)
+
     @functools.cached_property
     def teacher(self) -> Params:
         """Linen variables of the teacher, as it was trained."""
@@ -722,7 +711,7 @@ class Run:
 
     def recalibrated(self, spec: ResNetSpec, variables: Params) -> Params:
         images, _ = self.calibration
-        batch_size = self.experiment.eval_batch_size
+        batch_size = self.experiment.evaluation.batch_size
         preprocessing = self.experiment.preprocessing
         return recalibrate(spec, variables, images, preprocessing, batch_size=batch_size)
 
@@ -764,7 +753,7 @@ class Run:
             return diagnosis.locate_in_teacher(of_one, preprocessing, state.params, step, images)
 
         key = jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number)
-        part = lab.Part(self.workdir, experiment, name, name, key, images, baseline.num_steps)
+        part = lab.Part(self.workdir, experiment.run, name, name, key, images, baseline.num_steps)
         update = sgd_update(
             forward, baseline, optimizer, preprocessing, teacher_spec=experiment.spec
         )
@@ -804,8 +793,6 @@ def _one_by_one(run: Run) -> Family:
         network=lambda ratio: (networks[ratio][0], jax.tree.map(jnp.array, networks[ratio][1])),
         storage_bytes=_num_bytes([tree for _, tree in networks.values()]),
         continuous=False,
-        switch_images=0,
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images if pruned else 0,
         kept_as_is=(1.0,) if pruned else (),
     )
@@ -830,8 +817,6 @@ def _slimmable(run: Run) -> Family:
         network=network,
         storage_bytes=_num_bytes(variables["params"]["shared"], variables["params"]["norms"]),
         continuous=False,
-        switch_images=0,
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images if baseline.init == "teacher" else 0,
     )
 
@@ -852,9 +837,7 @@ def _universally_slimmable(run: Run) -> Family:
     return Family(
         network=network,
         storage_bytes=_num_bytes(shared, norms),
-        continuous=True,
         switch_images=len(run.calibration[0]),
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images,
     )
 
@@ -878,9 +861,7 @@ def _pruned(run: Run, criterion: str, *, recalibrated: bool) -> Family:
     return Family(
         network=network,
         storage_bytes=_num_bytes(shared, of_sizes if recalibrated else norms),
-        continuous=True,
         switch_images=len(run.calibration[0]) if recalibrated else 0,
-        cost=training_cost(run.experiment, run.baseline),
         calibration_images=number if measured else 0,
         kept_as_is=run.baseline.width_ratios,
     )
@@ -892,7 +873,7 @@ def _inr(run: Run) -> Family:
     backbone = lab.prepare_backbone(run.workdir, experiment, run.splits)
     params = lab.train_inr(run.workdir, experiment, run.splits, backbone)
     lab.save_result(run.workdir, experiment, params)
-    noise = experiment.noise(experiment.eval_samples)
+    noise = experiment.noise(experiment.evaluation.num_samples)
     # The key is an argument: XLA would spend minutes on working out the noise of a constant.
     generate = jax.jit(functools.partial(hyper.generate, family), static_argnames="num_samples")
 
@@ -904,9 +885,6 @@ def _inr(run: Run) -> Family:
     return Family(
         network=network,
         storage_bytes=_num_bytes(params),
-        continuous=True,
-        switch_images=0,
-        cost=inr_cost(experiment, len(run.splits.train_labels)),
         calibration_images=lab.NUM_MOMENT_IMAGES if family.inr.needs_moments else 0,
     )
 
@@ -952,10 +930,7 @@ def measure(
     lines, seconds = [], []
     for ratio in run.baseline.width_ratios:
         for _ in range(2):
-            started = time.perf_counter()
-            spec, params = family.network(ratio)
-            jax.block_until_ready(params)
-            last = time.perf_counter() - started
+            last, (spec, params) = timing.timed(family.network, ratio)
             if last > _SHORT_SECONDS:
                 break
         seconds.append(last)
@@ -967,7 +942,7 @@ def measure(
                     params,
                     *lab.evaluation_split(splits, split),
                     experiment.preprocessing,
-                    batch_size=experiment.eval_batch_size,
+                    batch_size=experiment.evaluation.batch_size,
                 ),
                 4,
             )
@@ -981,7 +956,7 @@ def measure(
             "widths": [spec.hidden_widths[n] for n in experiment.hypernetwork.blocks],
             "num_params": spec.num_params,
             "num_macs": spec.num_macs,
-            "images": 0 if ratio in family.kept_as_is else family.cost.images,
+            "images": 0 if ratio in family.kept_as_is else run.cost.images,
             **found,
         }
         accuracies = "".join(f"   {split} {line[split]:6.2f} %" for split in read)
@@ -1050,15 +1025,15 @@ def row(
         "method": baseline.title,
         "variant": variant,
         "source": baseline.source,
-        "seed": experiment.seed,
+        "seed": experiment.run.seed,
         "dataset": experiment.name,
         "network": f"ResNet{experiment.spec.depth}",
         "teacher": pathlib.PurePath(experiment.teacher_file).name or None,
         "budget_images": baseline.images,
         "sizes": list(lines),
-        "network_passes": family.cost.network_passes,
-        "teacher_passes": family.cost.teacher_passes,
-        "training_macs": family.cost.macs,
+        "network_passes": run.cost.network_passes,
+        "teacher_passes": run.cost.teacher_passes,
+        "training_macs": run.cost.macs,
         "calibration_images": family.calibration_images,
         "storage_bytes": family.storage_bytes,
         "continuous": family.continuous,

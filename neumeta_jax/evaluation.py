@@ -72,18 +72,28 @@ class Comparison:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_correct(spec, preprocessing, params, images, labels):
-    predictions = jnp.argmax(resnet.apply(spec, params, preprocessing.evaluate(images)), axis=-1)
-    return jnp.sum(predictions == labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_correct_batch_norm(spec, preprocessing, variables, images, labels):
-    logits = jnp.asarray(resnet.ResNet(spec).apply(variables, preprocessing.evaluate(images)))
+def _count_correct(spec, preprocessing, tree, images, labels):
+    images = preprocessing.evaluate(images)
+    if "batch_stats" in tree:
+        logits = jnp.asarray(resnet.ResNet(spec).apply(tree, images))
+    else:
+        logits = resnet.apply(spec, tree, images)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
-def _accuracy(count: Callable, images: np.ndarray, labels: np.ndarray, batch_size: int) -> float:
+def accuracy(
+    spec: ResNetSpec,
+    tree: Mapping,
+    images: np.ndarray,
+    labels: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 1000,
+) -> float:
+    """Top-1 accuracy in [0, 1] of a network on uint8 images NHWC, labels int[n].
+
+    `tree` is a folded one, or linen variables, whose batch-norm statistics then count.
+    """
     if len(images) == 0:
         raise ValueError("Evaluation needs at least one image, got an empty split.")
     batch_size = min(batch_size, len(images))
@@ -94,36 +104,8 @@ def _accuracy(count: Callable, images: np.ndarray, labels: np.ndarray, batch_siz
         if missing:  # one shape, one compilation; no image has the label -1
             x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
             y = np.concatenate([y, np.full(missing, -1, y.dtype)])
-        correct.append(count(x, y))
-    return int(sum(int(n) for n in correct)) / len(images)
-
-
-def accuracy(
-    spec: ResNetSpec,
-    params: Mapping,
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int = 1000,
-) -> float:
-    """Top-1 accuracy in [0, 1] of a folded tree on uint8 images NHWC, labels int[n]."""
-    count = functools.partial(_count_correct, spec, preprocessing, params)
-    return _accuracy(count, images, labels, batch_size)
-
-
-def batch_norm_accuracy(
-    spec: ResNetSpec,
-    variables: Mapping,
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int = 1000,
-) -> float:
-    """Top-1 accuracy in [0, 1] of linen variables with their batch-norm statistics."""
-    count = functools.partial(_count_correct_batch_norm, spec, preprocessing, variables)
-    return _accuracy(count, images, labels, batch_size)
+        correct.append(_count_correct(spec, preprocessing, tree, x, y))
+    return sum(int(n) for n in correct) / len(images)
 
 
 # --- many networks ---------------------------------------------------------------------------
@@ -150,7 +132,6 @@ _MACS_PER_COMPILATION_ELSEWHERE = 5e13
 # A probe compiles up to three programs that may not be used afterwards.
 _PROBE_FROM_COMPILATIONS = 20
 _PROBE_IMAGES_ON_CPU = 32
-_PROBE_NETWORKS = 4
 _NO_MAP_ON_CPU = (
     "map not tried, since XLA's CPU backend compiles convolutions in loops to slow code"
 )
@@ -293,30 +274,6 @@ def _score_chunk(job: _Job, trees, images, labels, number, correct):
     )(trees, images, labels, number, correct)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _generate_and_score_chunk(job: _Job, params, widths, key, images, labels):
-    """The strategy "map": all networks of a chunk and all batches in one call.
-
-    Returns:
-        int32[chunk, shards of the data], and a tree of arrays [chunk, batches, batch, ...].
-    """
-
-    def run(params, widths, key, images, labels):
-        def network(row):
-            tree = _network(job, params, row, key)
-            counts, found = jax.lax.map(lambda batch: _score(job, tree, *batch), (images, labels))
-            return jnp.sum(counts, dtype=jnp.int32)[None], found
-
-        return _over_networks(job, network, widths)
-
-    return _sharded(
-        job,
-        run,
-        (P(), P("configs"), P(), P(None, "data"), P(None, "data")),
-        (P("configs", "data"), P("configs", None, "data")),
-    )(params, widths, key, images, labels)
-
-
 class _Data(NamedTuple):
     """Images [batches, batch, size, size, channels] and labels [batches, batch] on the devices."""
 
@@ -346,21 +303,14 @@ def _place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh |
 def _chunk_size(job: _Job, number: int, config_batch: int, *, fixed: bool = False) -> int:
     """How many of a bucket's `number` networks go into one call; `fixed` leaves `number` out."""
     shards = job.shards("configs")
-    share = config_batch if fixed else -(-number // shards)
     if job.strategy == "loop":
-        share = 1
-    elif job.strategy == "vmap":
-        share = -(-share // -(-share // config_batch))  # chunks of one size
-    return share * shards
+        return shards
+    share = config_batch if fixed else -(-number // shards)
+    return -(-share // -(-share // config_batch)) * shards  # chunks of one size
 
 
 def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batches: int):
     """(sums, list of trees [chunk, batch, ...]) of int[chunk, blocks] widths, not waited for."""
-    if job.strategy == "map":
-        correct, found = _generate_and_score_chunk(
-            job, params, widths, key, data.images[:num_batches], data.labels[:num_batches]
-        )
-        return correct, [found]
     # What the scores need does not concern the generation: buckets share its program.
     drawing = dataclasses.replace(job, container=job.drawn_at, predictions=False, per_image=None)
     trees = _generate_chunk(drawing, params, widths, key)
@@ -374,25 +324,15 @@ def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batch
     return correct, parts
 
 
-def _read(job: _Job, correct, parts, number: int, num_images: int) -> list[tuple[int, Any]]:
+def _read(correct, parts, number: int, num_images: int) -> list[tuple[int, Any]]:
     """(number correct, tree of arrays [num_images, ...]) of the first `number` networks."""
-
-    def join(*arrays):
-        if job.strategy == "map":  # [chunk, batches, batch, ...]
-            joined = arrays[0].reshape(len(arrays[0]), -1, *arrays[0].shape[3:])
-        else:
-            joined = np.concatenate(arrays, axis=1)
-        return joined[:, :num_images]
-
     counts, parts = jax.device_get((correct, parts))
-    found = jax.tree.map(join, *parts)
+    found = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1)[:, :num_images], *parts)
     return [(int(counts[n].sum()), jax.tree.map(lambda x, n=n: x[n], found)) for n in range(number)]
 
 
 def _seconds_per_network(job: _Job, params, widths, key, data: _Data) -> float:
     """Time of one batch and its generation, after compilation; infinite where memory ran out."""
-    if job.strategy == "map":
-        data = _Data(data.images[:1], data.labels[:1])
     try:
         found = timing.fewest({"": lambda: _dispatch(job, params, widths, key, data, 1)}, 2)
     except jax.errors.JaxRuntimeError as error:
@@ -438,8 +378,7 @@ def _choose_strategy(
     seconds = {}
     for strategy in tried:
         probe = dataclasses.replace(job, strategy=strategy)
-        number = _PROBE_NETWORKS * job.shards("configs") if strategy == "map" else len(widths)
-        size = _chunk_size(probe, min(number, len(widths)), config_batch)
+        size = _chunk_size(probe, len(widths), config_batch)
         chunk = widths[np.arange(size) % len(widths)]
         seconds[strategy] = _seconds_per_network(probe, params, chunk, key, data)
     chosen = min(seconds, key=lambda strategy: seconds[strategy])
@@ -549,7 +488,7 @@ def evaluate_grid(
     evaluated once. The strategies differ in speed and not in what they compute:
 
         loop   one network at a time, one call for each batch of images
-        map    all networks of a bucket, one after another, in one call
+        map    `config_batch` networks in one call, one after another
         vmap   `config_batch` networks at a time
         auto   what a short probe finds fastest; "loop" where there is too little to do
 
@@ -570,7 +509,7 @@ def evaluate_grid(
         containers: hidden widths of shapes to use instead of such as fit these networks best; each
             network is evaluated at the cheapest that holds it. Later calls with the same ones, the
             same number of images and an explicit strategy compile nothing that an earlier call has.
-        config_batch: networks per call of "vmap", on each share of the devices.
+        config_batch: networks per call of "map" and "vmap", on each share of the devices.
         batch_size: images per call.
         num_samples: noisy weight samples to average; more than 1 needs `key`.
         key: PRNG key of the coordinate noise, the same for all networks; None evaluates exact
@@ -661,8 +600,8 @@ def evaluate_grid(
     waiting: list[tuple] = []
 
     def read():
-        job, members, correct, parts = waiting.pop(0)
-        results = _read(job, correct, parts, len(members), len(images))
+        members, correct, parts = waiting.pop(0)
+        results = _read(correct, parts, len(members), len(images))
         for member, (correct, trees) in zip(members, results, strict=True):
             rows = rows_of[member]
             if on_images:
@@ -680,9 +619,7 @@ def evaluate_grid(
         for start in range(0, len(bucket.members), size):
             members = list(bucket.members[start : start + size])
             chunk = distinct[members + members[-1:] * (size - len(members))]
-            waiting.append(
-                (job, members, *_dispatch(job, params, chunk, key, data, len(data.images)))
-            )
+            waiting.append((members, *_dispatch(job, params, chunk, key, data, len(data.images))))
             if len(waiting) > 1:  # read while the devices are busy with the next chunk
                 read()
     while waiting:

@@ -68,23 +68,14 @@ class Experiment:
     """A config, resolved against its data set. `name` is the data set's."""
 
     name: str
-    seed: int
+    run: recipes.Run
     hypernetwork: Hypernetwork
     preprocessing: Preprocessing
     teacher_file: str
     teacher_recipe: TeacherRecipe
     recipe: InrRecipe
     init_from: str
-    channel_order: str
-    width_ratios: tuple[float, ...]
-    eval_split: str
-    eval_samples: int
-    eval_batch_size: int
-    progress_ratios: tuple[float, ...]
-    progress_images: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
+    evaluation: recipes.Evaluation
 
     @property
     def spec(self) -> ResNetSpec:
@@ -104,14 +95,14 @@ class Experiment:
         return {"num_samples": num_samples, "key": key}
 
     def accuracy(self, params: Params, images: np.ndarray, labels: np.ndarray) -> float:
-        """Top-1 accuracy in [0, 1] of a folded tree of the full size."""
+        """Top-1 accuracy in [0, 1] of a tree of the full size, see `evaluation.accuracy`."""
         return evaluation.accuracy(
             self.spec,
             params,
             images,
             labels,
             self.preprocessing,
-            batch_size=self.eval_batch_size,
+            batch_size=self.evaluation.batch_size,
         )
 
 
@@ -181,34 +172,23 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     )
     teacher, train = dict(config["teacher"]), dict(config["train"])
     teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
-    evaluate = sections["eval"]
+    ratios = {
+        name: tuple(map(architecture.check_width_ratio, getattr(sections["eval"], name)))
+        for name in ("width_ratios", "progress_ratios")
+    }
+    augmentation = ("crop_padding", "flip", "mixup", "cutmix")
     return Experiment(
         name=dataset.name,
-        seed=run.seed,
+        run=run,
         hypernetwork=hypernetwork,
         preprocessing=Preprocessing(
-            mean=mean,
-            std=std,
-            crop_padding=images.crop_padding,
-            flip=images.flip,
-            mixup=images.mixup,
-            cutmix=images.cutmix,
-            dtype=run.dtype,
+            mean, std, dtype=run.dtype, **{name: getattr(images, name) for name in augmentation}
         ),
         teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**teacher),
         recipe=InrRecipe(**train),
         init_from=init_from,
-        channel_order=run.channel_order,
-        width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
-        eval_split=evaluate.split,
-        eval_samples=evaluate.num_samples,
-        eval_batch_size=evaluate.batch_size,
-        progress_ratios=tuple(map(architecture.check_width_ratio, evaluate.progress_ratios)),
-        progress_images=evaluate.progress_images,
-        log_every=run.log_every,
-        eval_every=run.eval_every,
-        checkpoint_every=run.checkpoint_every,
+        evaluation=dataclasses.replace(sections["eval"], **ratios),
     )
 
 
@@ -295,7 +275,7 @@ def enable_compilation_cache() -> None:
 
 def phase_key(experiment: Experiment, number: int) -> jax.Array:
     """The PRNG key of part `number` of a run: 0 teacher, 1 INR initialisation, 2 INR training."""
-    return jax.random.fold_in(jax.random.key(experiment.seed), number)
+    return jax.random.fold_in(jax.random.key(experiment.run.seed), number)
 
 
 # --- the work directory ----------------------------------------------------------------------
@@ -511,7 +491,7 @@ class Part:
     """A part of a run, and what all its steps share.
 
     Attributes:
-        workdir, experiment: of the run.
+        workdir, settings: of the run.
         name: "teacher" or "inr", for checkpoints and metrics; `title` is for people.
         key: PRNG key of the steps.
         images: of the training split.
@@ -521,7 +501,7 @@ class Part:
     """
 
     workdir: Workdir
-    experiment: Any  # an Experiment, or what has its fields *_every
+    settings: recipes.Run
     name: str
     title: str
     key: jax.Array
@@ -590,8 +570,8 @@ class Part:
             evaluate: validation accuracies in [0, 1] of a state, by name.
             looks_at_images: whether progress counts images.
         """
-        experiment, workdir, mesh = self.experiment, self.workdir, self.mesh
-        every = (experiment.log_every, experiment.checkpoint_every, experiment.eval_every)
+        settings, workdir, mesh = self.settings, self.workdir, self.mesh
+        every = (settings.log_every, settings.checkpoint_every, settings.eval_every)
         last_saved = start
         progress = Progress(self.num_steps, images_per_step if looks_at_images else 0, done=start)
 
@@ -600,10 +580,10 @@ class Part:
 
         def after(step, state, metrics):
             nonlocal last_saved
-            log = due(step, experiment.log_every)
+            log = due(step, settings.log_every)
             rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
             record = {**metrics, "images_per_second": round(rate, 1)} if log else {}
-            if evaluate and due(step, experiment.eval_every):
+            if evaluate and due(step, settings.eval_every):
                 found = evaluate(training.on_default_device(state, mesh))
                 if found:
                     text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
@@ -613,7 +593,7 @@ class Part:
                 workdir.metrics.write(self.name, step, {"phase": phase, **record})
             # A signal after this counts after the next step.
             stopping = hosts.any_process(workdir.stop_requested)
-            if due(step, experiment.checkpoint_every) or stopping:
+            if due(step, settings.checkpoint_every) or stopping:
                 if hosts.is_first():
                     self.saved.save(step, state)
                 last_saved = step
@@ -695,18 +675,12 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
 
     def evaluate(state):
         chosen = _progress_images(experiment, splits)
-        if not len(chosen[0]):
-            return {}
-        size = experiment.eval_batch_size
-        found = evaluation.batch_norm_accuracy(
-            spec, state.params, *chosen, preprocessing, batch_size=size
-        )
-        return {"1.0": found}
+        return {"1.0": experiment.accuracy(state.params, *chosen)} if len(chosen[1]) else {}
 
     def locate(state, step):
         return diagnosis.locate_in_teacher(spec, preprocessing, state.params, step, images)
 
-    part = Part(workdir, experiment, "teacher", "teacher", key, images, num_steps, mesh)
+    part = Part(workdir, experiment.run, "teacher", "teacher", key, images, num_steps, mesh)
     state = part.train(
         training.teacher_update(spec, recipe, preprocessing, num_steps, mesh=mesh),
         lambda: training.teacher_init(key, spec, recipe, num_steps),
@@ -720,7 +694,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
 
 def _progress_images(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of the validation split that are looked at during training."""
-    chosen = slice(experiment.progress_images)
+    chosen = slice(experiment.evaluation.progress_images)
     return splits.validation_images[chosen], splits.validation_labels[chosen]
 
 
@@ -775,40 +749,31 @@ def fold_and_order(
     `images` and `labels` are what accuracy is measured on; channels are ordered by importance on
     `train_images`.
     """
-    spec, preprocessing = experiment.spec, experiment.preprocessing
-    measured = len(labels) > 0
+    spec, number = experiment.spec, len(labels)
     report = {}
 
-    def measure(name, accuracy, params):
-        if measured:
-            report[name] = accuracy(
-                spec, params, images, labels, preprocessing, batch_size=experiment.eval_batch_size
-            )
-            correct = round(report[name] * len(labels))
-            print(
-                f"teacher accuracy {name}: {100 * report[name]:.2f} % ({correct} of {len(labels)})",
-                flush=True,
-            )
+    def measure(name, tree):
+        if number:
+            found = report[name] = experiment.accuracy(tree, images, labels)
+            correct = f"{round(found * number)} of {number}"
+            print(f"teacher accuracy {name}: {100 * found:.2f} % ({correct})", flush=True)
 
-    measure("as trained", evaluation.batch_norm_accuracy, variables)
+    measure("as trained", variables)
     params = resnet.fold_batch_norm(variables)
-    measure("folded", evaluation.accuracy, params)
-    if experiment.channel_order == "as_trained":
+    measure("folded", params)
+    if experiment.run.channel_order == "as_trained":
         return Backbone(params, report)
     before = smoothing.total_variation(params, spec)
-    if experiment.channel_order == "smoothness":
+    if experiment.run.channel_order == "smoothness":
         params, _ = smoothing.smooth(params, spec)
     else:
         moments = jax.device_get(measure_moments(experiment, params, train_images))
         params, _ = smoothing.by_importance(params, spec, moments)
     after = smoothing.total_variation(params, spec)
     report |= {"total variation before": before, "total variation after": after}
-    print(
-        f"channels ordered by {experiment.channel_order}: "
-        f"total variation {before:.1f} -> {after:.1f}",
-        flush=True,
-    )
-    measure("reordered", evaluation.accuracy, params)
+    change = f"total variation {before:.1f} -> {after:.1f}"
+    print(f"channels ordered by {experiment.run.channel_order}: {change}", flush=True)
+    measure("reordered", params)
     return Backbone(params, report)
 
 
@@ -828,7 +793,7 @@ def measure_moments(
         x = experiment.preprocessing.evaluate(images).astype(jnp.float32)
         return resnet.hidden_moments(spec, params, x, blocks)
 
-    batch_size = min(experiment.eval_batch_size, len(chosen))
+    batch_size = min(experiment.evaluation.batch_size, len(chosen))
     batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out
     found = [measure(params, chosen[start : start + batch_size]) for start in batches]
     mean = jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *trees))
@@ -841,7 +806,9 @@ def _kept_moments(
     """`measure_moments`, of which a process alone keeps the result beside the backbone."""
     if jax.process_count() > 1:
         return measure_moments(experiment, params, images)
-    digest = hashlib.sha256(repr((experiment.preprocessing, experiment.eval_batch_size)).encode())
+    digest = hashlib.sha256(
+        repr((experiment.preprocessing, experiment.evaluation.batch_size)).encode()
+    )
     for leaf in (*jax.tree.leaves(params), images[:NUM_MOMENT_IMAGES]):
         digest.update(np.asarray(leaf).tobytes())
     source = {"of": digest.hexdigest()}
@@ -870,12 +837,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
             return params
         return _make_backbone(path, experiment, splits, trained)
 
-    template = jax.tree.map(
-        lambda shape: np.empty(shape, np.float32),
-        resnet.param_shapes(experiment.spec),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return hosts.from_first(load_or_make, template)
+    return hosts.from_first(load_or_make, resnet.abstract_params(experiment.spec))
 
 
 def _make_backbone(
@@ -923,7 +885,7 @@ def train_inr(
 
     part = Part(
         workdir,
-        experiment,
+        experiment.run,
         "inr",
         "INR",
         phase_key(experiment, 2),
@@ -1021,7 +983,7 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
     hypernetwork = experiment.hypernetwork
     found = {}
     shallowest = training.shallowest_widths(hypernetwork, experiment.recipe)
-    for ratio in experiment.progress_ratios:
+    for ratio in experiment.evaluation.progress_ratios:
         widths = hypernetwork.widths(ratio)
         if phase.kind in training.DEPTH_KINDS:
             widths = np.where(np.array(shallowest) == 0, 0, widths)
@@ -1074,14 +1036,14 @@ def make_evaluator(
     strategy: str = "auto",
 ) -> evaluation.Evaluator:
     """An evaluator on a split, by default that of the config, as is the number of samples."""
-    split = split or experiment.eval_split
-    options = {"batch_size": experiment.eval_batch_size, "strategy": strategy}
+    split = split or experiment.evaluation.split
+    options = {"batch_size": experiment.evaluation.batch_size, "strategy": strategy}
     return evaluation.Evaluator(
         experiment.hypernetwork,
         params,
         *evaluation_split(splits, split),
         experiment.preprocessing,
-        options={**options, **experiment.noise(num_samples or experiment.eval_samples)},
+        options={**options, **experiment.noise(num_samples or experiment.evaluation.num_samples)},
         split=split,
         comparison=evaluation.Comparison(),
     )

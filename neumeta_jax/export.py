@@ -115,32 +115,20 @@ class Normalization(NamedTuple):
 
 
 def draw(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    widths: Sequence[int],
-    *,
-    key: jax.Array | None = None,
-    num_samples: int = 1,
+    hypernetwork: Hypernetwork, params: Mapping, widths: Sequence[int], **noise: Any
 ) -> tuple[ResNetSpec, Params]:
     """The dense network of `widths`, (spec, tree), with the noise that `evaluation` gives it."""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     full = [max(pair) for pair in zip(widths, hypernetwork.full_widths, strict=True)]
     container = architecture.morph(spec, blocks, full)
 
+    @jax.jit
     def generate(params):
-        tree = hyper.generate(
-            hypernetwork,
-            params,
-            np.asarray(widths, np.int32),
-            spec=container,
-            key=key,
-            num_samples=num_samples,
-        )
-        return resnet.slice_params(container, tree, blocks, widths)[1]
+        return hyper.generate_dense(hypernetwork, params, widths, spec=container, **noise)[1]
 
     # jit sorts the layers; the order of the network is that of its description.
     dense = architecture.morph(spec, blocks, widths)
-    tree = jax.jit(generate)(params)
+    tree = generate(params)
     return dense, {name: tree[name] for name in resnet.param_shapes(dense)}
 
 
@@ -191,19 +179,16 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
         )
     try:
         spec = ResNetSpec.from_dict(info.pop("network"))
-        wanted = _flat_shapes(resnet.param_shapes(spec))
+        wanted = resnet.abstract_params(spec)
         params = quantize.dequantize(params)
     except (TypeError, ValueError) as error:
         reason = command_line.sentence(str(error))
         raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}") from None
-    given = _flat_shapes(jax.tree.map(np.shape, params))
-    for name in sorted(set(wanted) | set(given)):
-        if wanted.get(name) != given.get(name):
-            raise ValueError(
-                f"{os.fspath(path)} must hold the tensors of the network in its header, but {name} "
-                f"has the shape {given.get(name)}, where {wanted.get(name)} is needed; export it "
-                "again."
-            )
+    if difference := checkpoint.first_difference(params, wanted):
+        raise ValueError(
+            f"{os.fspath(path)} must hold the tensors of the network in its header, but "
+            f"{difference}; export it again."
+        )
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{os.fspath(path)} must hold float32 tensors; export it again.")
     for name in ("mean", "std"):
@@ -215,11 +200,6 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
                 f"channels, got {ascii(values)[:80]} as {name}; export it again."
             )
     return spec, params, info
-
-
-def _flat_shapes(shapes: Mapping) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return {"/".join(entry.key for entry in keys): shape for keys, shape in leaves}
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -243,8 +223,8 @@ def to_state_dict(spec: ResNetSpec, params: Mapping) -> dict[str, np.ndarray]:
         float32 arrays, convolutions OIHW, the head (out, in); int64 `num_batches_tracked`.
     """
     tensors: dict[str, np.ndarray] = {}
-
-    def conv_and_norm(layer: Mapping, conv: str, norm: str):
+    for path, name, _, conv, norm, _ in teacher_import.layers(spec):
+        layer = (params[path[0]] if path else params)[name]
         bias = np.asarray(layer["bias"], np.float32)
         tensors[f"{conv}.weight"] = _oihw(layer["kernel"])
         tensors[f"{norm}.weight"] = np.ones_like(bias)
@@ -252,17 +232,6 @@ def to_state_dict(spec: ResNetSpec, params: Mapping) -> dict[str, np.ndarray]:
         tensors[f"{norm}.running_mean"] = np.zeros_like(bias)
         tensors[f"{norm}.running_var"] = np.full_like(bias, 1 - resnet.BATCH_NORM_EPSILON)
         tensors[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
-
-    conv_and_norm(params["stem"], "conv1", "bn1")
-    for block in spec.blocks:
-        if block.hidden_width == 0:
-            continue
-        layers, prefix = params[block.name], f"layer{block.stage}.{block.index}"
-        conv_and_norm(layers["conv1"], f"{prefix}.conv1", f"{prefix}.bn1")
-        conv_and_norm(layers["conv2"], f"{prefix}.conv2", f"{prefix}.bn2")
-        if block.projection:
-            name = f"{prefix}.downsample"
-            conv_and_norm(layers["shortcut"], f"{name}.0", f"{name}.1")
     head = "fc" if spec.shortcut == "projection" else "linear"
     tensors[f"{head}.weight"] = np.asarray(params["head"]["kernel"], np.float32).T
     tensors[f"{head}.bias"] = np.asarray(params["head"]["bias"], np.float32)
@@ -933,7 +902,7 @@ def main(argv: Sequence[str]) -> None:
     images = splits.validation_images if split == "validation" else splits.test_images
 
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
-    noise = experiment.noise(options.num_samples or experiment.eval_samples)
+    noise = experiment.noise(options.num_samples or experiment.evaluation.num_samples)
     spec, tree = draw(hypernetwork, opened.params, widths, **noise)
     print(
         f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "

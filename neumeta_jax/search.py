@@ -240,9 +240,8 @@ def measure_latency(spec: ResNetSpec, *, batch: int, dtype: str, seconds: float 
     """
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda shape: jnp.asarray(0.05 * rng.normal(size=shape), jnp.float32),
-        resnet.param_shapes(spec),
-        is_leaf=lambda x: isinstance(x, tuple),
+        lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), jnp.float32),
+        resnet.abstract_params(spec),
     )
     images = jnp.ones((batch, spec.image_size, spec.image_size, spec.channels), dtype)
     network = jax.jit(lambda params, images: resnet.apply(spec, params, images))
@@ -719,7 +718,7 @@ def main(argv: Sequence[str]) -> None:
     experiment, splits = opened.load()
     lab.evaluation_split(splits, "validation")
 
-    num_samples = options.num_samples or experiment.eval_samples
+    num_samples = options.num_samples or experiment.evaluation.num_samples
     settings = {name: getattr(options, name) for name in (*BUDGETS, "width_multiple", "depth")}
     settings |= {"min_ratio": low, "max_ratio": high, "num_samples": num_samples}
     settings |= {name: getattr(options, name) for name in ("population", "num_images", "seed")}
@@ -782,24 +781,13 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
         print(f"continuing after {len(record.archive)} candidates")
 
     mesh = evaluation.device_mesh()
-    batch_size = experiment.eval_batch_size
+    batch_size = experiment.evaluation.batch_size
     if platform == "cpu":
         batch_size = _CPU_BATCH_SIZE * (1 if mesh is None else mesh.size)
 
-    def accuracies(widths, images, labels, **options):
-        result = evaluation.evaluate_grid(
-            experiment.hypernetwork,
-            params,
-            np.array(widths, np.int32),
-            images,
-            labels,
-            experiment.preprocessing,
-            batch_size=batch_size,
-            mesh=mesh,
-            **experiment.noise(record.settings["num_samples"]),
-            **options,
-        )
-        return result.accuracy.tolist(), result.strategy
+    family = experiment.hypernetwork, params
+    shared = {"batch_size": batch_size, "mesh": mesh}
+    shared |= experiment.noise(record.settings["num_samples"])
 
     def evaluate(widths):
         record.containers = add_containers(
@@ -808,14 +796,30 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
             widths,
             macs_per_container=evaluation.compilation_macs(platform) / num_images,
         )
-        found, record.strategy = accuracies(
-            widths,
+        result = evaluation.evaluate_grid(
+            *family,
+            np.array(widths, np.int32),
             images[:num_images],
             labels[:num_images],
+            experiment.preprocessing,
             containers=record.containers,
             strategy=record.strategy,
+            **shared,
         )
-        return found
+        record.strategy = result.strategy
+        return result.accuracy.tolist()
+
+    def complete(known, widths, split):
+        """Adds the accuracies of `widths` on an entire split to `known`."""
+        missing = [row for row in dict.fromkeys(widths) if row not in known]
+        if missing:
+            images, labels = lab.evaluation_split(splits, split)
+            print(f"{len(missing)} networks on all {len(labels)} {split} images", flush=True)
+            options = {**shared, "strategy": "loop" if len(missing) == 1 else record.strategy}
+            evaluation.Evaluator(
+                *family, images, labels, experiment.preprocessing, options=options, known=known
+            ).evaluate(missing)
+            record.write(state)
 
     started, before, first = time.perf_counter(), record.seconds, len(record.archive)
 
@@ -864,12 +868,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     together = list(dict.fromkeys([*finalists, *uniform_finalists]))
     if num_images == len(labels):
         record.validation |= {c.widths: c.accuracy for c in record.archive if c.widths in together}
-    missing = [widths for widths in together if widths not in record.validation]
-    if missing:
-        print(f"{len(missing)} finalists on all {len(labels)} validation images", flush=True)
-        found, _ = accuracies(missing, images, labels, strategy=record.strategy)
-        record.validation |= dict(zip(missing, found, strict=True))
-        record.write(state)
+    complete(record.validation, together, "validation")
 
     def best(some):
         return min(some, key=lambda w: (-record.validation[w], costs[0].total(space.genes(w)), w))
@@ -878,16 +877,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     if uniform_finalists:
         winners["uniform"] = best(uniform_finalists)
     if options.test:
-        unread = [w for w in dict.fromkeys(winners.values()) if w not in record.test]
-        if unread:
-            found, _ = accuracies(
-                unread,
-                splits.test_images,
-                splits.test_labels,
-                strategy="loop" if len(unread) == 1 else record.strategy,
-            )
-            record.test |= dict(zip(unread, found, strict=True))
-            record.write(state)
+        complete(record.test, winners.values(), "test")
     _write(out, experiment, space, costs, uniform, record, winners, options)
 
 

@@ -112,11 +112,8 @@ def test_batch_norm_accuracy_is_that_of_the_folded_network(images):
     )
     folded = resnet.fold_batch_norm(variables)
     labels = (predictions(spec, folded, images) + (np.arange(NUM_IMAGES) % 3 == 0)) % 5
-    for accuracy, tree in (
-        (evaluation.batch_norm_accuracy, variables),
-        (evaluation.accuracy, folded),
-    ):
-        got = accuracy(spec, tree, images, labels, PREPROCESSING, batch_size=10)
+    for tree in (variables, folded):
+        got = evaluation.accuracy(spec, tree, images, labels, PREPROCESSING, batch_size=10)
         assert got == pytest.approx(15 / 23)
 
 
@@ -492,19 +489,14 @@ def test_every_strategy_lowers_for_accelerators(params, images, labels, strategy
     job = lower_job(strategy)
     data = evaluation._place(images, labels, 10, None)
     widths = jnp.asarray(WIDTHS[:1] if strategy == "loop" else WIDTHS[:2])
-    if strategy == "map":
-        programs = [
-            evaluation._generate_and_score_chunk.trace(job, params, widths, None, *data),
-        ]
-    else:
-        trees = jax.eval_shape(
-            lambda *args: evaluation._generate_chunk(job, *args), params, widths, None
-        )
-        correct = jnp.zeros((len(widths), 1), jnp.int32)
-        programs = [
-            evaluation._generate_chunk.trace(job, params, widths, None),
-            evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
-        ]
+    trees = jax.eval_shape(
+        lambda *args: evaluation._generate_chunk(job, *args), params, widths, None
+    )
+    correct = jnp.zeros((len(widths), 1), jnp.int32)
+    programs = [
+        evaluation._generate_chunk.trace(job, params, widths, None),
+        evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
+    ]
     for program in programs:
         lowered = program.lower(lowering_platforms=(platform,)).as_text()
         assert "func.func public @main" in lowered
