@@ -684,7 +684,7 @@ class Run:
     @functools.cached_property
     def teacher(self) -> Params:
         """Linen variables of the teacher, as it was trained."""
-        return lab.import_teacher(self.experiment, self.experiment.teacher_file)
+        return lab.import_teacher(self.experiment, self.experiment.teacher.file)
 
     @property
     def soft_teacher(self) -> Params:
@@ -1028,7 +1028,7 @@ def row(
         "seed": experiment.run.seed,
         "dataset": experiment.name,
         "network": f"ResNet{experiment.spec.depth}",
-        "teacher": pathlib.PurePath(experiment.teacher_file).name or None,
+        "teacher": pathlib.PurePath(experiment.teacher.file).name or None,
         "budget_images": baseline.images,
         "sizes": list(lines),
         "network_passes": run.cost.network_passes,

@@ -54,6 +54,14 @@ class Interrupted(Exception):
     """The process was asked to stop and has saved its state."""
 
 
+def check_at_least(options: flags.FlagValues, **least: int) -> None:
+    """Raises UsageError for a flag, given or with a default, whose value is below its least."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name} must be at least {smallest}, got {value}.")
+
+
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a script's `main`; errors that this package raises on purpose become one line."""
     try:

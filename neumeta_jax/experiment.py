@@ -53,7 +53,7 @@ from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.progress import MetricsFile, Progress
 from neumeta_jax.resnet import Params
-from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
+from neumeta_jax.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
 MOMENTS_FILE = "moments.safetensors"
@@ -71,10 +71,8 @@ class Experiment:
     run: recipes.Run
     hypernetwork: Hypernetwork
     preprocessing: Preprocessing
-    teacher_file: str
-    teacher_recipe: TeacherRecipe
-    recipe: InrRecipe
-    init_from: str
+    teacher: recipes.Teacher
+    recipe: recipes.Train
     evaluation: recipes.Evaluation
 
     @property
@@ -170,8 +168,6 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         blocks=architecture.generated_blocks(spec, run.generated),
         inr=make_inr(**config["inr"]),
     )
-    teacher, train = dict(config["teacher"]), dict(config["train"])
-    teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
     ratios = {
         name: tuple(map(architecture.check_width_ratio, getattr(sections["eval"], name)))
         for name in ("width_ratios", "progress_ratios")
@@ -184,10 +180,8 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         preprocessing=Preprocessing(
             mean, std, dtype=run.dtype, **{name: getattr(images, name) for name in augmentation}
         ),
-        teacher_file=teacher_file,
-        teacher_recipe=TeacherRecipe(**teacher),
-        recipe=InrRecipe(**train),
-        init_from=init_from,
+        teacher=sections["teacher"],
+        recipe=sections["train"],
         evaluation=dataclasses.replace(sections["eval"], **ratios),
     )
 
@@ -655,7 +649,7 @@ def data_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
     Raises:
         ValueError: if a batch of the run cannot be shared equally.
     """
-    trained = () if experiment.teacher_file else (experiment.teacher_recipe,)
+    trained = () if experiment.teacher.file else (experiment.teacher,)
     return training.data_mesh(*trained, experiment.recipe)
 
 
@@ -666,7 +660,7 @@ def _on_device(splits: data.Splits) -> Images:
 def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """Trains the full-size network with batch norm; returns its linen variables."""
     recipe, spec, preprocessing = (
-        experiment.teacher_recipe,
+        experiment.teacher,
         experiment.spec,
         experiment.preprocessing,
     )
@@ -704,13 +698,13 @@ def load_start(experiment: Experiment) -> Params | None:
     Raises:
         FileNotFoundError, ValueError: if the file is missing or damaged, or holds another family.
     """
-    if not experiment.init_from:
+    if not experiment.recipe.init_from:
         return None
-    hypernetwork, params, _ = checkpoint.load_inr(experiment.init_from)
+    hypernetwork, params, _ = checkpoint.load_inr(experiment.recipe.init_from)
     if hypernetwork != experiment.hypernetwork:
         raise UsageError(
             f"train.init_from must hold an INR of the run's networks and kind, {experiment.spec} "
-            f"and {experiment.hypernetwork.inr}, but {experiment.init_from} has "
+            f"and {experiment.hypernetwork.inr}, but {experiment.recipe.init_from} has "
             f"{hypernetwork.spec} and {hypernetwork.inr}; use the config that trained it."
         )
     return params
@@ -827,7 +821,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
     path = workdir.path / BACKBONE_FILE
     found = bool(hosts.from_first(lambda: np.int32(path.exists()), np.int32(0)))
     trained = None
-    if not found and not experiment.teacher_file:
+    if not found and not experiment.teacher.file:
         trained = train_teacher(workdir, experiment, splits)
 
     def load_or_make():
@@ -845,13 +839,13 @@ def _make_backbone(
 ) -> Params:
     """Folds and orders the `trained` teacher, or one to be imported, and writes it to `path`."""
     if trained is None:
-        print(f"teacher: importing {experiment.teacher_file}", flush=True)
-        variables = import_teacher(experiment, experiment.teacher_file)
+        print(f"teacher: importing {experiment.teacher.file}", flush=True)
+        variables = import_teacher(experiment, experiment.teacher.file)
     else:
         variables = trained
     # As many as are looked at during training: thrice the whole split takes longer than all else.
     images, labels = _progress_images(experiment, splits)
-    if experiment.teacher_file and len(labels):
+    if experiment.teacher.file and len(labels):
         print("teacher: it may have been trained on images of the validation split", flush=True)
     backbone = fold_and_order(experiment, variables, images, labels, splits.train_images)
     checkpoint.save_tree(
@@ -903,7 +897,7 @@ def train_inr(
         params = state.result
     elif given is not None:
         params = given
-        print(f"INR: starting from {experiment.init_from}", flush=True)
+        print(f"INR: starting from {experiment.recipe.init_from}", flush=True)
     else:
         moments = None
         if hypernetwork.inr.needs_moments:

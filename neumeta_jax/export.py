@@ -674,11 +674,19 @@ def logits_of_file(
             spec, params, _ = load_safetensors(path)
         network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
 
+    return _in_batches(network, images, None if normalize else normalization)
+
+
+def _in_batches(
+    network: Callable[[Any], Any], images: np.ndarray, normalization: Normalization | None
+) -> np.ndarray:
+    """What `network` computes of `images`, on the CPU, normalised where that is asked for."""
+    parts = []
     with _on_cpu():
-        parts = []
         for start in range(0, len(images), _BATCH_SIZE):
             batch = images[start : start + _BATCH_SIZE]
-            batch = batch if normalize else data.normalize(jnp.asarray(batch), *normalization)
+            if normalization is not None:
+                batch = data.normalize(jnp.asarray(batch), *normalization)
             parts.append(np.asarray(network(batch)))
     return np.concatenate(parts)
 
@@ -785,14 +793,10 @@ def network_logits(
 
     The tree may be one of `quantize.quantize`.
     """
-    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
-    starts = range(0, len(images), _BATCH_SIZE)
     with _on_cpu():
         tree = quantize.dequantize(params)
-        normalised = data.normalize(jnp.asarray(images), *normalization)
-        return np.concatenate(
-            [np.asarray(network(normalised[n : n + _BATCH_SIZE])) for n in starts]
-        )
+    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
+    return _in_batches(network, images, normalization)
 
 
 def check_format(format: str, *, normalize: bool, int8: str | None = None) -> None:
@@ -874,8 +878,7 @@ def _check_options(options: flags.FlagValues) -> None:
             "--num_images must be at least 1 and --tolerance above 0, got "
             f"{options.num_images} and {options.tolerance}."
         )
-    if options.num_samples is not None and options.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+    command_line.check_at_least(options, num_samples=1)
     check_format(options.format, normalize=options.normalize, int8=options.int8)
     check_writable(options.out)
 

@@ -221,11 +221,10 @@ def generate_blocks(
         for row, position in enumerate(group.positions):
             block = spec.blocks[hypernetwork.blocks[position]]
             values = raw[group.name][row]  # [C_out, C_in, outputs] of the group's widest block
+            rows = block.hidden_width if group.out_is_hidden else group.rows
             if group.kind == "bias":
-                rows = block.hidden_width if group.out_is_hidden else group.rows
                 tensor = values[:rows, 0, 0]
             else:
-                rows = block.hidden_width if group.out_is_hidden else group.rows
                 columns = block.hidden_width if group.in_is_hidden else group.columns
                 tensor = values[:rows, :columns].reshape(rows, columns, 3, 3)
                 tensor = tensor.transpose(2, 3, 1, 0)  # HWIO

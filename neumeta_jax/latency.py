@@ -259,8 +259,7 @@ def main(argv: Sequence[str]) -> None:
             "--batch_sizes takes integers of at least 1 with commas between, got "
             f"{','.join(options.batch_sizes)!r}."
         )
-    if options.calls < 1:
-        raise UsageError(f"--calls must be at least 1, got {options.calls}.")
+    command_line.check_at_least(options, calls=1)
     ratios = lab.parse_width_ratios(options.width_ratios)
     opened = lab.open_run(config, options)
     out = export.check_writable(opened.workdir / page.LATENCY_FILE, flag="--workdir")

@@ -687,12 +687,8 @@ def _check_options(options: flags.FlagValues) -> None:
     for name, value in limits.items():
         if not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value:g}.")
-    positive = ("latency_batch", "num_candidates", "num_images")
-    for name, least in (*((name, 1) for name in positive), ("population", 2), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {getattr(options, name)}.")
-    if options.num_samples is not None and options.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+    least = {"latency_batch": 1, "num_candidates": 1, "num_images": 1, "num_samples": 1}
+    command_line.check_at_least(options, **least, population=2, seed=0)
 
 
 def main(argv: Sequence[str]) -> None:
