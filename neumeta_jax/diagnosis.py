@@ -51,11 +51,7 @@ def locate_in_teacher(
 ) -> str:
     """Where a network with batch norm is first not finite, for an error's sentence; "" if nowhere.
 
-    Args:
-        spec: the network.
-        preprocessing: of the run.
-        variables: its linen variables before the step.
-        step, images: what the step saw.
+    `variables` are the linen ones before the step; `step` and `images` are what it saw.
     """
 
     @jax.jit
@@ -95,12 +91,8 @@ def locate_in_inr(
 ) -> str:
     """Where a step of INR training is first not finite, for an error's sentence; "" if nowhere.
 
-    Args:
-        hypernetwork, recipe, preprocessing: of the run.
-        params: the parameters before the step.
-        step, images: what the step saw.
-        teacher, phase: the other arguments of the step.
-        kind: of the phase, "fit" or one of `training.STEP_KINDS`.
+    `params` are those before the step, `step` and `images` what it saw, `teacher` and `phase` its
+    other arguments; `kind` is that of the phase, "fit" or one of `training.STEP_KINDS`.
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     names = [spec.blocks[n].name for n in blocks]

@@ -19,7 +19,6 @@ from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage, tim
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
-    check_width_ratio,
     morph,
     widths_at,
 )
@@ -853,6 +852,9 @@ def largest_dip(ratios: Sequence[float], accuracies: Sequence[float]) -> Dip:
     return Dip(float(falls[deepest]), float(x[1 + deepest]))
 
 
+SLICE_RATIOS = (0.1, 1.25)
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightSlices:
     """The conv2 kernels of one generated block at several widths.
@@ -878,42 +880,19 @@ def _conv2_kernels(hypernetwork, container, name, params, widths):
     return jax.lax.map(kernel, widths)
 
 
-def weight_slices(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    *,
-    position: int = -1,
-    smallest: float = 0.1,
-    largest: float = 1.25,
-) -> WeightSlices:
-    """conv2 of one generated block at every hidden width that it takes, in one compilation.
+def weight_slices(hypernetwork: Hypernetwork, params: Mapping) -> WeightSlices:
+    """conv2 of the last generated block at every hidden width that it takes, in one compilation.
 
-    The kernels are those of the network, SkipInit's scalar included; coordinates are exact.
-
-    Args:
-        hypernetwork, params: the family and its learned parameters.
-        position: which of the generated blocks, in training order; the last by default.
-        smallest, largest: width ratios between which all integer widths are taken, in (0, 1.5].
-
-    Raises:
-        ValueError: for a ratio or a position out of range.
+    The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the
+    network, SkipInit's scalar included; coordinates are exact.
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    if not -len(blocks) <= position < len(blocks):
-        raise ValueError(
-            f"position must name one of the {len(blocks)} generated blocks, from 0 on or from -1 "
-            f"backwards, got {position}."
-        )
-    if check_width_ratio(smallest) > check_width_ratio(largest):
-        raise ValueError(
-            f"smallest must not exceed largest, got {smallest} and {largest}; exchange them."
-        )
-    block = spec.blocks[blocks[position]]
-    first, last = (widths_at(spec, blocks, ratio)[position] for ratio in (smallest, largest))
+    block = spec.blocks[blocks[-1]]
+    first, last = (widths_at(spec, blocks, ratio)[-1] for ratio in SLICE_RATIOS)
     widths = np.arange(first, last + 1)
     # Each integer width of this block as a ratio; the others follow it, as in any network. A width
     # that was rounded up may lie beyond the largest ratio.
-    ratios = np.minimum(widths / block.hidden_width, largest)
+    ratios = np.minimum(widths / block.hidden_width, SLICE_RATIOS[1])
     rows = np.array([widths_at(spec, blocks, float(ratio)) for ratio in ratios], np.int32)
     widest = np.maximum(rows.max(axis=0), hypernetwork.full_widths)
     container = morph(spec, blocks, widest.tolist())

@@ -254,9 +254,6 @@ def to_torch(state_dict: Mapping[str, np.ndarray]) -> bytes:
 
     Args:
         state_dict: float32 and int64 arrays by name.
-
-    Raises:
-        ValueError: if an array has another type.
     """
     arrays = {}
     for name, array in state_dict.items():
@@ -338,14 +335,10 @@ def to_onnx(
     """The folded network as an ONNX graph, images[batch, channels, size, size] -> logits.
 
     Args:
-        spec: the network's shapes.
-        params: its folded tree, or that of `quantize.quantize`.
+        spec, params: the network's shapes and its folded tree, or that of `quantize.quantize`.
         normalization: put into the graph, whose images then are uint8 pixels; None: images are
             float32 and come normalised.
         **info: JSON values for the model's metadata, beside "network" (the spec).
-
-    Raises:
-        ValueError: if onnx is not installed.
     """
     check_extra("onnx")
     from onnx import TensorProto, helper, numpy_helper
@@ -480,7 +473,6 @@ def quantize_onnx(
     that they take on `images`.
 
     Args:
-        path: where to.
         model: of `to_onnx`, with float32 weights.
         images: uint8[images, size, size, channels], of the training set.
         normalization: of the images, where the graph does not do it itself.
@@ -521,14 +513,7 @@ def to_stablehlo(
     Each platform multiplies in its own default precision, which is below float32 on most
     accelerators.
 
-    Args:
-        spec: the network's shapes.
-        params: its folded tree, or that of `quantize.quantize`.
-        normalization: put into the graph, whose images are then uint8 pixels; None: images are
-            float32 and come normalised. NHWC.
-
-    Raises:
-        ValueError: if flatbuffers is not installed, which jax.export needs to write.
+    Images are NHWC; the arguments are those of `to_onnx`.
     """
     check_extra("stablehlo")
     weights = jax.tree.map(np.asarray, dict(params))
@@ -596,11 +581,7 @@ def check_extra(format: str) -> None:
 
 
 def check_writable(path: str | os.PathLike, *, flag: str = "--out") -> pathlib.Path:
-    """`path`, which `flag` gave, if a file can be put there.
-
-    Raises:
-        ValueError: if not.
-    """
+    """`path`, which `flag` gave, if a file can be put there; else raises ValueError."""
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
         raise UsageError(f"{flag} must name a file, but {path} is something else; choose another.")
@@ -637,7 +618,6 @@ def logits_of_file(
     """Logits float32[images, classes] of an exported file, by its format's own reader.
 
     Args:
-        path: the file.
         images: uint8[images, size, size, channels].
         format: of the file; "torch" is read and folded by `teacher_import`.
         normalization: what the network was trained with.
@@ -709,8 +689,7 @@ def export(
 
     Args:
         path: where to; an existing file is replaced once the new one is complete and checked.
-        spec: the network's shapes.
-        params: its folded tree.
+        spec, params: the network's shapes and its folded tree.
         images: uint8[images, size, size, channels], to compare on.
         format: one of `FORMATS`.
         normalization: what the network was trained with.

@@ -1,4 +1,10 @@
-"""Figures. Each has its numbers in a CSV or JSON file beside it."""
+"""Figures. Each has its numbers in a CSV or JSON file beside it.
+
+All functions take the `path` of the PNG to write, which replaces an existing file once it is
+complete, as does the CSV beside it, and the figure's `title`. A `trained_range`, the smallest and
+the largest width ratio seen in training, is shaded; a `teacher_accuracy`, in [0, 1], is a dashed
+line.
+"""
 
 import os
 import pathlib
@@ -28,15 +34,7 @@ def plot_grid(
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
 ) -> None:
-    """Writes a PNG of accuracy against kept width (left) and against multiply-adds (right).
-
-    Args:
-        path: file to write; an existing one is replaced once the new one is complete.
-        rows: the grid.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded on the left.
-        teacher_accuracy: in [0, 1], drawn as a dashed line.
-    """
+    """Draws accuracy against kept width (left) and against multiply-adds (right)."""
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(9.5, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -62,17 +60,10 @@ def plot_against_macs(
     curves: Sequence[Curve] = (),
     singles: Sequence[Single] = (),
 ) -> None:
-    """Writes a PNG of accuracy against multiply-adds, with published results, and its numbers.
+    """Draws accuracy against multiply-adds, with published results (`published.references`).
 
     The CSV beside it has the columns name, width_ratio, num_macs, accuracy, trained, source; name
     is "this run" for the rows of the grid, whose source is empty, as is what does not apply.
-
-    Args:
-        path: file to write, ending in .png; an existing one is replaced once the new one is
-            complete, and so is the CSV.
-        rows: the grid.
-        title: figure title.
-        curves, singles: what to compare with, see `published.references`.
     """
     rows = sorted(rows, key=lambda row: row.num_macs)
     figure = _figure(6.4, 4.4)
@@ -125,21 +116,11 @@ def plot_sweep(
     title: str,
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
-    interpolation: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Writes a PNG of accuracy over the width axis and its numbers.
+    """Draws accuracy over the width axis, of networks close enough to each other for a curve.
 
     The CSV beside it has the columns series, width_ratio, num_macs, accuracy, trained; series is
-    "generated", "teacher" or "linear interpolation".
-
-    Args:
-        path: as in `plot_against_macs`.
-        rows: the networks of the sweep, close enough to each other for a curve.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded.
-        teacher_accuracy: in [0, 1], drawn as a dashed line.
-        interpolation: (width ratio, accuracy in [0, 1]) of networks that interpolate between
-            others, drawn as a second dashed curve.
+    "generated" or "teacher".
     """
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(6.4, 4.2)
@@ -151,11 +132,6 @@ def plot_sweep(
     table: list[tuple] = [
         ("generated", r.width_ratio, r.num_macs, r.accuracy, r.trained) for r in rows
     ]
-    if interpolation:
-        x, y = zip(*sorted(interpolation), strict=True)
-        label = "linear interpolation"
-        axis.plot(x, [100 * a for a in y], "--", color="#4c8c4a", linewidth=1, label=label)
-        table += [(label, a, "", b, "") for a, b in zip(x, y, strict=True)]
     _draw_teacher(axis, teacher_accuracy)
     if teacher_accuracy is not None:
         table.append(("teacher", 1.0, "", teacher_accuracy, ""))
@@ -185,35 +161,16 @@ def plot_weight_slices(
     *,
     title: str,
     trained_range: tuple[float, float],
-    entries: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:
-    """Writes a PNG of how conv2 of one block changes with its hidden width, and its numbers.
+    """Draws how conv2 of one block changes with its hidden width (`evaluation.weight_slices`).
 
-    Left: a few entries as curves. Right: the centre tap to output channel 0 as an image, hidden
+    Left: `default_entries` as curves. Right: the centre tap to output channel 0 as an image, hidden
     channel against width. What is masked is left blank. The CSV beside it has the columns block,
     panel ("curves" or "image"), width, out_channel, hidden_channel, tap (0 to 8, row by row),
-    value; the value of what is masked is empty.
-
-    Args:
-        path: as in `plot_against_macs`.
-        slices: the kernels, see `evaluation.weight_slices`.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded on the left and
-            between dashed lines on the right.
-        entries: (out channel, hidden channel, tap) of the curves; default `default_entries`.
-
-    Raises:
-        ValueError: for an entry that the kernel does not have.
+    value; the value of what is masked is empty. The trained range lies between dashed lines on the
+    right.
     """
     widths, kernels = slices.widths, slices.kernels
-    entries = default_entries(slices) if entries is None else tuple(entries)
-    sizes = (kernels.shape[4], kernels.shape[3], 9)
-    for entry in entries:
-        if len(entry) != 3 or not all(0 <= n < size for n, size in zip(entry, sizes, strict=True)):
-            raise ValueError(
-                "Entries are (out channel, hidden channel, tap) from 0 on and below "
-                f"{sizes}, got {entry}."
-            )
     figure = _figure(10.5, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     low, high = (ratio * slices.full_width for ratio in trained_range)
@@ -225,7 +182,7 @@ def plot_weight_slices(
             shown = "" if np.isnan(value) else float(value)
             table.append((slices.block, panel, int(width), out, hidden, tap, shown))
 
-    for number, (out, hidden, tap) in enumerate(entries):
+    for number, (out, hidden, tap) in enumerate(default_entries(slices)):
         values = kernels[:, tap // 3, tap % 3, hidden, out]
         color = ENTRIES[number % len(ENTRIES)]
         label = f"out {out}, hidden {hidden}, tap {tap}"
@@ -275,15 +232,13 @@ def plot_search(
     limit: float,
     winner: Sequence[int],
 ) -> None:
-    """Writes a PNG of all networks that a search has evaluated, and their numbers.
+    """Draws all networks that a search has evaluated.
 
     The CSV beside it has a column for each entry of the rows, a list with spaces between.
 
     Args:
-        path: as in `plot_against_macs`.
         rows: for each network "widths", "accuracy" in [0, 1], "uniform", "front" and what `column`
             names.
-        title: figure title.
         column: the horizontal axis, "num_macs", "num_params" or "latency_ms".
         limit: the budget, in the unit of the column.
         winner: the widths of the network that was chosen.
@@ -318,12 +273,10 @@ def plot_search(
 def plot_random_networks(
     path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
 ) -> None:
-    """Writes a PNG of networks of random widths around the curve of uniform ones, and its numbers.
+    """Draws networks of random widths around the curve of uniform ones.
 
-    Args:
-        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
-        rows: for each network "series" ("uniform" or "random"), "num_macs", "accuracy" in [0, 1].
-        title: figure title.
+    `rows` have "series" ("uniform" or "random"), "num_macs" and "accuracy" in [0, 1]; the CSV has a
+    column for each of their entries.
     """
     figure = _figure(6.4, 4.2)
     axis = figure.subplots()
@@ -339,13 +292,10 @@ def plot_random_networks(
 
 
 def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
-    """Writes a PNG of accuracy over width and depth, a heat map, and its numbers.
+    """Draws accuracy over width and depth, a heat map.
 
-    Args:
-        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
-        rows: a network for each pair of "num_layers" and "width_ratio", with "accuracy" in [0, 1],
-            "num_macs" and "trained".
-        title: figure title.
+    `rows` hold a network for each pair of "num_layers" and "width_ratio", with "accuracy" in
+    [0, 1], "num_macs" and "trained"; the CSV has a column for each of their entries.
     """
     depths = sorted({row["num_layers"] for row in rows}, reverse=True)
     ratios = sorted({row["width_ratio"] for row in rows})
@@ -383,12 +333,10 @@ def plot_comparison(
     title: str,
     references: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Writes a PNG of accuracy against multiply-adds, a curve for each method.
+    """Draws accuracy against multiply-adds, a curve for each method.
 
     Args:
-        path: as in `plot_against_macs`.
         series: by method, (multiply-adds, accuracy in percent) of each size.
-        title: figure title.
         references: published results by name, (multiply-adds, accuracies in percent), in gray.
     """
     figure = _figure(7.2, 5.2)

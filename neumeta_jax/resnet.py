@@ -109,15 +109,8 @@ class _BatchNormBlock(nn.Module):
 def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     """Logits of the folded network.
 
-    The computation runs in the type of `images`; logits are float32.
-
-    Args:
-        spec: the network's shapes.
-        params: a folded tree; kernels HWIO.
-        images: normalised, float[batch, size, size, channels].
-
-    Returns:
-        float32[batch, classes].
+    `params` is a folded tree, kernels HWIO; images are normalised, float[batch, size, size,
+    channels]. The computation runs in their type; logits are float32[batch, classes].
     """
     x = _relu(_affine(images, params["stem"]))
     for block in spec.blocks:
@@ -179,11 +172,8 @@ def hidden_moments(
 
         M = E[(h, 1) (h, 1)^T]    over images and pixels
 
-    Args:
-        spec: the network's shapes.
-        params: a folded tree.
-        images: normalised, float[batch, size, size, channels].
-        blocks: positions in `spec.blocks`.
+    `images` are normalised, float[batch, size, size, channels], `blocks` positions in
+    `spec.blocks`.
 
     Returns:
         float32[hidden_width + 1, hidden_width + 1] by block name; the last row holds the means.

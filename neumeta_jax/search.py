@@ -256,10 +256,7 @@ def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], 
     others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
     of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
 
-    Args:
-        space: the networks.
-        limit: in milliseconds.
-        measure: milliseconds of the network of these widths.
+    `limit` is in milliseconds, as is what `measure` returns for a network's widths.
     """
     largest = [choices[-1] for choices in space.choices]
     whole = measure(tuple(largest))
@@ -527,12 +524,8 @@ def add_containers(
     Widths of containers are multiples of a quarter of the full width, so that later populations
     fit into them too. The first is the largest network, which holds all.
 
-    Args:
-        space: the networks.
-        containers: those that there are.
-        widths: of the population.
-        macs_per_container: multiply-adds of one image that take as long as compiling a shape,
-            divided by the number of images.
+    `macs_per_container` are the multiply-adds of one image that take as long as compiling a shape,
+    divided by the number of images.
     """
     spec, blocks = space.spec, space.blocks
     largest = np.array([choices[-1] for choices in space.choices])

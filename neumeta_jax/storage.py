@@ -17,12 +17,8 @@ class StorageError(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, *, kept: str = "") -> Iterator[None]:
+def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turns a full disk, a read-only folder and the like into one sentence about `path`.
-
-    Args:
-        path: what is being written.
-        kept: what is safe all the same, for the sentence.
 
     Raises:
         StorageError: for an OSError, and for what safetensors makes of one.
@@ -30,11 +26,11 @@ def writing(path: str | os.PathLike, *, kept: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise refusal(path, error, kept=kept) from error
+        raise refusal(path, error) from error
 
 
 def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> StorageError:
-    """The StorageError for `error`, which writing `path` ended in."""
+    """The StorageError for `error`, which writing `path` ended in; `kept` is safe all the same."""
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     reason = lines[0][:200] if lines else type(error).__name__
     if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore, at length

@@ -584,16 +584,13 @@ def test_a_dip_needs_increasing_ratios_with_one_accuracy_each(ratios, accuracies
     assert is_one_sentence(error)
 
 
-@pytest.mark.parametrize("position", [0, -1])
-def test_weight_slices_are_the_kernels_of_the_dense_networks(params, position):
-    slices = evaluation.weight_slices(
-        FAMILY, params, position=position, smallest=0.25, largest=1.25
-    )
-    full = FAMILY.full_widths[position]
-    assert slices.block == SPEC.blocks[FAMILY.blocks[position]].name
-    assert slices.full_width == full
-    assert list(slices.widths) == list(range(1 if full == 4 else 2, (5 if full == 4 else 8) + 1))
-    for number in (0, len(slices.widths) - 1):  # below and beyond the full size
+def test_weight_slices_are_the_kernels_of_the_dense_networks(params):
+    slices = evaluation.weight_slices(FAMILY, params)
+    full = FAMILY.full_widths[-1]
+    assert slices.block == SPEC.blocks[FAMILY.blocks[-1]].name
+    assert slices.full_width == full == 6
+    assert list(slices.widths) == list(range(1, 9))
+    for number in (1, 6):  # below and beyond the full size
         width = slices.widths[number]
         _, tree = hyper.generate_dense(FAMILY, params, FAMILY.widths(width / full))
         wanted = tree[slices.block]["conv2"]["kernel"]
@@ -601,32 +598,6 @@ def test_weight_slices_are_the_kernels_of_the_dense_networks(params, position):
         np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)
         assert np.isnan(kernel[:, :, width:]).all()
     assert np.isfinite(slices.kernels[-1]).all()
-
-
-def test_weight_slices_reach_the_largest_ratio_allowed(params):
-    """There the width is rounded up and lies beyond 1.5 times the full one."""
-    odd = dataclasses.replace(SPEC, hidden_widths=(5,) * len(SPEC.hidden_widths))
-    family = dataclasses.replace(FAMILY, spec=odd)
-    backbone = resnet.init_params(jax.random.key(0), odd)
-    slices = evaluation.weight_slices(
-        family, hyper.init(jax.random.key(1), family, backbone), smallest=1.3, largest=1.5
-    )
-    assert list(slices.widths) == [7, 8]
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"position": 2}, "2 generated blocks, .* got 2"),
-        ({"position": -3}, "2 generated blocks, .* got -3"),
-        ({"largest": 1.6}, r"\(0, 1.5\], got 1.6"),
-        ({"smallest": 1.0, "largest": 0.5}, "got 1.0 and 0.5"),
-    ],
-)
-def test_weight_slices_that_do_not_exist_are_refused(params, options, match):
-    with pytest.raises(ValueError, match=match) as error:
-        evaluation.weight_slices(FAMILY, params, **options)
-    assert "\n" not in str(error.value)
 
 
 # --- what is written -------------------------------------------------------------------------
