@@ -28,9 +28,9 @@ class Step(NamedTuple):
 def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: int) -> Step:
     """Step `number` of `training.run_steps` with `key`."""
     order_key, step_key = jax.random.split(key)
-    epoch, position = data.epoch_of(number, num_images, images_per_step)
+    epoch, position = divmod(number, num_images // images_per_step)
     order = data.epoch_order(order_key, epoch, num_images)
-    return Step(number, step_key, data.batch_indices(order, position, images_per_step))
+    return Step(number, step_key, order[position * images_per_step :][:images_per_step])
 
 
 def _first(found: Mapping[str, Any], names: Sequence[str]) -> str:

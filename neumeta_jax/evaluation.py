@@ -964,11 +964,6 @@ INT8_TABLE_HEADER = (
 TABLE_HEADER = f"{'ratio':>6}  {'widths':>12}  {COUNTS_HEADER}"
 
 
-def format_table(rows: Sequence[GridRow]) -> str:
-    """The grid as plain text."""
-    return "\n".join([TABLE_HEADER, *map(format_row, rows)])
-
-
 def grid_dict(rows: Sequence[GridRow], *, dataset: str, split: str, **extra) -> dict:
     """The grid as JSON types: {"dataset", "split", "rows": [...]} and what is in `extra`."""
     return {"dataset": dataset, "split": split, **extra, "rows": [_row_dict(r) for r in rows]}
