@@ -48,12 +48,13 @@ def run(config, options):
         print(lab.describe(experiment, dataset, splits, estimate_time=True))
         return
     print(lab.describe(experiment, dataset, splits), flush=True)
+    given = lab.load_start(experiment)
 
     with lab.open_workdir(options.workdir, config) as workdir:
         # Import or train the teacher, fold its batch norm, put its channels in order.
         backbone = lab.prepare_backbone(workdir, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.
-        params = lab.train_inr(workdir, experiment, splits, backbone)
+        params = lab.train_inr(workdir, experiment, splits, backbone, given)
         path = lab.save_result(workdir, experiment, params)
     if not hosts.is_first():
         return

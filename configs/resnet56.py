@@ -11,9 +11,9 @@ results/cifar100_resnet20/README.md.
 
 Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:depth` trains on depth
 too, with one size more in each step, down to half of the generated blocks of each stage (56 to 32
-layers), on mixed images and at higher rates, and lets a last phase train the depth term alone; `:protocol_a` trains on [0.5, 1] only
-(the papers' protocol); `:cifar10` is for the public cifar10_resnet56; `:smoke` touches everything
-on a CPU in a few minutes.
+layers), on mixed images and at higher rates, and lets a last phase train the depth term alone;
+`:protocol_a` trains on [0.5, 1] only (the papers' protocol); `:cifar10` is for the public
+cifar10_resnet56; `:smoke` touches everything on a CPU in a few minutes.
 
 Hardware and time: `:depth` takes 7.4 minutes of one H200 (18,703 steps of 4 x 256 images, 6,904 of
 3 x 256), 1.5 to compile and one for the rest; result in results/cifar100_resnet56/depth. The others

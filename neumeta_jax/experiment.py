@@ -159,6 +159,9 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     )
     teacher, train = dict(config["teacher"]), dict(config["train"])
     teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
+    recipe = InrRecipe(**train)
+    if init_from:  # such an INR has all its blocks and is not fitted to the teacher again
+        recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
     evaluate = sections["eval"]
     return Experiment(
         name=dataset.name,
@@ -175,7 +178,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         ),
         teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**teacher),
-        recipe=InrRecipe(**train),
+        recipe=recipe,
         init_from=init_from,
         channel_order=run.channel_order,
         width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
@@ -813,9 +816,16 @@ def _make_backbone(
 
 
 def train_inr(
-    workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
+    workdir: Workdir,
+    experiment: Experiment,
+    splits: data.Splits,
+    backbone: Params,
+    given: Params | None = None,
 ) -> Params:
-    """All phases of INR training, from where the work directory stands; returns the parameters."""
+    """All phases of INR training, from where the work directory stands; returns the parameters.
+
+    A run that begins starts from the parameters that are `given` (`load_start`), if any.
+    """
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
     images = _on_device(splits)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
@@ -841,8 +851,7 @@ def train_inr(
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
     restored = restore(saved, template)
-    given = load_start(experiment)
-    if given is not None:  # blocks are what the file has, in every phase
+    if given is not None:  # blocks are what they are
         phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
     if restored:
         start, state = restored
