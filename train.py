@@ -13,7 +13,7 @@ import time
 
 from absl import flags
 
-from neumeta_jax import command_line, experiment as lab, hosts
+from neumeta_jax import command_line, diagnosis, experiment as lab, hosts
 from neumeta_jax.progress import format_seconds
 
 
@@ -59,6 +59,9 @@ def run(config, options):
     if not hosts.is_first():
         return
     print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
+    idle = lab.find_idle(experiment, params, splits)
+    for line in diagnosis.describe_idle(experiment.hypernetwork, idle):
+        print(line)
     lab.evaluate_and_write(
         pathlib.Path(options.workdir),
         experiment,

@@ -56,6 +56,7 @@ from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 BACKBONE_FILE = "backbone.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 NUM_MOMENT_IMAGES = 2000
+NUM_IDLE_IMAGES = 500
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
 _log = logging.getLogger(__name__)
@@ -992,6 +993,15 @@ def _mixed_network_impl(hypernetwork, params, widths, backbone, active):
 
 
 _mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)
+
+
+def find_idle(experiment: Experiment, params: Params, splits: data.Splits) -> diagnosis.Idle:
+    """What of the family does nothing on the first `NUM_IDLE_IMAGES` training images."""
+    images = jnp.asarray(splits.train_images[:NUM_IDLE_IMAGES])
+    family = experiment.hypernetwork
+    smallest = training.smallest_widths(family, experiment.recipe)
+    images = experiment.preprocessing.evaluate(images)
+    return diagnosis.idle_parts(family, params, images, smallest)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

@@ -235,7 +235,7 @@ def test_a_block_whose_channels_never_fire_can_be_rounded_too(tmp_path, format):
 
 def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path):
     """Its kernels refuse a scale of weights far from that of what they write."""
-    spec, params, normalization, pixels, *_ = network("projection")
+    spec, params, _, pixels, *_ = network("projection")
     large = {**params["stem"], "kernel": params["stem"]["kernel"] * 1e12}
     with pytest.raises(command_line.UsageError, match="LiteRT must be able to run") as error:
         export.export(
