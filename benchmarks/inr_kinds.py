@@ -19,7 +19,6 @@ import argparse
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import architecture, experiment as lab, hypernetwork as hyper, resnet
+from neumeta_jax import architecture, experiment as lab, hypernetwork as hyper, resnet, timing
 from neumeta_jax.command_line import UsageError, run
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
@@ -55,30 +54,16 @@ KINDS: dict[str, tuple[str, INR]] = {
 }
 
 
-def compiled(function: Callable, *args: Any) -> tuple[Callable, float]:
-    """`function` compiled for `args`, and the seconds from tracing to the end of it."""
-    started = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    return program, time.perf_counter() - started
-
-
-def timed(function: Callable, *args: Any) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - started
-
-
 def measure(
     name: str,
     family: Hypernetwork,
     backbone: Any,
-    forward: Callable[[], float],
+    forward: Callable[[], Any],
     *,
     batch_size: int,
     repeats: int,
-    seconds: float,
 ) -> dict[str, Any]:
-    """One line of the table; `forward` runs one batch and returns the seconds it took."""
+    """One line of the table; `forward` runs one batch."""
     params = jax.jit(hyper.init, static_argnums=1)(jax.random.key(0), family, backbone)
     full = np.array(family.full_widths)
     rng = np.random.default_rng(0)
@@ -87,18 +72,13 @@ def measure(
         ratio = rng.uniform(0.5, 1.0)
         return jnp.asarray(np.maximum(1, np.floor(ratio * full + 0.5)), jnp.int32)
 
-    widths = random_widths()
-    generate, compile_seconds = compiled(lambda p, w: hyper.generate(family, p, w), params, widths)
-    timed(generate, params, widths)  # the first call pages memory in
-    generations, batches = [], []
-    started = time.perf_counter()
-    while len(generations) < repeats:
-        if len(generations) >= 3 and time.perf_counter() - started > seconds:
-            break
-        generations.append(timed(generate, params, random_widths()))
-        batches.append(forward())
-    generation = statistics.median(generations)
-    forward_pass = statistics.median(batches) * NUM_IMAGES / batch_size
+    compile_seconds, generate = timing.compiled(
+        lambda p, w: hyper.generate(family, p, w), params, random_widths()
+    )
+    calls = {"generation": lambda: generate(params, random_widths()), "forward": forward}
+    times = timing.in_turns(calls, repeats)
+    generation = statistics.median(times["generation"])
+    forward_pass = statistics.median(times["forward"]) * NUM_IMAGES / batch_size
     num_inr = hyper.num_inr_params(params)
     return {
         "name": name,
@@ -110,7 +90,7 @@ def measure(
         "forward_seconds": forward_pass,
         "generation_to_forward": generation / forward_pass,
         "compile_seconds": compile_seconds,
-        "repeats": len(generations),
+        "repeats": repeats,
     }
 
 
@@ -145,10 +125,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6n + 2")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the results")
     parser.add_argument("--kinds", default="", help="names with commas between; default all")
-    parser.add_argument("--repeats", type=int, default=20, help="generations of a kind, at most")
-    parser.add_argument(
-        "--seconds", type=float, default=30.0, help="of a kind, after which 3 repeats are enough"
-    )
+    parser.add_argument("--repeats", type=int, default=20, help="generations of a kind")
     parser.add_argument("--batch_size", type=int, default=500, help="of the forward pass")
     args = parser.parse_args(list(argv[1:]))
     names = [name.strip() for name in args.kinds.split(",") if name.strip()] or list(KINDS)
@@ -169,8 +146,7 @@ def main(argv: Sequence[str]) -> None:
     backbone = jax.jit(resnet.init_params, static_argnums=1)(jax.random.key(0), spec)
     shape = (args.batch_size, spec.image_size, spec.image_size, spec.channels)
     images = jax.random.normal(jax.random.key(1), shape)
-    network, _ = compiled(lambda p, x: resnet.apply(spec, p, x), backbone, images)
-    timed(network, backbone, images)
+    _, network = timing.compiled(lambda p, x: resnet.apply(spec, p, x), backbone, images)
 
     rows = []
     for name in names:
@@ -179,10 +155,9 @@ def main(argv: Sequence[str]) -> None:
                 name,
                 Hypernetwork(spec=spec, blocks=blocks, inr=KINDS[name][1]),
                 backbone,
-                lambda: timed(network, backbone, images),
+                lambda: network(backbone, images),
                 batch_size=args.batch_size,
                 repeats=args.repeats,
-                seconds=args.seconds,
             )
         )
         print(f"{name}: {rows[-1]['generation_seconds']:.3g} s", flush=True)
@@ -198,7 +173,7 @@ def main(argv: Sequence[str]) -> None:
     }
     note = (
         f"ResNet{args.depth}, 100 classes, {spec.num_params:,} parameters, {len(blocks)} generated "
-        f"blocks; {versions['devices']}. Medians of up to {args.repeats} generations at random "
+        f"blocks; {versions['devices']}. Medians of {args.repeats} generations at random "
         f"widths, after compilation, and of as many forward passes of {args.batch_size} images, "
         f"which took turns; the latter are scaled to {NUM_IMAGES:,} images."
     )

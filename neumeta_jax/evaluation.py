@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage
+from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage, timing
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
@@ -382,17 +381,13 @@ def _seconds_per_network(job: _Job, params, widths, key, data: _Data) -> float:
     """Time of one batch and its generation, after compilation; infinite where memory ran out."""
     if job.strategy == "map":
         data = _Data(data.images[:1], data.labels[:1])
-    times = []
     try:
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(_dispatch(job, params, widths, key, data, 1))
-            times.append(time.perf_counter() - started)
+        found = timing.fewest({"": lambda: _dispatch(job, params, widths, key, data, 1)}, 2)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return math.inf
-    return min(times[1:]) / len(widths)
+    return found[""] / len(widths)
 
 
 # The outcome of a probe holds for this process: its programs may not be compiled again.

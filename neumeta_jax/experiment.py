@@ -42,6 +42,7 @@ from neumeta_jax import (
     smoothing,
     storage,
     teacher_import,
+    timing,
     training,
 )
 from neumeta_jax.architecture import ResNetSpec
@@ -1376,21 +1377,20 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
     spec, recipe, hypernetwork = experiment.spec, experiment.recipe, experiment.hypernetwork
     shape = (recipe.batch_size, spec.image_size, spec.image_size, spec.channels)
     images = jnp.zeros(shape, experiment.preprocessing.dtype)
-    backbone = resnet.init_params(jax.random.key(0), spec)
-    params = hyper.init(jax.random.key(0), hypernetwork, backbone)
+    key = jax.random.key(0)
+    backbone = jax.jit(lambda key: resnet.init_params(key, spec))(key)
+    params = jax.jit(lambda key, tree: hyper.init(key, hypernetwork, tree))(key, backbone)
     widths = jnp.array(hypernetwork.full_widths, jnp.int32)
-
-    def seconds(function, *args):
-        jax.block_until_ready(function(*args))
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    forward = seconds(jax.jit(lambda p, x: resnet.apply(spec, p, x)), backbone, images)
-    generation = seconds(jax.jit(lambda p, w: hyper.generate(hypernetwork, p, w)), params, widths)
+    network = jax.jit(lambda tree, x: resnet.apply(spec, tree, x))
+    generate = jax.jit(lambda params, widths: hyper.generate(hypernetwork, params, widths))
+    seconds = timing.fewest(
+        {
+            "forward": lambda: network(backbone, images),
+            "generation": lambda: generate(params, widths),
+        },
+        3,
+    )
+    forward, generation = seconds["forward"], seconds["generation"]
     # A backward pass costs about two forward passes; measured 3.0 to 4.5 in all on two cores.
     total = 0.0
     for phase in phases:

@@ -18,8 +18,7 @@ import importlib.util
 import os
 import pathlib
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +35,7 @@ from neumeta_jax import (
     hypernetwork as hyper,
     page,
     resnet,
+    timing,
 )
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
@@ -69,29 +69,6 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
         "p90_ms": round(1e3 * float(p90), 4),
         "calls": len(seconds),
     }
-
-
-def time_interleaved(
-    calls: Mapping[Any, Callable[[], Any]], *, rounds: int, seed: int = 0
-) -> dict[Any, list[float]]:
-    """Seconds of each of `rounds` calls of each function, one of each in turn, in random order."""
-    for call in calls.values():
-        for _ in range(NUM_WARM_UP):
-            call()
-    rng, keys = np.random.default_rng(seed), list(calls)
-    times: dict[Any, list[float]] = {key: [] for key in keys}
-    for _ in range(rounds):
-        for number in rng.permutation(len(keys)):
-            started = time.perf_counter()
-            calls[keys[number]]()
-            times[keys[number]].append(time.perf_counter() - started)
-    return times
-
-
-def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = function()
-    return time.perf_counter() - started, result
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:
@@ -154,7 +131,7 @@ def measure(
     draw(networks[0].widths)  # compiled once for all
     rng, calls, rows = np.random.default_rng(0), {}, []
     for number, network in enumerate(networks):
-        generation, (small, tree) = _seconds(functools.partial(draw, network.widths))
+        generation, (small, tree) = timing.timed(draw, network.widths)
         row: dict[str, Any] = {
             "name": network.name,
             "width_ratio": network.width_ratio,
@@ -169,7 +146,7 @@ def measure(
         on_device = jax.device_put(tree)
         session = None
         if "onnxruntime" in runtimes:
-            seconds, (session, size) = _seconds(functools.partial(_load_onnx, small, tree))
+            seconds, (session, size) = timing.timed(_load_onnx, small, tree)
             row["switch_ms"]["onnxruntime"] = 1e3 * seconds
             row["file_bytes"]["onnx"] = size
         for batch in sorted(batch_sizes):
@@ -180,25 +157,19 @@ def measure(
                 program = jax.jit(
                     lambda tree, images, small=small: resnet.apply(small, tree, images)
                 )
-                lowered = functools.partial(program.lower, on_device, images)
-                seconds, compiled = _seconds(lambda lowered=lowered: lowered().compile())
+                seconds, compiled = timing.compiled(program, on_device, images)
                 row["switch_ms"].setdefault("compile", 1e3 * seconds)
                 row["memory_bytes"][str(batch)] = peak_memory(compiled)
-                calls[number, "jax", batch] = functools.partial(
-                    _run_compiled, compiled, on_device, images
-                )
+                calls[number, "jax", batch] = functools.partial(compiled, on_device, images)
             if session is not None:
                 feed = {export.INPUT_NAME: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
                 calls[number, "onnxruntime", batch] = functools.partial(session.run, None, feed)
         row["switch_ms"] = {name: round(value, 3) for name, value in row["switch_ms"].items()}
         rows.append(row)
-    for (number, runtime, batch), times in time_interleaved(calls, rounds=rounds).items():
+    found = timing.in_turns(calls, rounds, warm_up=NUM_WARM_UP)
+    for (number, runtime, batch), times in found.items():
         rows[number]["latency"][runtime][str(batch)] = percentiles(times)
     return rows
-
-
-def _run_compiled(compiled: jax.stages.Compiled, params: Params, images: jax.Array) -> None:
-    jax.block_until_ready(compiled(params, images))
 
 
 def _load_onnx(spec: ResNetSpec, params: Params) -> tuple[Any, int]:

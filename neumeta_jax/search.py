@@ -50,6 +50,7 @@ from neumeta_jax import (
     experiment as lab,
     plotting,
     resnet,
+    timing,
 )
 from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.buckets import container_macs, make_buckets
@@ -244,13 +245,8 @@ def measure_latency(spec: ResNetSpec, *, batch: int, dtype: str, seconds: float 
     )
     images = jnp.ones((batch, spec.image_size, spec.image_size, spec.channels), dtype)
     network = jax.jit(lambda params, images: resnet.apply(spec, params, images))
-    jax.block_until_ready(network(params, images))
-    times: list[float] = []
-    while len(times) < 10 or sum(times) < seconds:
-        started = time.perf_counter()
-        jax.block_until_ready(network(params, images))
-        times.append(time.perf_counter() - started)
-    return 1e3 * float(np.median(times))
+    times = timing.in_turns({"": lambda: network(params, images)}, 10, seconds=seconds)
+    return 1e3 * float(np.median(times[""]))
 
 
 def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], float]) -> Cost:

@@ -1,4 +1,4 @@
-"""A few steps of each kind of training on one and on eight devices; `test_devices.py` starts it.
+"""A few steps of each kind of training on one and on two devices; `test_devices.py` starts it.
 
     python tests/many_devices.py FOLDER
 
@@ -7,11 +7,13 @@ states.npz, lowered.json and a checkpoint into FOLDER.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 
-NUM_DEVICES = 8
+NUM_DEVICES = 2
+BLOCKS = (0, 1)
 CASES = ("looped", "unrolled", "fit", "teacher", "depth")
 NUM_STEPS = 3
 
@@ -22,42 +24,53 @@ def main(folder):
     import test_training as tiny
 
     from neumeta_jax import evaluation, hypernetwork as hyper, training
+    from neumeta_jax.architecture import cifar_resnet
     from neumeta_jax.checkpoint import Checkpoints
+    from neumeta_jax.inr import Grid, Projection
 
     assert jax.device_count() == NUM_DEVICES, jax.devices()
-    looped = dataclasses.replace(tiny.RECIPE, batch_size=8)
+    recipe = dataclasses.replace(tiny.RECIPE, batch_size=8)
     recipes = {
-        "looped": looped,
-        # Everything that moves images about: on one device it takes four micro-batches.
+        "looped": dataclasses.replace(recipe, micro_batch=2),
+        # Everything that moves images about: on one device it takes two micro-batches.
         "unrolled": dataclasses.replace(
-            looped,
+            recipe,
             share_images=True,
-            micro_batch=2,
+            micro_batch=4,
             sandwich=True,
             mode="at_once",
             distill_from="full",
         ),
-        "fit": dataclasses.replace(looped, fit_steps=NUM_STEPS),
+        "fit": dataclasses.replace(recipe, fit_steps=NUM_STEPS),
         "depth": dataclasses.replace(tiny.DEPTH, batch_size=8),
         "teacher": training.TeacherRecipe(batch_size=8, learning_rate=1e-3),
     }
-    backbone = tiny.random_backbone(tiny.SPEC)
+    # As few blocks as have one that can be skipped and one that changes the shape.
+    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    plain = hyper.Hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
+    deep = hyper.Hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
+    backbone = tiny.random_backbone(spec)
     images = tiny.random_images()
-    params = hyper.init(jax.random.key(1), tiny.FAMILY, backbone, alpha=0.7)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def init(family, backbone):
+        return hyper.init(jax.random.key(1), family, backbone, alpha=0.7, from_backbone=True)
+
+    params = init(plain, backbone)
 
     def run(case, devices):
         recipe = recipes[case]
         mesh = training.data_mesh(recipe, devices=devices)
         options = {"steps_per_call": 1 if case == "unrolled" else 2, "mesh": mesh, "rest": ()}
         if case == "teacher":
-            update = training.teacher_update(tiny.SPEC, recipe, tiny.PREPROCESSING, 10, mesh=mesh)
-            state = training.teacher_init(jax.random.key(0), tiny.SPEC, recipe, 10)
+            update = training.teacher_update(spec, recipe, tiny.PREPROCESSING, 10, mesh=mesh)
+            state = training.teacher_init(jax.random.key(0), spec, recipe, 10)
             options["images_per_step"] = recipe.batch_size
         else:
             kind = case if case in ("fit", "depth") else "train"
-            family, start = tiny.FAMILY, params
+            family, start = plain, params
             if kind == "depth":
-                family, start = tiny.with_depth_term(backbone)
+                family, start = deep, init(deep, backbone)
             phase = training.Phase(case, kind, 0, 10, 2, (), 0, 3)
             update = training.fit_update(family, recipe)
             if kind != "fit":
@@ -118,9 +131,9 @@ def main(folder):
         lowered[f"{case}/all_reduces"] = traced.lower().as_text().count("stablehlo.all_reduce")
         if case == "looped":
             Checkpoints(folder / "checkpoints").save(NUM_STEPS, state)
-    rows = [tiny.FAMILY.full_widths, (2, 3), (0, 6)]
+    rows = [plain.full_widths, (2, 3), (0, 6)]
     pixels, labels = np.asarray(images.images), np.asarray(images.labels)
-    data = tiny.FAMILY, params, rows, pixels, labels, tiny.PREPROCESSING
+    data = plain, params, rows, pixels, labels, tiny.PREPROCESSING
     lowered["evaluated"] = []
     for options in ({}, {"mesh": None}):
         known, comparison = {}, evaluation.Comparison()

@@ -174,9 +174,9 @@ def checkpoint_of(workdir):
     return checkpoint.Checkpoints(workdir / "checkpoints" / "inr").steps()[-1]
 
 
-def test_a_run_begun_on_eight_devices_is_continued_on_one(config, reference, tmp_path):
+def test_a_run_begun_on_two_devices_is_continued_on_one(config, reference, tmp_path):
     workdir = tmp_path / "run"
-    process = start(config, f"--workdir={workdir}", num_devices=8)
+    process = start(config, f"--workdir={workdir}", num_devices=2)
     wait_for_checkpoint([process], workdir, 5)
     process.send_signal(signal.SIGTERM)
     ((status, _, err),) = ends([process])
@@ -187,13 +187,13 @@ def test_a_run_begun_on_eight_devices_is_continued_on_one(config, reference, tmp
     assert_agrees(workdir, reference)
 
 
-def test_a_run_begun_on_one_device_is_continued_on_eight(config, reference, tmp_path, monkeypatch):
+def test_a_run_begun_on_one_device_is_continued_on_two(config, reference, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
         recipe.killing(patch, "inr", 3, before=False)
         with pytest.raises(recipe.KilledError):
             train_here(config, workdir)
-    ((status, out, err),) = ends([start(config, f"--workdir={workdir}", num_devices=8)])
+    ((status, out, err),) = ends([start(config, f"--workdir={workdir}", num_devices=2)])
     assert status == 0, err
     assert f"continuing from step 15 of {NUM_STEPS}" in out
     assert_agrees(workdir, reference)

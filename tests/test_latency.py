@@ -55,17 +55,6 @@ def call(*args):
     return status, out.getvalue(), err.getvalue()
 
 
-def test_each_function_is_called_once_in_every_round():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = latency.time_interleaved(calls, rounds=20)
-    timed = order[3 * latency.NUM_WARM_UP :]
-    rounds = [timed[n : n + 3] for n in range(0, 60, 3)]
-    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len({tuple(one) for one in rounds}) > 2  # not always in the same order
-    assert {name: len(found) for name, found in times.items()} == {"a": 20, "b": 20, "c": 20}
-
-
 def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
     # Wider than the full size, and with a block less.
     widths = (0, 5)
@@ -107,15 +96,15 @@ def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
 def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatch):
     kept = {}
 
-    def keep(calls, *, rounds):
+    def keep(calls, rounds, *, warm_up):
         kept.update(calls)
         return {key: [1.0] * rounds for key in calls}
 
-    monkeypatch.setattr(latency, "time_interleaved", keep)
+    monkeypatch.setattr(latency.timing, "in_turns", keep)
     family, params, _ = checkpoint.load_inr(workdir)
     network = latency.Network("", None, (1, 3))
     latency.measure(family, params, [network], batch_sizes=(2,), rounds=1)
-    compiled, tree, images = kept[0, "jax", 2].args
+    compiled, (tree, images) = kept[0, "jax", 2].func, kept[0, "jax", 2].args
     (onnx_logits,) = kept[0, "onnxruntime", 2]()
     small, wanted = export.draw(family, params, network.widths)
     logits = jax.jit(lambda tree: resnet.apply(small, tree, images))(wanted)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -71,23 +72,39 @@ def backbone():
     return random_backbone(SPEC)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="from_backbone")
+def init(family, backbone, **options):
+    return hyper.init(jax.random.key(1), family, backbone, **options)
+
+
 @pytest.fixture(scope="module")
 def params(backbone):
-    return hyper.init(jax.random.key(1), FAMILY, backbone, alpha=0.7)
+    return init(FAMILY, backbone, alpha=0.7)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def generate(family, params, widths):
+    return hyper.generate(family, params, widths)
+
+
+@functools.cache
+def step_of(family, recipe, *, unroll=False, kind="train", steps_per_call=1):
+    """A step, which compiles once for all tests: that is where their time goes."""
+    update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind=kind)
+    images_per_step = training.phase_recipe(recipe, kind).images_per_step
+    return training.chunked(update, images_per_step=images_per_step, steps_per_call=steps_per_call)
 
 
 @pytest.fixture(scope="module")
 def call():
     """Steps as CPUs run them: one per call, the sizes written out."""
-    update = training.inr_update(FAMILY, RECIPE, PREPROCESSING, unroll=True)
-    return training.chunked(update, images_per_step=RECIPE.images_per_step, steps_per_call=1)
+    return step_of(FAMILY, RECIPE, unroll=True)
 
 
 @pytest.fixture(scope="module")
 def looped_call():
     """Steps as accelerators run them: a chunk per call, in a loop over steps and sizes."""
-    update = training.inr_update(FAMILY, RECIPE, PREPROCESSING, unroll=False)
-    return training.chunked(update, images_per_step=RECIPE.images_per_step, steps_per_call=5)
+    return step_of(FAMILY, RECIPE, steps_per_call=5)
 
 
 # --- phases ----------------------------------------------------------------------------------
@@ -137,12 +154,14 @@ DEPTH = dataclasses.replace(
     skip_blocks=0.5,
     depth_epochs=1.0,
     depth_learning_rate=2e-2,
+    weight_decay=0.0,
 )
+DEEP = Hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
 
 
-def with_depth_term(backbone):
-    family = Hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
-    return family, hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+@pytest.fixture(scope="module")
+def deep_params(backbone):
+    return init(DEEP, backbone, alpha=1.0, from_backbone=True)
 
 
 def test_the_phases_of_the_depth_term_come_last_and_warm_up():
@@ -439,8 +458,7 @@ def test_blocks_that_change_the_shape_are_never_skipped():
 @pytest.mark.parametrize("inr", [PerTensorMLP(4, 1, 1), Grid()], ids=["mlp", "grid"])
 def test_a_new_block_starts_from_the_previous_block_of_its_stage_only(inr):
     family = family_of(20, inr=inr)  # inner blocks in stages 1, 1, 2, 2, 3
-    init = jax.jit(lambda key, tree: hyper.init(key, family, tree, alpha=0.7))
-    start = init(jax.random.key(1), random_backbone(family.spec))
+    start = init(family, random_backbone(family.spec), alpha=0.7)
     recipe = InrRecipe(epochs=1.0, alpha_init=0.25)
     same_stage = {1: 0, 3: 2}
     for phase in training.phases(family, recipe, num_images=512):
@@ -494,6 +512,7 @@ def test_no_two_parts_of_a_fresh_state_share_a_buffer(params):
 # --- the optimiser ---------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def first_update(recipe, params):
     """The first update for gradients of ones and noise, without the learning rate."""
     keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(params))))
@@ -520,9 +539,9 @@ def rms(x):
 )
 def test_muon_makes_the_singular_values_of_an_inrs_matrices_about_equal(inr, leaf, matrix):
     family = family_of(14, inr=inr)
-    params = hyper.init(jax.random.key(1), family, random_backbone(family.spec))
+    params = init(family, random_backbone(family.spec))
     recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
-    update = first_update(recipe, params)["inr"]
+    update = first_update(recipe, {"inr": {leaf[0]: params["inr"][leaf[0]]}})["inr"]
     for name in leaf:
         update = update[name]
     values = jnp.linalg.svd(matrix(update), compute_uv=False)
@@ -559,7 +578,8 @@ def test_stacking_matrices_of_a_shape_changes_no_update(params):
 
 def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params):
     recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
-    update = first_update(recipe, params)
+    chosen = {"alpha": params["alpha"], "learned": {"stem": params["learned"]["stem"]}}
+    update = first_update(recipe, chosen)
     stem = update["learned"]["stem"]["kernel"].reshape(-1, 4)
     values = jnp.linalg.svd(stem, compute_uv=False)
     assert values[0] < 2 * values[-1]
@@ -615,9 +635,8 @@ def test_all_or_none_of_the_learned_parameters_train(params, learned, flag):
     assert set(map(float, jax.tree.leaves(mask["learned"]))) == {flag}
 
 
-def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
-    family = Hypernetwork(SPEC, FAMILY.blocks, Projection(depth_term=True))
-    params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+def test_the_depth_term_learns_from_networks_that_skip_blocks_only(deep_params, backbone):
+    family, params = DEEP, deep_params
     inputs = training.phase_inputs(family, RECIPE, one_phase(2, stage=3))
     full = jnp.array(family.full_widths)
 
@@ -634,47 +653,49 @@ def test_the_depth_term_learns_from_networks_that_skip_blocks_only(backbone):
         assert bool(learned) == bool(stages)
 
 
-def depth_step(backbone, recipe, *, unroll, kind="depth"):
-    family, params = with_depth_term(backbone)
-    update = training.inr_update(family, recipe, PREPROCESSING, unroll=unroll, kind=kind)
-    of_phase = training.phase_recipe(recipe, kind)
-    call = training.chunked(update, images_per_step=of_phase.images_per_step, steps_per_call=1)
-    phase = dataclasses.replace(one_phase(2, stage=3), kind=kind, new_blocks=())
-    return step_once(call, params, backbone, phase, of_phase, family)
+def depth_step(deep_params, backbone, recipe, *, unroll, kind, **rates):
+    """A step of `recipe`, with the learning rates `rates` in place of its own."""
+    call = step_of(DEEP, recipe, unroll=unroll, kind=kind)
+    phase = dataclasses.replace(one_phase(2, stage=3), kind=kind)
+    of_phase = training.phase_recipe(dataclasses.replace(recipe, **rates), kind)
+    return step_once(call, deep_params, backbone, phase, of_phase, DEEP)
 
 
 @pytest.mark.parametrize("kind", training.DEPTH_KINDS)
 @pytest.mark.parametrize("distill_from", training.DISTILL_FROM)
-def test_the_depth_term_changes_no_network_that_has_all_blocks(distill_from, kind, backbone):
-    family, params = with_depth_term(backbone)
+def test_the_depth_term_changes_no_network_that_has_all_blocks(
+    distill_from, kind, deep_params, backbone
+):
     recipe = dataclasses.replace(DEPTH, distill_from=distill_from)
-    state, metrics, _ = depth_step(backbone, recipe, unroll=True, kind=kind)
-    before, after = leaves(params), leaves(state.params)
+    state, metrics, _ = depth_step(deep_params, backbone, recipe, unroll=True, kind=kind)
+    before, after = leaves(deep_params), leaves(state.params)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed
     assert all("['depth']" in name or "['values']" in name for name in changed)
     assert "shallow_accuracy" in metrics and "full_accuracy" not in metrics
-    generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
-    for widths, same in ((family.full_widths, True), ((2, 3), True), ((4, 0), False)):
+    for widths, same in ((DEEP.full_widths, True), ((2, 3), True), ((4, 0), False)):
         widths = jnp.array(widths)
-        old, new = leaves(generate(params, widths)), leaves(generate(state.params, widths))
+        old, new = (leaves(generate(DEEP, tree, widths)) for tree in (deep_params, state.params))
         assert all(np.array_equal(old[name], new[name]) for name in old) == same
 
 
 @pytest.mark.parametrize("kind", training.DEPTH_KINDS)
-def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, backbone):
+def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, deep_params, backbone):
     changes = []
     for rate in (1e-2, 2e-2):
-        recipe = dataclasses.replace(DEPTH, weight_decay=0.0, **{f"{kind}_learning_rate": rate})
-        state, *_ = depth_step(backbone, recipe, unroll=False, kind=kind)
+        rates = {f"{kind}_learning_rate": rate}
+        state, *_ = depth_step(deep_params, backbone, DEPTH, unroll=False, kind=kind, **rates)
         changes.append(state.params["depth"])  # zero before
     assert_trees_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", training.DEPTH_KINDS)
-def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(kind, backbone):
+def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(
+    kind, deep_params, backbone
+):
     (state, metrics, _), (other, other_metrics, _) = (
-        depth_step(backbone, DEPTH, unroll=unroll, kind=kind) for unroll in (True, False)
+        depth_step(deep_params, backbone, DEPTH, unroll=unroll, kind=kind)
+        for unroll in (True, False)
     )
     assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
@@ -684,16 +705,18 @@ def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
     apply = jax.jit(lambda tree: resnet.apply(SPEC, tree, images))
     full = jnp.array(FAMILY.full_widths)
-    generated = hyper.generate_blocks(FAMILY, params["inr"], full)
+    generated = jax.jit(lambda tree: hyper.generate_blocks(FAMILY, tree, full))(params["inr"])
+    mix = jax.jit(
+        lambda active: training.mixed_tree(FAMILY, params, generated, backbone, active, full)
+    )
 
     def logits(active):
-        active = jnp.array(active)
-        return apply(training.mixed_tree(FAMILY, params, generated, backbone, active, full))
+        return apply(mix(jnp.array(active)))
 
     teacher = apply(backbone)
     np.testing.assert_array_equal(logits([False, False]), teacher)
     assert np.max(np.abs(logits([True, False]) - teacher)) > 1e-3
-    whole = hyper.generate(FAMILY, params, full)
+    whole = generate(FAMILY, params, full)
     np.testing.assert_array_equal(logits([True, True]), apply(whole))
 
 
@@ -708,19 +731,17 @@ def test_unrolled_and_looped_sizes_give_the_same_update(call, looped_call, param
 
 @pytest.mark.parametrize(
     "fields",
-    [{"micro_batch": 2}, {"share_images": True}, {"share_images": True, "micro_batch": 1}],
+    [{"micro_batch": 2}, {"share_images": True, "micro_batch": 1}],
     ids=str,
 )
 def test_micro_batches_change_nothing_but_rounding(fields, params, backbone):
     recipe = dataclasses.replace(RECIPE, **fields)
     whole = dataclasses.replace(recipe, micro_batch=0)
     phase = one_phase(2, stage=3)
-    results = []
-    for chosen in (recipe, whole):
-        update = training.inr_update(FAMILY, chosen, PREPROCESSING, unroll=False)
-        call = training.chunked(update, images_per_step=chosen.images_per_step, steps_per_call=1)
-        results.append(step_once(call, params, backbone, phase))
-    (state, metrics, _), (other, other_metrics, _) = results
+    (state, metrics, _), (other, other_metrics, _) = (
+        step_once(step_of(FAMILY, chosen, steps_per_call=5), params, backbone, phase)
+        for chosen in (recipe, whole)
+    )
     assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
@@ -948,12 +969,11 @@ def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, pa
 def test_a_grid_that_starts_from_the_backbone_reproduces_its_logits(resampling):
     family = family_of(14, "all", Grid(resampling=resampling))
     backbone = random_backbone(family.spec)
-    start = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
+    start = init(family, backbone, alpha=1.0, from_backbone=True)
     recipe = InrRecipe(mode="at_once", block_init="teacher", alpha_init=1.0)
     phase = training.phases(family, recipe, num_images=512)[0]
     state = training.start_phase(start, family, recipe, phase)
-    generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
-    tree = generate(state.params, np.array(family.full_widths, np.int32))
+    tree = generate(family, state.params, np.array(family.full_widths, np.int32))
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
     apply = jax.jit(lambda tree: resnet.apply(family.spec, tree, images))
     np.testing.assert_allclose(apply(tree), apply(backbone), rtol=1e-4, atol=1e-5)
