@@ -40,8 +40,6 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
             assert math.isfinite(row[name]) and row[name] > 0, row
     found = [(row["part"], row["what"].split(",")[0].split(" of ")[0]) for row in document["rows"]]
     assert found == [
-        ("generation", "one network from the default INR"),
-        ("generation", "one network from the papers' INR"),
         ("grid", "evaluate_grid"),
         ("grid", "evaluate_grid"),
         ("grid", "papers' way"),
@@ -115,6 +113,6 @@ def test_bad_flags_are_refused_in_one_sentence(speed, flags, message, capsys):
 
 
 def test_parts_run_in_a_fixed_order_and_smoke_is_tiny(speed):
-    args = speed.parse(["--out=x", "--parts=step,generation,grid", "--num_images=7", "--smoke"])
-    assert args.parts == ["generation", "grid", "step"]
+    args = speed.parse(["--out=x", "--parts=step,strategies,grid", "--num_images=7", "--smoke"])
+    assert args.parts == ["grid", "strategies", "step"]
     assert args.networks == ["tiny"] and args.num_images == 7 and args.num_networks == 4
