@@ -56,6 +56,7 @@ from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 
 BACKBONE_FILE = "backbone.safetensors"
 NUM_MOMENT_IMAGES = 2000
+NUM_IDLE_IMAGES = 500
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
 _log = logging.getLogger(__name__)
@@ -159,6 +160,9 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     )
     teacher, train = dict(config["teacher"]), dict(config["train"])
     teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
+    recipe = InrRecipe(**train)
+    if init_from:  # such an INR has all its blocks and is not fitted to the teacher again
+        recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
     evaluate = sections["eval"]
     return Experiment(
         name=dataset.name,
@@ -175,7 +179,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         ),
         teacher_file=teacher_file,
         teacher_recipe=TeacherRecipe(**teacher),
-        recipe=InrRecipe(**train),
+        recipe=recipe,
         init_from=init_from,
         channel_order=run.channel_order,
         width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
@@ -793,9 +797,16 @@ def _make_backbone(
 
 
 def train_inr(
-    workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
+    workdir: Workdir,
+    experiment: Experiment,
+    splits: data.Splits,
+    backbone: Params,
+    given: Params | None = None,
 ) -> Params:
-    """All phases of INR training, from where the work directory stands; returns the parameters."""
+    """All phases of INR training, from where the work directory stands; returns the parameters.
+
+    A run that begins starts from the parameters that are `given` (`load_start`), if any.
+    """
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
     images = _on_device(splits)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
@@ -821,8 +832,7 @@ def train_inr(
     start, state = 0, None
     template = jax.eval_shape(first_state, key, backbone)
     restored = restore(saved, template)
-    given = load_start(experiment)
-    if given is not None:  # blocks are what the file has, in every phase
+    if given is not None:  # blocks are what they are
         phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
     if restored:
         start, state = restored
@@ -963,6 +973,15 @@ def _mixed_network_impl(hypernetwork, params, widths, backbone, active):
 
 
 _mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)
+
+
+def find_idle(experiment: Experiment, params: Params, splits: data.Splits) -> diagnosis.Idle:
+    """What of the family does nothing on the first `NUM_IDLE_IMAGES` training images."""
+    images = jnp.asarray(splits.train_images[:NUM_IDLE_IMAGES])
+    family = experiment.hypernetwork
+    smallest = training.smallest_widths(family, experiment.recipe)
+    images = experiment.preprocessing.evaluate(images)
+    return diagnosis.idle_parts(family, params, images, smallest)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

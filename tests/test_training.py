@@ -543,6 +543,33 @@ def test_muon_makes_the_singular_values_of_an_inrs_matrices_about_equal(inr, lea
     assert rms(matrix(update)) == pytest.approx(0.2, rel=0.2)
 
 
+def test_stacking_matrices_of_a_shape_changes_no_update(params):
+    """Against the same optimiser, leaf by leaf."""
+    recipe = dataclasses.replace(RECIPE, optimizer="muon")
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    plain = optax.contrib.muon(
+        1.0,
+        weight_decay=recipe.weight_decay,
+        adam_weight_decay=recipe.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda leaf: numbers if leaf.ndim == 4 else None, tree
+        ),
+    )
+    learned = params["learned"]
+    plain = optax.chain(optax.clip(recipe.clip), plain)
+    grads = jax.tree.map(
+        lambda x: jnp.sin(jnp.arange(x.size, dtype="f4")).reshape(x.shape), learned
+    )
+    found = []
+    for optimizer in (plain, training.inr_optimizer(recipe)):
+        state = optimizer.init(learned)
+        for _ in range(2):
+            update, state = jax.jit(optimizer.update)(grads, state, learned)
+        found.append(update)
+    assert_trees_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params):
     recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
     chosen = {"alpha": params["alpha"], "learned": {"stem": params["learned"]["stem"]}}

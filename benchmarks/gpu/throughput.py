@@ -3,9 +3,10 @@
     python benchmarks/gpu/throughput.py --out=DIR
     python benchmarks/gpu/throughput.py --out=/tmp/t --smoke           # small, on any device
 
-Each variant, a batch size and flags of XLA, compiles in a process of its own, all at once; then
-they are timed one after the other, with nothing else on the device. Compiled programs stay in JAX's
-compilation cache, so that a run with the variant that was chosen starts at once.
+Each variant, a batch size and flags of XLA, compiles and runs in a process of its own, one after
+the other, because what else is on the device spoils timings, those by which XLA chooses algorithms
+included. Compiled programs stay in JAX's compilation cache, so that a run with the variant that was
+chosen starts at once. `--minutes` is when the last variant may begin.
 
 PyTorch runs the same four networks and the teacher in bfloat16, channels last, as one CUDA graph:
 forward, cross-entropy and soft labels, backward. It neither generates weights nor updates them.
@@ -29,9 +30,10 @@ VARIANTS = {  # name: (batch size, XLA flags)
         256,
         f"{GRAPHS} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT",
     ),
-    "256 graphs conv fusion": (256, f"{GRAPHS} --xla_gpu_experimental_enable_conv_fusion=true"),
     "512 graphs": (512, GRAPHS),
+    "256 graphs conv fusion": (256, f"{GRAPHS} --xla_gpu_experimental_enable_conv_fusion=true"),
 }
+WORKER_S = 150  # more is no use on a device that is lent by the minute
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -81,7 +83,7 @@ def seconds_of(function, repeats: int = 3) -> float:
 
 
 def worker(batch_size: int, smoke: bool) -> None:
-    """Compiles the step, waits for a line on standard input, and prints what it measured."""
+    """Compiles the steps and prints what it measured."""
     import jax
     import jax.numpy as jnp
 
@@ -145,10 +147,6 @@ def worker(batch_size: int, smoke: bool) -> None:
         "optimiser": lambda: jax.block_until_ready(optimise(state.params, state.opt_state)),
         "generation": lambda: jax.block_until_ready(generate(state.params, key)),
     }
-    for part in parts.values():
-        part()
-    print("ready", flush=True)
-    sys.stdin.readline()
     step_s, depth_s = (seconds_of(runs[kind]) / steps for kind in KINDS)
     found = {
         "batch_size": batch_size,
@@ -259,6 +257,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between")
     parser.add_argument("--torch_batch_sizes", default="256,512")
+    parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     scale = 16 if options.smoke else 1
@@ -268,10 +267,9 @@ def main() -> None:
         run(int(batch_size) // scale, options.smoke)
         return
 
-    def start(kind, batch_size, flags=""):
+    def measure(kind, batch_size, flags=""):
         environment = os.environ | {
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         }
         command = [
@@ -281,30 +279,25 @@ def main() -> None:
             f"--worker={kind}:{batch_size}",
         ]
         command += ["--smoke"] * options.smoke
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def finish(process):
-        out, _ = process.communicate("go\n")
-        lines = out.strip().splitlines()
-        return (
-            json.loads(lines[-1]) if process.returncode == 0 and lines else {"failed": out[-500:]}
-        )
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env=environment, timeout=WORKER_S
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {WORKER_S} s"}
+        lines = done.stdout.strip().splitlines()
+        return json.loads(lines[-1]) if lines and not done.returncode else {"failed": str(lines)}
 
     options.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     found = {}
-    sizes = [int(n) for n in options.torch_batch_sizes.split(",") if n]
-    for batch_size in sizes:
-        found[f"PyTorch {batch_size}"] = finish(start("torch", batch_size))
-    names = [name for name in options.variants.split(",") if name]
-    waiting = {name: start("jax", *VARIANTS[name]) for name in names}
-    for name, process in waiting.items():
-        if process.stdout.readline().strip() != "ready":
-            print(f"{name} did not compile", flush=True)
-    for name, process in waiting.items():
-        found[name] = finish(process)
-    (options.out / "throughput.json").write_text(json.dumps(found, indent=1) + "\n")
+    for batch_size in [int(n) for n in options.torch_batch_sizes.split(",") if n]:
+        found[f"PyTorch {batch_size}"] = measure("torch", batch_size)
+    for name in [name for name in options.variants.split(",") if name]:
+        if time.perf_counter() - started < 60 * options.minutes:
+            found[name] = measure("jax", *VARIANTS[name])
+            print(name, found[name], flush=True)
+            (options.out / "throughput.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'variant':<26}{'images/s':>10}{'ms a step':>11}{'optimiser':>11}{'generation':>11}")
     for name, row in found.items():
         if "failed" in row:
