@@ -55,7 +55,6 @@ from neumeta_jax.resnet import Params
 from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
 
 BACKBONE_FILE = "backbone.safetensors"
-MOMENTS_FILE = "moments.safetensors"
 NUM_MOMENT_IMAGES = 2000
 NUM_IDLE_IMAGES = 500
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
@@ -751,26 +750,6 @@ def measure_moments(
     return mean(*found)
 
 
-def _kept_moments(
-    workdir: Workdir, experiment: Experiment, params: Params, images: np.ndarray
-) -> Params:
-    """`measure_moments`, of which a process alone keeps the result beside the backbone."""
-    if jax.process_count() > 1:
-        return measure_moments(experiment, params, images)
-    digest = hashlib.sha256(repr((experiment.preprocessing, experiment.eval_batch_size)).encode())
-    for leaf in (*jax.tree.leaves(params), images[:NUM_MOMENT_IMAGES]):
-        digest.update(np.asarray(leaf).tobytes())
-    source = {"of": digest.hexdigest()}
-    path = workdir.path / MOMENTS_FILE
-    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: measured again
-        found, metadata = checkpoint.load_tree(path)
-        if metadata == source:
-            return found
-    moments = measure_moments(experiment, params, images)
-    checkpoint.save_tree(path, moments, source)
-    return moments
-
-
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
@@ -865,7 +844,7 @@ def train_inr(
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
-            moments = _kept_moments(workdir, experiment, backbone, splits.train_images)
+            moments = measure_moments(experiment, backbone, splits.train_images)
         params = jax.jit(initialise)(key, backbone=backbone, moments=moments)
     workdir.metrics.rewind("inr", start)
 

@@ -9,10 +9,11 @@ of equal role and shape (`coordinates.TensorGroup`). What surrounds it is the sa
     projection       learned values; a smaller network is the least-squares projection of the full
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,23 +25,26 @@ from neumeta_jax.coordinates import Coordinates, TensorGroup
 from neumeta_jax.resnet import Params
 
 
-class INR(Protocol):
-    """What an implicit neural representation must offer. Implementations are hashable values."""
+class INR(abc.ABC):
+    """What an implicit neural representation must offer. Implementations are hashable values.
 
-    @property
-    def needs_moments(self) -> bool:
-        """Whether `with_moments` makes use of the second moments of the hidden channels."""
-        ...
+    They define `init` and `__call__`. The other methods are as they are for a kind that has no
+    closed form to start with, and all of whose leaves have a leading axis of a group's tensors.
 
-    @property
-    def depth_term(self) -> bool:
-        """Whether weights depend on which blocks are skipped, those not generated included."""
-        ...
+    Attributes:
+        needs_moments: whether `with_moments` makes use of second moments of the hidden channels.
+        depth_term: whether weights depend on which blocks are skipped, those not generated
+            included.
+    """
 
+    needs_moments = False
+    depth_term = False
+
+    @abc.abstractmethod
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         """Fresh parameters."""
-        ...
 
+    @abc.abstractmethod
     def __call__(
         self,
         inr_params: Params,
@@ -54,7 +58,6 @@ class INR(Protocol):
         `widths` is int[num_blocks]; entries beyond a block's width may hold anything finite. With a
         `key`, coordinates are noisy.
         """
-        ...
 
     def start_from(
         self,
@@ -64,9 +67,10 @@ class INR(Protocol):
     ) -> Params:
         """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
 
-        Kinds without one return `inr_params` as they are.
+        Kinds without one return `inr_params` as they are; that is what the fit phase is for.
         """
-        ...
+        del groups, raw
+        return inr_params
 
     def with_moments(
         self,
@@ -80,13 +84,21 @@ class INR(Protocol):
         `resnet.hidden_moments`), and are measured, not learned: no block copies those of another.
         Kinds without `needs_moments` return `inr_params` as they are.
         """
-        ...
+        del groups, moments
+        return inr_params
 
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
         """`inr_params` in which block `target` starts as a copy of block `source`."""
-        ...
+        copied = dict(inr_params)
+        for group in groups:
+            if source in group.positions and target in group.positions:
+                s, t = group.positions.index(source), group.positions.index(target)
+                copied[group.name] = jax.tree.map(
+                    lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
+                )
+        return copied
 
     def update_mask(
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
@@ -95,11 +107,18 @@ class INR(Protocol):
 
         `active` is bool[num_blocks] and may be traced.
         """
-        ...
+        mask = {}
+        for group in groups:
+            flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
+            mask[group.name] = jax.tree.map(
+                lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
+            )
+        return mask
 
     def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
         """A tree that broadcasts against `inr_params`: 1 for the `depth_term`, else 0."""
-        ...
+        del groups
+        return jax.tree.map(lambda _: jnp.float32(0), inr_params)
 
 
 class CoordinateMLP(nn.Module):
@@ -144,7 +163,7 @@ class CoordinateMLP(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class PerTensorMLP:
+class PerTensorMLP(INR):
     """One `CoordinateMLP` for every generated tensor; its output is divided by C_in.
 
     The MLPs of a group are stacked along a leading axis and run as one batched call.
@@ -162,8 +181,6 @@ class PerTensorMLP:
     activation: str = "elu"
     noise_scale: float = 1.0
     noise_per: str = "query"
-    needs_moments = False
-    depth_term = False
 
     def __post_init__(self):
         if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
@@ -250,70 +267,12 @@ class PerTensorMLP:
             raw[group.name] = values / in_width[..., None]
         return raw
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, raw
-        return inr_params  # no closed form; that is what the fit phase is for
-
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, moments
-        return inr_params
-
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        return _copy_stacked(inr_params, groups, source, target)
-
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        return _mask_stacked(inr_params, groups, active)
-
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        return _mask_nothing(inr_params)
-
-
-def _copy_stacked(inr_params, groups, source, target):
-    """`INR.copy_block` where every leaf of a group has a leading axis of tensors."""
-    copied = dict(inr_params)
-    for group in groups:
-        if source in group.positions and target in group.positions:
-            s, t = group.positions.index(source), group.positions.index(target)
-            copied[group.name] = jax.tree.map(
-                lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[group.name]
-            )
-    return copied
-
-
-def _mask_nothing(inr_params: Params) -> Params:
-    return jax.tree.map(lambda _: jnp.float32(0), inr_params)
-
-
-def _mask_stacked(inr_params, groups, active):
-    """`INR.update_mask` where every leaf of a group has a leading axis of tensors."""
-    mask = {}
-    for group in groups:
-        flags = jnp.asarray(active)[jnp.array(group.positions)].astype(jnp.float32)
-        mask[group.name] = jax.tree.map(
-            lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[group.name]
-        )
-    return mask
-
 
 RESAMPLING = ("cell", "nested")
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(INR):
     """Learned values on a grid of channels, interpolated, and conditioned on the width.
 
     For a block of `hidden` channels at full size and w = width / hidden, before resampling,
@@ -339,8 +298,6 @@ class Grid:
     num_terms: int = 2
     resampling: str = "cell"
     noise_scale: float = 0.0
-    needs_moments = False
-    depth_term = False
 
     def __post_init__(self):
         if self.num_terms < 1 or self.noise_scale < 0:
@@ -424,28 +381,6 @@ class Grid:
             started[group.name] = {"values": values.at[:, 0].set(raw[group.name])}
         return started
 
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
-        del groups, moments
-        return inr_params
-
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
-        return _copy_stacked(inr_params, groups, source, target)
-
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
-        return _mask_stacked(inr_params, groups, active)
-
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        return _mask_nothing(inr_params)
-
 
 def _hidden_width(inr_params, group):
     sibling = group.name.removesuffix("bias") + "kernel"
@@ -453,7 +388,7 @@ def _hidden_width(inr_params, group):
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
+class Projection(INR):
     """Learned values on a grid of channels; smaller networks are projections of the full one.
 
     Hidden channels are nested: a block of width C keeps the first C of its channels, K. What the
@@ -639,21 +574,21 @@ class Projection:
     def copy_block(
         self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
     ) -> Params:
-        copied = _copy_stacked(inr_params, groups, source, target)
+        copied = super().copy_block(inr_params, groups, source, target)
         moments = {g.name: inr_params[g.name]["moments"] for g in groups if g.in_is_hidden}
         return self.with_moments(copied, groups, moments)
 
     def update_mask(
         self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
     ) -> Params:
-        mask = _mask_stacked(inr_params, groups, active)
+        mask = super().update_mask(inr_params, groups, active)
         for group in groups:
             if "moments" in mask[group.name]:  # measured, not learned
                 mask[group.name]["moments"] = jnp.zeros_like(mask[group.name]["moments"])
         return mask
 
     def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
-        mask = _mask_nothing(inr_params)
+        mask = super().depth_mask(inr_params, groups)
         if self.depth_term:
             last = jnp.arange(self.num_terms + 1) == self.num_terms
             for group in groups:

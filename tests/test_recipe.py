@@ -985,34 +985,6 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     assert params is found[0].params
 
 
-def test_moments_are_kept_beside_the_backbone_they_are_of(monkeypatch, tmp_path):
-    config = load_script("configs/digits").get_config("smoke").to_dict()
-    dataset, splits = lab.load_data(config)
-    experiment = lab.from_config(config, dataset)
-    backbone = resnet.init_params(jax.random.key(0), experiment.spec)
-    other = resnet.init_params(jax.random.key(1), experiment.spec)
-    measured = []
-    measure = lab.measure_moments
-    monkeypatch.setattr(
-        lab, "measure_moments", lambda *args: measured.append(args) or measure(*args)
-    )
-
-    def moments(params=backbone, images=splits.train_images):
-        return lab._kept_moments(lab.Workdir(tmp_path), experiment, params, images)
-
-    first = moments()
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    assert len(measured) == 1
-    moments(images=splits.train_images[::-1])
-    moments(params=other)
-    assert len(measured) == 3
-    path = tmp_path / lab.MOMENTS_FILE
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    flip_a_bit(path)
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    assert len(measured) == 5
-
-
 def test_importing_the_library_leaves_orbax_for_the_first_checkpoint():
     program = "import sys, neumeta_jax.experiment; assert 'orbax.checkpoint' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
