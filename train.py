@@ -11,7 +11,7 @@ import json
 import pathlib
 import time
 
-from neumeta_jax import command_line, experiment as lab, hosts
+from neumeta_jax import command_line, diagnosis, experiment as lab, hosts
 from neumeta_jax.progress import format_seconds
 
 FLAGS: command_line.Flags = {
@@ -44,16 +44,20 @@ def run(config, options):
         print(lab.describe(experiment, dataset, splits, estimate_time=True))
         return
     print(lab.describe(experiment, dataset, splits), flush=True)
+    given = lab.load_start(experiment)
 
     with lab.open_workdir(options.workdir, config) as workdir:
         # Import or train the teacher, fold its batch norm, put its channels in order.
         backbone = lab.prepare_backbone(workdir, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.
-        params = lab.train_inr(workdir, experiment, splits, backbone)
+        params = lab.train_inr(workdir, experiment, splits, backbone, given)
         path = lab.save_result(workdir, experiment, params)
     if not hosts.is_first():
         return
     print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
+    idle = lab.find_idle(experiment, params, splits)
+    for line in diagnosis.describe_idle(experiment.hypernetwork, idle):
+        print(line)
     evaluator = lab.make_evaluator(experiment, params, splits)
     ratios = experiment.evaluation.width_ratios
     lab.evaluate_and_write(

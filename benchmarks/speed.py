@@ -1,18 +1,16 @@
-"""How fast networks are generated, evaluated and trained, as ratios to what they cannot do without.
+"""How fast networks are evaluated and trained, as ratios to what they cannot do without.
 
     python benchmarks/speed.py --out=DIR
-    python benchmarks/speed.py --out=DIR --networks=resnet20 --parts=generation,grid
+    python benchmarks/speed.py --out=DIR --networks=resnet20 --parts=grid,step
     python benchmarks/speed.py --out=DIR --smoke
 
 Everything that is compared is measured in one run, in turns, after compilation; a side counts with
 its fewest seconds. Images and weights are random, no time depends on them, and no data set is
 needed. Networks, INRs and recipes are those of configs/resnet20.py and configs/resnet56.py, in
-float32 on CPUs. The parts:
+float32 on CPUs; what generation costs is measured by inr_kinds.py. The parts:
 
-    generation  one network from the default INR, and from the papers' MLPs, against the forward
-                pass of that network over 10,000 images
     grid        evaluate_grid of many networks, against the floor, the sum of their dense forward
-                passes one by one, and beside the papers' way: full size, masked, one by one
+                passes one by one
     strategies  loop, map and vmap on networks of one shape
     step        a training step, against its bare forward and backward passes and against a step of
                 plain SGD on the network itself
@@ -23,7 +21,6 @@ Writes speed.json and speed.md to --out after each part.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import shlex
 import time
@@ -35,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax import (
+    command_line,
     data,
     evaluation,
     experiment as lab,
@@ -48,15 +46,11 @@ from neumeta_jax import (
 from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.command_line import UsageError, run
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import INR, PerTensorMLP, describe_inr
 from neumeta_jax.resnet import Params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
-PARTS = ("generation", "grid", "strategies", "step")
-TEST_IMAGES = 10_000
-PAPERS_INR = PerTensorMLP(hidden_width=256, num_layers=4, num_frequencies=16, activation="relu")
-PAPERS_SAMPLES = 100
+PARTS = ("grid", "strategies", "step")
 NUM_CLASSES = 100
 # Flags of numbers: default, value of --smoke, what it says.
 NUMBERS = {
@@ -65,8 +59,6 @@ NUMBERS = {
     "num_networks": (64, 4, "of the grid, all different"),
     "num_images": (2000, 24, "of the grid"),
     "grid_repeats": (2, 1, "times that the grid is measured"),
-    "papers_networks": (3, 1, "evaluated the papers' way; scaled to num_networks"),
-    "papers_samples": (5, 2, "of the papers' 100 noisy samples that are drawn; scaled"),
     "strategy_networks": (4, 2, "of one shape"),
     "strategy_images": (256, 8, "on which strategies are compared, in one batch"),
     "map_images": (8, 2, "on which map is measured on a CPU, where it is slow"),
@@ -104,12 +96,8 @@ class Findings:
 
 def load_config(network: str) -> dict[str, Any]:
     """The config of a network as nested dicts."""
-    path = ROOT / "configs" / CONFIGS[network]
-    spec = importlib.util.spec_from_file_location("speed_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config().to_dict()
+    flags = ["", f"--config={ROOT}/configs/{CONFIGS[network]}"]
+    config, _ = command_line.parse(flags, {}, config_required=True)
     if network == "tiny":
         config["network"] |= {"depth": 14, "stage_widths": (4, 6, 8)}
         config["train"] |= {"num_random_sizes": 1}
@@ -163,15 +151,6 @@ class Case:
         """Those of the config's INR, as they are at the first step."""
         return self.params_of(self.family)
 
-    def forward(self) -> tuple[Callable[[], Any], float]:
-        """The full-size network on `batch_size` images, and the seconds of its compilation."""
-        shape = (self.args.batch_size, *self.dataset.train_images.shape[1:])
-        images = jax.random.normal(jax.random.key(1), shape, self.experiment.preprocessing.dtype)
-        seconds, program = timing.compiled(
-            lambda params, x: resnet.apply(self.spec, params, x), self.backbone, images
-        )
-        return lambda: program(self.backbone, images), seconds
-
 
 def make_case(name: str, args: argparse.Namespace) -> Case:
     config = load_config(name)
@@ -190,12 +169,6 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     return Case(name, args, experiment, dataset, backbone)
 
 
-def is_noisy(inr: INR) -> bool:
-    """Whether samples that are drawn with a key differ, so that averaging them means something."""
-    fields = describe_inr(inr)
-    return fields.get("noise_scale", 0) > 0 or fields.get("max_cell", 1) > 1
-
-
 def draw_widths(family: Hypernetwork, number: int) -> np.ndarray:
     """int32[number, blocks] of width ratios uniform in [0.25, 1], no two rows equal.
 
@@ -209,38 +182,6 @@ def draw_widths(family: Hypernetwork, number: int) -> np.ndarray:
             break
         rows[tuple(family.widths(rng.uniform(0.25, 1.0)).tolist())] = None
     return np.array(list(rows), np.int32)
-
-
-# --- generation ------------------------------------------------------------------------------
-
-
-def measure_generation(case: Case) -> Findings:
-    found = Findings()
-    forward, seconds = case.forward()
-    found.facts["compilation, forward pass"] = f"{seconds:.1f} s"
-    functions = {"forward": forward}
-    kinds = {"default INR": case.family.inr, "papers' INR, an MLP per tensor": PAPERS_INR}
-    for label, inr in kinds.items():
-        family = dataclasses.replace(case.family, inr=inr)
-        params = case.params_of(family)
-        widths = jnp.asarray(family.widths(0.75))
-        seconds, program = timing.compiled(
-            lambda p, w, family=family: hyper.generate(family, p, w), params, widths
-        )
-        functions[label] = functools.partial(program, params, widths)
-        found.facts[f"compilation, {label}"] = f"{seconds:.1f} s"
-        found.facts[f"parameters, {label}"] = f"{hyper.num_inr_params(params):,}"
-    times = timing.fewest(functions, case.args.repeats)
-    batch = case.args.batch_size
-    found.facts["forward pass"] = (
-        f"full size, {batch:,} images measured and scaled to {TEST_IMAGES:,}"
-    )
-    reference = times["forward"] * TEST_IMAGES / batch
-    against = f"its forward pass over {TEST_IMAGES:,} images"
-    for label in kinds:
-        what = f"one network from the {label}"
-        found.rows.append(Row(case.name, "generation", what, against, times[label], reference))
-    return found
 
 
 # --- grid ------------------------------------------------------------------------------------
@@ -283,19 +224,10 @@ def measure_grid(case: Case) -> Findings:
         dense.append((small, jax.device_put(tree)))
     counts = [forward(*network) for network in dense]
 
-    papers = {"default INR": family, "papers' INR": dataclasses.replace(family, inr=PAPERS_INR)}
-    samplers = {label: make_sampler(case, family) for label, family in papers.items()}
-    order = np.argsort(macs)
-    places = (np.arange(args.papers_networks) + 0.5) * number / args.papers_networks
-    full = [
-        generate(case.params, jnp.asarray(widths[n])) for n in order[np.unique(places.astype(int))]
-    ]
     times = timing.fewest(
         {
             "warm": lambda: grid().num_correct,
             "floor": lambda: [forward(*network) for network in dense],
-            "masked": lambda: [forward(spec, tree) for tree in full],
-            **{label: sample for label, (sample, _) in samplers.items()},
         },
         args.grid_repeats,
     )
@@ -306,15 +238,8 @@ def measure_grid(case: Case) -> Findings:
     def add(what, value, against=floor, reference=times["floor"], **more):
         found.rows.append(Row(case.name, "grid", what, against, value, reference, **more))
 
-    warm = f"evaluate_grid of {number} networks, compiled"
-    add(warm, times["warm"])
+    add(f"evaluate_grid of {number} networks, compiled", times["warm"])
     add(f"evaluate_grid of {number} networks, with compilations", cold)
-    for label, (_, factor) in samplers.items():
-        samples = PAPERS_SAMPLES if is_noisy(papers[label].inr) else 1
-        value = number * (factor * times[label] + times["masked"] / len(full))
-        what = f"papers' way, {label}, {samples} sample{'s' if samples > 1 else ''} a network"
-        add(what, value)
-        add(what, value, warm, times["warm"])
     padded = sum(
         len(b.members) * morph(spec, family.blocks, b.container).num_macs for b in result.buckets
     )
@@ -324,33 +249,11 @@ def measure_grid(case: Case) -> Findings:
         "images": f"{len(images):,} in batches of {len(batches[0][1]):,}",
         "buckets": len(result.buckets),
         "strategy": f"{result.strategy}: {result.reason}",
-        "papers' way": f"{len(full)} networks measured, scaled; of {PAPERS_SAMPLES} samples "
-        f"{min(args.papers_samples, PAPERS_SAMPLES)}",
         "networks whose number of correct images differs from the floor's": int(
             np.sum(result.num_correct != counts)
         ),
     }
     return found
-
-
-def make_sampler(case: Case, family: Hypernetwork) -> tuple[Callable[[], Any], float]:
-    """Generation of a network as the papers do it, compiled, and the factor on its seconds.
-
-    Where the INR has noise, a few of the 100 samples are drawn.
-    """
-    params = case.params_of(family)
-    samples, key = 1, None
-    if is_noisy(family.inr):
-        samples, key = min(case.args.papers_samples, PAPERS_SAMPLES), jax.random.key(2)
-    widths = jnp.asarray(family.widths(0.75))
-    _, program = timing.compiled(
-        lambda p, w, k: hyper.generate(family, p, w, key=k, num_samples=samples),
-        params,
-        widths,
-        key,
-    )
-    factor = PAPERS_SAMPLES / samples if key is not None else 1.0
-    return lambda: program(params, widths, key), factor
 
 
 # --- strategies ------------------------------------------------------------------------------
@@ -529,7 +432,6 @@ def measure_step(case: Case) -> Findings:
 # --- the report ------------------------------------------------------------------------------
 
 MEASURES = {
-    "generation": measure_generation,
     "grid": measure_grid,
     "strategies": measure_strategies,
     "step": measure_step,

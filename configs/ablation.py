@@ -1,6 +1,6 @@
 """What each part of the recipe is worth: ResNet20 on CIFAR-100, a short budget, one row a preset.
 
-    python benchmarks/ablation.py --workdir=DIR --jobs=2 -- \\
+    python benchmarks/ablation.py --workdir=DIR -- \\
         --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
 
 or one row alone
@@ -14,8 +14,8 @@ images. Accuracies are of the validation split and for comparing rows with each 
 budget is a fraction of a full run's, and the public teacher was trained on these images.
 
 A fit phase comes on top of the budget: `per_tensor_mlp` has no closed form to start at the teacher
-with, and fits it for 600 steps first, which look at no images. benchmarks/ablation.py reports their
-time apart. It then learns at 1e-4, since higher rates undo the fit.
+with, and fits it for 600 steps first, which look at no images. It then learns at 1e-4, since higher
+rates undo the fit.
 
 Hardware: one CPU core a row, or any accelerator.
 """

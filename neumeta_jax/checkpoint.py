@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 INR_FILE = "inr.safetensors"
+PRETRAINED = pathlib.Path(__file__).with_name("pretrained")
 FORMAT = "neumeta-jax 2"
 _OLD_FORMAT = "neumeta-jax 1"  # without a checksum
 _CHECKSUM = "sha256"
@@ -148,10 +149,20 @@ def save_compact(source: str | os.PathLike, path: str | os.PathLike) -> None:
     save_inr(path, hypernetwork, jax.tree_util.tree_map_with_path(rounded, params), **metadata)
 
 
+def pretrained() -> list[str]:
+    """The names of the trained INRs that come with the package; each has a page beside it.
+
+    >>> "cifar100-resnet56" in pretrained()
+    True
+    """
+    return sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
+
+
 def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, Any]]:
     """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 
-    `path` is a work directory of train.py or the file `inr.safetensors` in it.
+    `path` is a work directory of train.py, the file `inr.safetensors` in it, or the name of one of
+    the `pretrained` INRs.
 
     Raises:
         FileNotFoundError, ValueError: as `load_tree`.
@@ -159,6 +170,8 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / INR_FILE
+    elif not path.exists() and str(path) in pretrained():
+        path = PRETRAINED / f"{path}.safetensors"
     params, metadata = load_tree(path)
     missing = {"spec", "blocks", "inr"} - set(metadata)
     if missing:

@@ -1,8 +1,8 @@
-"""Where a step of training stopped being finite: which block, at which width.
+"""What is wrong with a network: where it stopped being finite, and which of its parts do nothing.
 
-The steps themselves only notice that it happened, which costs nothing. These functions are given
-the state before that step, which a run recomputes from its last checkpoint, and look at the step's
-networks one by one.
+Steps themselves only notice that a loss is not finite, which costs nothing. The functions that say
+where, which block at which width, are given the state before that step, which a run recomputes from
+its last checkpoint, and look at the step's networks one by one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -163,3 +163,67 @@ def locate_in_inr(
             if name := _first(found, searched):
                 return sentence(what, name)
     return "in the update, not in the networks before it"
+
+
+class Idle(NamedTuple):
+    """What a family's networks have and do not use.
+
+    Attributes:
+        channels: by name of a generated block, how many of its hidden channels never fire at full
+            width, where there are any.
+        blocks: positions of the generated blocks whose removal changes no logit, neither at full
+            width nor at the smallest.
+    """
+
+    channels: dict[str, int]
+    blocks: tuple[int, ...]
+
+
+def idle_parts(
+    hypernetwork: Hypernetwork, params: Mapping, images: jax.Array, smallest: Sequence[int]
+) -> Idle:
+    """What does nothing on normalised `images`, float[batch, size, size, channels].
+
+    Args:
+        hypernetwork, params: a trained family.
+        images: to look at; what fires on others only is missed.
+        smallest: the smallest hidden widths to look at.
+    """
+    spec = hypernetwork.spec
+    names = [spec.blocks[n].name for n in hypernetwork.blocks]
+
+    @jax.jit
+    def look(params, widths, images):
+        tree = hyper.generate(hypernetwork, params, widths)
+        return resnet.activity(spec, tree, images), resnet.apply(spec, tree, images)
+
+    channels: dict[str, int] = {}
+    idle = set(range(len(names)))
+    for number, chosen in enumerate((hypernetwork.full_widths, smallest)):
+        widths = np.array(chosen, np.int32)
+        found, logits = jax.device_get(look(params, widths, images))
+        if number == 0:
+            silent = {name: int(np.sum(found[name][0] <= 0)) for name in names}
+            channels = {name: count for name, count in silent.items() if count}
+        for position in sorted(idle):
+            without = widths.copy()
+            without[position] = 0
+            # A block that leaves the stream as it is can still have a part in a depth term.
+            if found[names[position]][1] > 0 or not np.allclose(
+                jax.device_get(look(params, without, images))[1], logits, rtol=1e-5, atol=1e-5
+            ):
+                idle.remove(position)
+    return Idle(channels, tuple(sorted(idle)))
+
+
+def describe_idle(hypernetwork: Hypernetwork, idle: Idle) -> list[str]:
+    """Sentences on what does nothing; none where all does something."""
+    spec, lines = hypernetwork.spec, []
+    widths = {spec.blocks[n].name: spec.blocks[n].hidden_width for n in hypernetwork.blocks}
+    if idle.channels:
+        parts = [f"{count} of {widths[name]} in {name}" for name, count in idle.channels.items()]
+        lines.append(f"hidden channels that never fire: {', '.join(parts)}")
+    if idle.blocks:
+        names = [spec.blocks[hypernetwork.blocks[position]].name for position in idle.blocks]
+        lines.append(f"blocks that change no logit and can be left out: {', '.join(names)}")
+    return lines

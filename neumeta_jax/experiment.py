@@ -56,8 +56,8 @@ from neumeta_jax.resnet import Params
 from neumeta_jax.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
-MOMENTS_FILE = "moments.safetensors"
 NUM_MOMENT_IMAGES = 2000
+NUM_IDLE_IMAGES = 500
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 
 _log = logging.getLogger(__name__)
@@ -173,6 +173,9 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         for name in ("width_ratios", "progress_ratios")
     }
     augmentation = ("crop_padding", "flip", "mixup", "cutmix")
+    recipe = sections["train"]
+    if recipe.init_from:  # such an INR has all its blocks and is not fitted to the teacher again
+        recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
     return Experiment(
         name=dataset.name,
         run=run,
@@ -181,7 +184,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             mean, std, dtype=run.dtype, **{name: getattr(images, name) for name in augmentation}
         ),
         teacher=sections["teacher"],
-        recipe=sections["train"],
+        recipe=recipe,
         evaluation=dataclasses.replace(sections["eval"], **ratios),
     )
 
@@ -491,7 +494,6 @@ class Part:
         images: of the training split.
         num_steps: of the part.
         mesh: the devices that share out the batches, see `training.data_mesh`.
-        steps_per_call: of the jitted loop.
     """
 
     workdir: Workdir
@@ -502,7 +504,6 @@ class Part:
     images: Images
     num_steps: int
     mesh: jax.sharding.Mesh | None = None
-    steps_per_call: int = dataclasses.field(default_factory=training.default_steps_per_call)
 
     @property
     def saved(self) -> checkpoint.Checkpoints:
@@ -516,8 +517,10 @@ class Part:
 
     def chunked(self, update: Callable, images_per_step: int) -> Callable:
         """`training.chunked` for `run`."""
-        steps = {"images_per_step": images_per_step, "steps_per_call": self.steps_per_call}
-        return training.chunked(update, **steps, mesh=self.mesh)
+        steps = training.default_steps_per_call()
+        return training.chunked(
+            update, images_per_step=images_per_step, steps_per_call=steps, mesh=self.mesh
+        )
 
     def train(
         self, update: Callable, fresh: Callable[[], training.TrainState], **options: Any
@@ -601,7 +604,7 @@ class Part:
             key=self.key,
             images=self.images,
             images_per_step=images_per_step,
-            steps_per_call=self.steps_per_call,
+            steps_per_call=training.default_steps_per_call(),
             every=every,
             rest=rest,
             mesh=mesh,
@@ -794,28 +797,6 @@ def measure_moments(
     return mean(*found)
 
 
-def _kept_moments(
-    workdir: Workdir, experiment: Experiment, params: Params, images: np.ndarray
-) -> Params:
-    """`measure_moments`, of which a process alone keeps the result beside the backbone."""
-    if jax.process_count() > 1:
-        return measure_moments(experiment, params, images)
-    digest = hashlib.sha256(
-        repr((experiment.preprocessing, experiment.evaluation.batch_size)).encode()
-    )
-    for leaf in (*jax.tree.leaves(params), images[:NUM_MOMENT_IMAGES]):
-        digest.update(np.asarray(leaf).tobytes())
-    source = {"of": digest.hexdigest()}
-    path = workdir.path / MOMENTS_FILE
-    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: measured again
-        found, metadata = checkpoint.load_tree(path)
-        if metadata == source:
-            return found
-    moments = measure_moments(experiment, params, images)
-    checkpoint.save_tree(path, moments, source)
-    return moments
-
-
 def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
@@ -857,9 +838,16 @@ def _make_backbone(
 
 
 def train_inr(
-    workdir: Workdir, experiment: Experiment, splits: data.Splits, backbone: Params
+    workdir: Workdir,
+    experiment: Experiment,
+    splits: data.Splits,
+    backbone: Params,
+    given: Params | None = None,
 ) -> Params:
-    """All phases of INR training, from where the work directory stands; returns the parameters."""
+    """All phases of INR training, from where the work directory stands; returns the parameters.
+
+    A run that begins starts from the parameters that are `given` (`load_start`), if any.
+    """
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
     images, mesh = _on_device(splits), data_mesh(experiment)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
@@ -890,8 +878,7 @@ def train_inr(
     key = phase_key(experiment, 1)
     template = jax.eval_shape(first_state, key, backbone)
     start, state = restore(part.saved, template) or (0, None)
-    given = load_start(experiment)
-    if given is not None:  # blocks are what the file has, in every phase
+    if given is not None:  # blocks are what they are
         phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
     if state is not None:
         params = state.result
@@ -901,7 +888,7 @@ def train_inr(
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
-            moments = _kept_moments(workdir, experiment, backbone, splits.train_images)
+            moments = measure_moments(experiment, backbone, splits.train_images)
         params = jax.jit(initialise)(key, backbone=backbone, moments=moments)
     part.continue_from(start)
 
@@ -990,6 +977,15 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
 def _mixed_network(hypernetwork, params, widths, backbone, active):
     generated = hyper.generate_blocks(hypernetwork, params["inr"], widths)
     return training.mixed_tree(hypernetwork, params, generated, backbone, active, widths)
+
+
+def find_idle(experiment: Experiment, params: Params, splits: data.Splits) -> diagnosis.Idle:
+    """What of the family does nothing on the first `NUM_IDLE_IMAGES` training images."""
+    images = jnp.asarray(splits.train_images[:NUM_IDLE_IMAGES])
+    family = experiment.hypernetwork
+    smallest = training.smallest_widths(family, experiment.recipe)
+    images = experiment.preprocessing.evaluate(images)
+    return diagnosis.idle_parts(family, params, images, smallest)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

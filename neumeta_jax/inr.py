@@ -9,6 +9,7 @@ of equal role and shape (`coordinates.TensorGroup`). What surrounds it is the sa
     projection       learned values; a smaller network is the least-squares projection of the full
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -24,25 +25,26 @@ from neumeta_jax.coordinates import Coordinates, TensorGroup
 from neumeta_jax.resnet import Params
 
 
-class INR:
+class INR(abc.ABC):
     """What an implicit neural representation must offer. Implementations are hashable values.
 
-    What is not written out here is that of a kind which keeps a tree of arrays for each group, with
-    a leading axis of tensors.
+    They define `init` and `__call__`. The other methods are as they are for a kind that has no
+    closed form to start with, and all of whose leaves have a leading axis of a group's tensors.
 
     Attributes:
-        needs_moments: whether `with_moments` uses the second moments of the hidden channels.
+        needs_moments: whether `with_moments` makes use of second moments of the hidden channels.
         depth_term: whether weights depend on which blocks are skipped, those not generated
             included.
     """
 
-    needs_moments: bool = False
-    depth_term: bool = False
+    needs_moments = False
+    depth_term = False
 
+    @abc.abstractmethod
     def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
         """Fresh parameters."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(
         self,
         inr_params: Params,
@@ -56,7 +58,6 @@ class INR:
         `widths` is int[num_blocks]; entries beyond a block's width may hold anything finite. With a
         `key`, coordinates are noisy.
         """
-        raise NotImplementedError
 
     def start_from(
         self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]

@@ -299,6 +299,10 @@ def quantize_litert(
                 if found:
                     known["min"] = np.minimum(known["min"], found["min"])
                     known["max"] = np.maximum(known["max"], found["max"])
+        for found in ranges.values():
+            if found and not np.any(found["max"] > found["min"]):
+                # What never fires: the least scale there is, 4e-12, is more than LiteRT can divide.
+                found["max"] = found["min"] + 1.0
         result = quantizer.quantize(ranges, enable_progress_report=False)
     return bytes(result.quantized_model or b"")
 

@@ -190,6 +190,31 @@ def hidden_moments(
     return moments
 
 
+def activity(
+    spec: ResNetSpec, params: Mapping, images: jax.Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By block name: how often its channels fire, and what it does to the stream.
+
+    Args:
+        spec: the network's shapes.
+        params: a folded tree.
+        images: normalised, float[batch, size, size, channels].
+
+    Returns:
+        (float[hidden_width], the largest activation of each hidden channel, and float[], the
+        largest change of an entry of the residual stream by a block that can be skipped, else inf).
+    """
+    found = {}
+    x = _relu(_affine(images, params["stem"]))
+    for block in spec.blocks:
+        if block.hidden_width:
+            y, hidden = _apply_block(block, params[block.name], x)
+            change = jnp.max(jnp.abs(y - x)) if block.skippable else jnp.inf
+            found[block.name] = jnp.max(hidden, axis=(0, 1, 2)), jnp.asarray(change)
+            x = y
+    return found
+
+
 def param_shapes(spec: ResNetSpec) -> Params:
     """The folded tree of `spec` with the shape of each tensor as leaf (a tuple of ints)."""
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import tempfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +27,8 @@ METADATA = {"list": [1, 2.5, None], "name": 'a "quoted" välue', "nested": {"x":
 
 
 def assert_equal(got, wanted):
-    got, wanted = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted)
-    assert [path for path, _ in got] == [path for path, _ in wanted]
-    for (path, x), (_, y) in zip(got, wanted, strict=True):
-        assert np.asarray(x).dtype == np.asarray(y).dtype, path
-        np.testing.assert_array_equal(x, y, err_msg=str(path))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_equal(got, wanted)
 
 
 def is_one_sentence(error):

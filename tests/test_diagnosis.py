@@ -11,6 +11,8 @@ import test_recipe as recipe
 import test_training as tiny
 
 from neumeta_jax import checkpoint, diagnosis, hypernetwork as hyper, resnet, training
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.inr import Projection
 
 config = test_hosts.config
 BLOCKS = [tiny.SPEC.blocks[n].name for n in tiny.FAMILY.blocks]
@@ -166,3 +168,43 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / "inr").steps()[-1]
     assert f"the checkpoint of step {kept} is kept" in message
     assert kept == number // 5 * 5
+
+
+@pytest.mark.parametrize("depth_term", [False, True])
+def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth_term):
+    spec = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
+    first, second, third = (spec.blocks[n].name for n in family.blocks[:3])
+    backbone = tiny.random_backbone(spec)
+    backbone[first]["conv1"]["bias"] = backbone[first]["conv1"]["bias"].at[:3].set(-100.0)
+    for name in (second, third):
+        backbone[name]["conv1"]["bias"] = jnp.full_like(backbone[name]["conv1"]["bias"], -100.0)
+    backbone[third]["conv2"]["bias"] = jnp.zeros_like(backbone[third]["conv2"]["bias"])
+    params = hyper.init(jax.random.key(0), family, backbone, alpha=1.0, from_backbone=True)
+    images = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+    smallest = family.widths(0.5)
+    idle = diagnosis.idle_parts(family, params, images, smallest)
+    width = spec.blocks[family.blocks[2]].hidden_width
+    assert idle.channels[first] >= 3 and idle.channels[second] == 4
+    assert idle.channels[third] == width and idle.blocks == (2,)
+    channels, blocks = diagnosis.describe_idle(family, idle)
+    assert f"4 of 4 in {second}, {width} of {width} in {third}" in channels
+    assert blocks.endswith(f"can be left out: {third}")
+    if depth_term:  # without that block the others of its stage are not what they were
+        params["depth"] = jax.tree.map(lambda x: x + 0.1, params["depth"])
+        assert diagnosis.idle_parts(family, params, images, smallest).blocks == ()
+
+
+def test_nothing_is_said_of_a_family_all_of_which_does_something():
+    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection())
+    backbone = tiny.random_backbone(spec)
+    for n in family.blocks:
+        layer = backbone[spec.blocks[n].name]["conv1"]
+        layer["bias"] = jnp.ones_like(layer["bias"])
+    params = hyper.init(jax.random.key(0), family, backbone, alpha=1.0, from_backbone=True)
+    images = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+    # Channels beyond the smallest widths are not there, which is not the same as never firing.
+    idle = diagnosis.idle_parts(family, params, images, family.widths(0.5))
+    assert idle == diagnosis.Idle({}, ())
+    assert diagnosis.describe_idle(family, idle) == []

@@ -10,6 +10,7 @@ import pickletools
 import sys
 import zipfile
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -79,11 +80,8 @@ def compiled(spec):
 
 
 def assert_equal(got, wanted):
-    got, wanted = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(wanted)
-    assert [path for path, _ in got] == [path for path, _ in wanted]
-    for (path, x), (_, y) in zip(got, wanted, strict=True):
-        assert np.asarray(x).dtype == np.asarray(y).dtype, path
-        np.testing.assert_array_equal(x, y, err_msg=str(path))
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+    chex.assert_trees_all_equal(got, wanted)
 
 
 def assert_close(found, wanted):

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,11 +231,8 @@ def reference_dense(members, params, widths):
 
 
 def assert_same_tree(actual, expected, tolerance=2e-6):
-    actual, expected = jax.tree.map(np.asarray, actual), jax.tree.map(np.asarray, expected)
-    assert jax.tree.map(np.shape, actual) == jax.tree.map(np.shape, expected)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=tolerance), actual, expected
-    )
+    chex.assert_trees_all_equal_shapes(actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=tolerance)
 
 
 def padded(tree, spec):

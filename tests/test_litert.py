@@ -214,18 +214,38 @@ def test_ranges_are_those_of_all_calibration_images():
     assert errors[1] < 0.05 < errors[0]
 
 
-def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path):
-    """Its kernels refuse a scale far from that of what they write, as a channel of zeros gets."""
+@pytest.mark.parametrize("format", ["litert", "onnx"])
+def test_a_block_whose_channels_never_fire_can_be_rounded_too(tmp_path, format):
+    """The range of its activations is zero, which has no scale."""
     spec, params, normalization, pixels, *_ = network("projection")
+    name = spec.blocks[0].name
+    silent = {**params[name]["conv1"], "bias": np.full(spec.blocks[0].hidden_width, -100, "f4")}
+    found = export.export(
+        tmp_path / "net",
+        spec,
+        {**params, name: {**params[name], "conv1": silent}},
+        pixels,
+        format=format,
+        normalization=normalization,
+        int8="full",
+        calibration=pixels,
+    )
+    assert found.error < 0.2
+
+
+def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path):
+    """Its kernels refuse a scale of weights far from that of what they write."""
+    spec, params, _, pixels, *_ = network("projection")
+    large = {**params["stem"], "kernel": params["stem"]["kernel"] * 1e12}
     with pytest.raises(command_line.UsageError, match="LiteRT must be able to run") as error:
         export.export(
             tmp_path / "net",
             spec,
-            with_a_channel_of_zeros(params),
-            pixels,
+            {**params, "stem": large},
+            np.zeros_like(pixels),
             format="litert",
-            normalization=normalization,
+            normalization=Normalization((0.0,) * 3, (1.0,) * 3),
             int8="full",
-            calibration=np.full_like(pixels, 120),
+            calibration=np.zeros_like(pixels),
         )
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())

@@ -121,6 +121,12 @@ def read_metrics(workdir):
     return lines
 
 
+def assert_differs(workdir, reference):
+    got, wanted = (tensors(path / checkpoint.INR_FILE) for path in (workdir, reference))
+    assert list(got) == list(wanted)
+    assert any((got[leaf] != value).any() for leaf, value in wanted.items())
+
+
 def assert_same_result(workdir, reference):
     for name in ("backbone.safetensors", checkpoint.INR_FILE):
         got, wanted = tensors(workdir / name), tensors(reference / name)
@@ -472,6 +478,36 @@ def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default(copi
     config["train"]["shallow_epochs"] = 2.0
     with pytest.raises(lab.UsageError, match="differ: train.shallow_epochs .saved 0.0, given 2.0"):
         lab.check_same_config(copied, config)
+
+
+def test_a_run_starts_from_the_result_of_another_with_a_fresh_optimiser(finished, tmp_path):
+    rates = [f"--config.train.{name}learning_rate=0" for name in ("", "alpha_", "learned_")]
+    compact = tmp_path / "compact.safetensors"
+    checkpoint.save_compact(finished[0], compact)
+    start = [*rates, f"--config.train.init_from={compact}"]
+    out = train(tmp_path / "run", *start)
+    assert f"INR: starting from {compact}" in out and "block 1 of" not in out
+    before, after = tensors(compact), tensors(tmp_path / "run" / checkpoint.INR_FILE)
+    assert list(before) == list(after)
+    for leaf, value in before.items():
+        np.testing.assert_array_equal(value.astype(np.float32), after[leaf], err_msg=leaf)
+    moved = train(tmp_path / "moved", f"--config.train.init_from={finished[0]}")
+    assert "starting from" in moved
+    assert_differs(tmp_path / "moved", finished[0])
+    other = [f"--workdir={tmp_path / 'other'}", *start, "--config.inr.hidden_width=9"]
+    message = refusal("train", CONFIG, *other)
+    assert "hidden_width=9" in message and "hidden_width=8" in message
+    assert "There is no file" in refusal(
+        "train", CONFIG, *other, "--config.train.init_from=nothing"
+    )
+
+
+def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
+    mixed = ["--config.data.mixup=0.5", "--config.data.cutmix=0.25"]
+    train(tmp_path / "mixed", *mixed)
+    assert_differs(tmp_path / "mixed", finished[0])
+    message = refusal("train", CONFIG, f"--workdir={tmp_path / 'x'}", "--config.data.mixup=1.5")
+    assert "add up to 1 at most" in message and "self.mixup=1.5" in message
 
 
 def test_a_work_directory_in_use_is_refused(copied):
@@ -947,34 +983,6 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     monkeypatch.setattr(lab, "measure_moments", refuse)
     params = lab.train_inr(lab.Workdir(tmp_path), experiment, splits, backbone)
     assert params is found[0].params
-
-
-def test_moments_are_kept_beside_the_backbone_they_are_of(monkeypatch, tmp_path):
-    config = load_script("configs/digits").get_config("smoke").to_dict()
-    dataset, splits = lab.load_data(config)
-    experiment = lab.from_config(config, dataset)
-    backbone = resnet.init_params(jax.random.key(0), experiment.spec)
-    other = resnet.init_params(jax.random.key(1), experiment.spec)
-    measured = []
-    measure = lab.measure_moments
-    monkeypatch.setattr(
-        lab, "measure_moments", lambda *args: measured.append(args) or measure(*args)
-    )
-
-    def moments(params=backbone, images=splits.train_images):
-        return lab._kept_moments(lab.Workdir(tmp_path), experiment, params, images)
-
-    first = moments()
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    assert len(measured) == 1
-    moments(images=splits.train_images[::-1])
-    moments(params=other)
-    assert len(measured) == 3
-    path = tmp_path / lab.MOMENTS_FILE
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    flip_a_bit(path)
-    jax.tree.map(np.testing.assert_array_equal, moments(), first)
-    assert len(measured) == 5
 
 
 def test_importing_the_library_leaves_orbax_for_the_first_checkpoint():

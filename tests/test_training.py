@@ -3,6 +3,7 @@ import functools
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,13 +54,6 @@ def random_images(seed=0):
 
 def leaves(tree):
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
-
-
-def assert_trees_close(got, wanted, **tolerances):
-    got, wanted = leaves(got), leaves(wanted)
-    assert list(got) == list(wanted)
-    for name, value in wanted.items():
-        np.testing.assert_allclose(got[name], value, err_msg=name, **tolerances)
 
 
 def is_one_sentence(error):
@@ -474,28 +468,28 @@ def test_a_new_block_starts_from_the_previous_block_of_its_stage_only(inr):
                     source = group.positions.index(same_stage[new])
                 got = jax.tree.map(lambda p, r=row: p[r], state.params["inr"][group.name])
                 old = jax.tree.map(lambda p, s=source: p[s], start["inr"][group.name])
-                assert_trees_close(got, old, rtol=0)
+                chex.assert_trees_all_equal(got, old)
 
 
 @pytest.mark.parametrize("kind, new_blocks", [("fit", (0, 1)), ("train", ())])
 def test_phases_without_new_blocks_keep_all_parameters(params, kind, new_blocks):
     phase = Phase("x", kind, 0, 5, 2, new_blocks, 0, 2)
     state = training.start_phase(params, FAMILY, InrRecipe(), phase)
-    assert_trees_close(state.params, params, rtol=0)
+    chex.assert_trees_all_equal(state.params, params)
 
 
 def test_blocks_that_start_from_the_teacher_are_not_copied(params):
     recipe = InrRecipe(block_init="teacher", alpha_init=1.0)
     phase = Phase("x", "train", 0, 5, 2, (0, 1), 0, 2)
     state = training.start_phase(params, FAMILY, recipe, phase)
-    assert_trees_close(state.params["inr"], params["inr"], rtol=0)
+    chex.assert_trees_all_equal(state.params["inr"], params["inr"])
     np.testing.assert_array_equal(state.params["alpha"], [1, 1])
 
 
 def test_a_phase_starts_with_a_fresh_optimiser_in_buffers_of_its_own(params):
     phase = Phase("x", "train", 0, 5, 1, (0,), 0, 1)
     state = training.start_phase(params, FAMILY, RECIPE, phase)
-    assert_trees_close(state.opt_state, training.inr_optimizer(RECIPE).init(params), rtol=0)
+    chex.assert_trees_all_equal(state.opt_state, training.inr_optimizer(RECIPE).init(params))
     old = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)}
     assert not old & {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
 
@@ -547,6 +541,33 @@ def test_muon_makes_the_singular_values_of_an_inrs_matrices_about_equal(inr, lea
     values = jnp.linalg.svd(matrix(update), compute_uv=False)
     assert values[0] < 2 * values[-1]
     assert rms(matrix(update)) == pytest.approx(0.2, rel=0.2)
+
+
+def test_stacking_matrices_of_a_shape_changes_no_update(params):
+    """Against the same optimiser, leaf by leaf."""
+    recipe = dataclasses.replace(RECIPE, optimizer="muon")
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+    plain = optax.contrib.muon(
+        1.0,
+        weight_decay=recipe.weight_decay,
+        adam_weight_decay=recipe.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda tree: jax.tree.map(
+            lambda leaf: numbers if leaf.ndim == 4 else None, tree
+        ),
+    )
+    learned = params["learned"]
+    plain = optax.chain(optax.clip(recipe.clip), plain)
+    grads = jax.tree.map(
+        lambda x: jnp.sin(jnp.arange(x.size, dtype="f4")).reshape(x.shape), learned
+    )
+    found = []
+    for optimizer in (plain, training.inr_optimizer(recipe)):
+        state = optimizer.init(learned)
+        for _ in range(2):
+            update, state = jax.jit(optimizer.update)(grads, state, learned)
+        found.append(update)
+    chex.assert_trees_all_close(*found, rtol=1e-3, atol=1e-5)
 
 
 def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params):
@@ -659,7 +680,7 @@ def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, deep_params, ba
         rates = {f"{kind}_learning_rate": rate}
         state, *_ = depth_step(deep_params, backbone, DEPTH, unroll=False, kind=kind, **rates)
         changes.append(state.params["depth"])  # zero before
-    assert_trees_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
+    chex.assert_trees_all_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", training.DEPTH_KINDS)
@@ -670,8 +691,8 @@ def test_unrolled_and_looped_sizes_give_the_same_update_of_the_depth_term(
         depth_step(deep_params, backbone, DEPTH, unroll=unroll, kind=kind)
         for unroll in (True, False)
     )
-    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
-    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
 def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
@@ -697,9 +718,9 @@ def test_unrolled_and_looped_sizes_give_the_same_update(call, looped_call, param
     phase = one_phase(2, stage=3)
     state, metrics, _ = step_once(call, params, backbone, phase)
     other, other_metrics, _ = step_once(looped_call, params, backbone, phase)
-    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     # The first moment is the gradient; the update of Adam's first step is its sign.
-    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+    chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -715,8 +736,8 @@ def test_micro_batches_change_nothing_but_rounding(fields, params, backbone):
         step_once(step_of(FAMILY, chosen, steps_per_call=5), params, backbone, phase)
         for chosen in (recipe, whole)
     )
-    assert_trees_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
-    assert_trees_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
+    chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(other.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
 
 
 def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
@@ -782,7 +803,7 @@ def run_toy(start, stop, *, steps_per_call, state=None, poisoned=-1, every=(), a
 
 def test_steps_in_chunks_see_the_same_data_in_the_same_order():
     wanted = run_toy(0, 17, steps_per_call=1).params  # 6 steps per epoch
-    assert_trees_close(run_toy(0, 17, steps_per_call=5).params, wanted, rtol=1e-6)
+    chex.assert_trees_all_close(run_toy(0, 17, steps_per_call=5).params, wanted, rtol=1e-6)
     assert run_toy(0, 16, steps_per_call=5).params["seen"] != wanted["seen"]
 
 
@@ -799,7 +820,7 @@ def test_where_a_run_was_interrupted_has_no_influence(steps_per_call, interrupte
     wanted = run_toy(0, 13, steps_per_call=steps_per_call).params
     state = run_toy(0, interrupted, steps_per_call=steps_per_call)
     got = run_toy(interrupted, 13, steps_per_call=steps_per_call, state=state).params
-    assert_trees_close(got, wanted, rtol=0)
+    chex.assert_trees_all_equal(got, wanted)
 
 
 def test_calls_end_at_epochs_and_at_every_stride():
@@ -829,8 +850,8 @@ def test_inr_steps_in_chunks_end_at_the_same_parameters(call, looped_call, param
         ends.append(state)
     # Adam turns a gradient near zero into a whole step, so the parameters' tolerance is a fraction
     # of one, and the moments' is tight.
-    assert_trees_close(ends[1].params, ends[0].params, rtol=1e-3, atol=2e-3)
-    assert_trees_close(ends[1].opt_state, ends[0].opt_state, rtol=1e-2, atol=1e-4)
+    chex.assert_trees_all_close(ends[1].params, ends[0].params, rtol=1e-3, atol=2e-3)
+    chex.assert_trees_all_close(ends[1].opt_state, ends[0].opt_state, rtol=1e-2, atol=1e-4)
 
 
 def chunk_arguments(params, backbone):
@@ -901,13 +922,13 @@ def test_the_fit_phase_lowers_the_reconstruction_error(fitted):
 def test_the_next_phase_starts_from_the_fit_and_not_from_an_average_of_before(fitted):
     end, _ = fitted
     assert end.average is not None
-    assert_trees_close(end.result, end.params, rtol=0)
+    chex.assert_trees_all_equal(end.result, end.params)
 
 
 def test_the_fit_phase_leaves_alpha_and_the_learned_parameters_alone(fitted, params):
     end, _ = fitted
     for name in ("alpha", "learned"):
-        assert_trees_close(end.params[name], params[name], rtol=0)
+        chex.assert_trees_all_equal(end.params[name], params[name])
     assert not np.array_equal(
         *(next(iter(leaves(tree["inr"]).values())) for tree in (end.params, params))
     )

@@ -1,0 +1,59 @@
+"""The INRs that come with the package are those of their pages."""
+
+import hashlib
+import importlib.util
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import neumeta_jax
+from neumeta_jax import checkpoint, data, evaluation, hypernetwork as hyper, training
+
+CIFAR100 = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+NUM_IMAGES = 500
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    """The first images of CIFAR-100's test split, uint8 NHWC, and their labels."""
+    path = CIFAR100 / "imgpack.py"
+    if not path.is_file():
+        pytest.skip(f"needs CIFAR-100 in {CIFAR100}")
+    spec = importlib.util.spec_from_file_location("imgpack", path)
+    imgpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imgpack)
+    images, labels = imgpack.load("cifar100", "test")
+    return images[:NUM_IMAGES], labels[:NUM_IMAGES].astype(np.int32)
+
+
+@pytest.mark.parametrize("name", checkpoint.pretrained())
+def test_the_page_names_the_file_and_its_size(name):
+    page = (checkpoint.PRETRAINED / f"{name}.md").read_text()
+    content = (checkpoint.PRETRAINED / f"{name}.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in page
+    assert f"{len(content):,} bytes" in page
+    assert len(content) < 4_000_000
+    _, params, _ = neumeta_jax.load(name)
+    assert f"{hyper.num_inr_params(params):,} in bfloat16" in page
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+@pytest.mark.parametrize("name", checkpoint.pretrained())
+def test_accuracies_are_those_of_the_page(name, test_images):
+    page = (checkpoint.PRETRAINED / f"{name}.md").read_text()
+    full, *_, smallest = map(float, re.search(r"\| 56 \| (.*) \|", page)[1].split(" | "))
+    family, params, info = neumeta_jax.load(name)
+    preprocessing = training.Preprocessing(tuple(info["mean"]), tuple(info["std"]))
+    assert preprocessing.mean == data.NORMALIZATION["cifar100"][0]
+    for ratio, wanted in ((1.0, full), (0.25, smallest)):
+        spec, network = hyper.generate_dense(family, params, family.widths(ratio))
+        accuracy = evaluation.accuracy(spec, network, *test_images, preprocessing, batch_size=50)
+        assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors
+
+
+def test_a_name_that_is_neither_a_file_nor_pretrained_is_refused():
+    with pytest.raises(FileNotFoundError, match="There is no file cifar100-resnet57"):
+        neumeta_jax.load("cifar100-resnet57")
