@@ -104,6 +104,11 @@ class Space:
     def size(self) -> int:
         return math.prod(len(choices) for choices in self.choices)
 
+    @property
+    def lowest(self) -> list[int]:
+        """The gene of each block that does not skip it, where that is a choice."""
+        return [int(choices[0] == 0 and len(choices) > 1) for choices in self.choices]
+
 
 def make_space(
     spec: ResNetSpec,
@@ -182,7 +187,7 @@ def shallow_networks(
             architecture.without_last(space.spec, space.blocks, widths, number)
             for widths in uniform
         )
-        fitting = [w for w in shorter if all(cost.allows(space.genes(w)) for cost in costs)]
+        fitting = [widths for widths in shorter if _fits(space, costs, widths)]
         fitting.sort(key=lambda widths: -macs.total(space.genes(widths)))
         found += fitting[:NUM_SHALLOW]
     return found
@@ -212,6 +217,10 @@ class Cost:
 
     def allows(self, genes: Sequence[int]) -> bool:
         return self.limit is None or self.total(genes) <= self.limit
+
+
+def _fits(space: Space, costs: Sequence[Cost], widths: Widths) -> bool:
+    return all(cost.allows(space.genes(widths)) for cost in costs)
 
 
 def count_cost(space: Space, name: str, limit: float | None) -> Cost:
@@ -319,135 +328,115 @@ class Candidate(NamedTuple):
     generation: int
 
 
-def first_population(
-    space: Space, costs: Sequence[Cost], uniform: Sequence[Widths], size: int, seed: int
-) -> list[Widths]:
-    """The uniform networks, shallow ones, and at least half of `size` at random, within budgets."""
-    rng = np.random.default_rng([seed, 0])
-    allowed = [w for w in uniform if all(cost.allows(space.genes(w)) for cost in costs)]
-    if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
-        picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
-        allowed = [allowed[n] for n in picked]
-    population = dict.fromkeys([*allowed, *shallow_networks(space, costs, uniform)])
-    wanted = len(population) + max(size - len(population), size // 2)
-    _add(population, wanted, (), lambda: _random_genes(space, costs, rng), space)
-    return list(population)
+@dataclasses.dataclass(frozen=True)
+class _Evolution:
+    """Proposes populations of `size` networks within the budgets; depends on its arguments alone.
 
-
-def next_population(
-    space: Space,
-    costs: Sequence[Cost],
-    archive: Sequence[Candidate],
-    size: int,
-    seed: int,
-    generation: int,
-) -> list[Widths]:
-    """Up to `size` networks that were not evaluated yet; fewer only where hardly any are left.
-
-    Depends on `archive`, `seed` and `generation` alone.
+    A population of a generation has a random generator of its own.
     """
-    rng = np.random.default_rng([seed, generation])
-    macs = count_cost(space, "macs", None)
-    ranked = sorted(archive, key=lambda c: (-c.accuracy, macs.total(space.genes(c.widths))))
-    parents = [space.genes(c.widths) for c in ranked[: max(2, round(PARENTS * size))]]
-    axis = next((cost for cost in costs if cost.limit is not None), costs[0])
-    genes_of = [space.genes(candidate.widths) for candidate in archive]
-    amounts = [axis.total(genes) for genes in genes_of]
-    on_front = pareto_front(amounts, [candidate.accuracy for candidate in archive])
-    front = [genes for genes, on in zip(genes_of, on_front, strict=True) if on]
 
-    def child() -> list[int]:
-        if rng.random() < FRONT_RATE:
-            genes = _mutated(space, front[rng.integers(len(front))], rng)
-            return _within(space, costs, genes, rng, fill=False)
-        first = parents[rng.integers(len(parents))]
-        if rng.random() < 0.5:
-            genes = _mutated(space, first, rng)
-        else:
-            second = parents[rng.integers(len(parents))]
-            genes = [int(rng.choice(pair)) for pair in zip(first, second, strict=True)]
-        return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+    space: Space
+    costs: Sequence[Cost]
+    size: int
+    seed: int
 
-    population: dict[Widths, None] = {}
-    seen = {candidate.widths for candidate in archive}
-    _add(population, size, seen, child, space)
-    # Parents that are all alike have few children.
-    _add(population, size, seen, lambda: _random_genes(space, costs, rng), space)
-    return list(population)
+    def first(self, uniform: Sequence[Widths]) -> list[Widths]:
+        """The uniform networks, shallow ones, and at least half of `size` at random."""
+        rng = np.random.default_rng([self.seed, 0])
+        allowed = [widths for widths in uniform if _fits(self.space, self.costs, widths)]
+        if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
+            picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
+            allowed = [allowed[n] for n in picked]
+        shallow = shallow_networks(self.space, self.costs, uniform)
+        population = dict.fromkeys([*allowed, *shallow])
+        wanted = len(population) + max(self.size - len(population), self.size // 2)
+        self._add(population, wanted, (), lambda: self._random(rng))
+        return list(population)
 
+    def next(self, archive: Sequence[Candidate], generation: int) -> list[Widths]:
+        """Up to `size` networks that are not in the archive; fewer only where few are left."""
+        space, rng = self.space, np.random.default_rng([self.seed, generation])
+        macs = count_cost(space, "macs", None)
+        ranked = sorted(archive, key=lambda c: (-c.accuracy, macs.total(space.genes(c.widths))))
+        parents = [space.genes(c.widths) for c in ranked[: max(2, round(PARENTS * self.size))]]
+        axis = next((cost for cost in self.costs if cost.limit is not None), self.costs[0])
+        genes_of = [space.genes(candidate.widths) for candidate in archive]
+        amounts = [axis.total(genes) for genes in genes_of]
+        on_front = pareto_front(amounts, [candidate.accuracy for candidate in archive])
+        front = [genes for genes, on in zip(genes_of, on_front, strict=True) if on]
 
-def _add(
-    population: dict[Widths, None],
-    size: int,
-    seen: Collection[Widths],
-    draw: Callable[[], list[int]],
-    space: Space,
-) -> None:
-    """Draws until `population` has `size` networks, or nearly all draws were seen before."""
-    for _ in range(50 * size):
-        if len(population) >= size:
-            break
-        widths = space.widths(draw())
-        if widths not in seen:
-            population[widths] = None
+        def child() -> list[int]:
+            if rng.random() < FRONT_RATE:
+                genes = self._mutated(front[rng.integers(len(front))], rng)
+                return self._within(genes, rng, fill=False)
+            first = parents[rng.integers(len(parents))]
+            if rng.random() < 0.5:
+                genes = self._mutated(first, rng)
+            else:
+                second = parents[rng.integers(len(parents))]
+                genes = [int(rng.choice(pair)) for pair in zip(first, second, strict=True)]
+            return self._within(genes, rng, fill=rng.random() < 0.5)
 
+        population: dict[Widths, None] = {}
+        seen = {candidate.widths for candidate in archive}
+        self._add(population, self.size, seen, child)
+        # Parents that are all alike have few children.
+        self._add(population, self.size, seen, lambda: self._random(rng))
+        return list(population)
 
-def _random_genes(space: Space, costs: Sequence[Cost], rng: np.random.Generator) -> list[int]:
-    genes = []
-    for choices in space.choices:
-        first = int(choices[0] == 0 and len(choices) > 1)
-        skipped = first and rng.random() < SKIP_RATE
-        genes.append(0 if skipped else int(rng.integers(first, len(choices))))
-    return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+    def _add(self, population, size, seen, draw) -> None:
+        """Draws until `population` has `size` networks, or nearly all draws were seen before."""
+        for _ in range(50 * size):
+            if len(population) >= size:
+                break
+            widths = self.space.widths(draw())
+            if widths not in seen:
+                population[widths] = None
 
+    def _random(self, rng: np.random.Generator) -> list[int]:
+        genes = []
+        for choices, first in zip(self.space.choices, self.space.lowest, strict=True):
+            skipped = first and rng.random() < SKIP_RATE
+            genes.append(0 if skipped else int(rng.integers(first, len(choices))))
+        return self._within(genes, rng, fill=rng.random() < 0.5)
 
-def _mutated(space: Space, genes: Sequence[int], rng: np.random.Generator) -> list[int]:
-    chosen = rng.random(len(genes)) < MUTATED_BLOCKS
-    chosen[rng.integers(len(genes))] = True
-    result = list(genes)
-    for position in np.flatnonzero(chosen):
-        choices = space.choices[position]
-        first = int(choices[0] == 0 and len(choices) > 1)
-        if first and (result[position] == 0 or rng.random() < SKIP_RATE):
-            skipped = result[position] != 0
-            result[position] = 0 if skipped else int(rng.integers(first, len(choices)))
-            continue
-        step = rng.normal() * MUTATION_STEP * len(choices)
-        step = math.copysign(max(1, round(abs(step))), step)
-        result[position] = int(np.clip(result[position] + step, first, len(choices) - 1))
-    return result
+    def _mutated(self, genes: Sequence[int], rng: np.random.Generator) -> list[int]:
+        chosen = rng.random(len(genes)) < MUTATED_BLOCKS
+        chosen[rng.integers(len(genes))] = True
+        result = list(genes)
+        for position in np.flatnonzero(chosen):
+            choices, first = self.space.choices[position], self.space.lowest[position]
+            if first and (result[position] == 0 or rng.random() < SKIP_RATE):
+                skipped = result[position] != 0
+                result[position] = 0 if skipped else int(rng.integers(first, len(choices)))
+                continue
+            step = rng.normal() * MUTATION_STEP * len(choices)
+            step = math.copysign(max(1, round(abs(step))), step)
+            result[position] = int(np.clip(result[position] + step, first, len(choices) - 1))
+        return result
 
+    def _within(self, genes: Sequence[int], rng: np.random.Generator, *, fill: bool) -> list[int]:
+        """`genes` narrowed step by step until they keep the budgets, then widened if `fill`.
 
-def _within(
-    space: Space,
-    costs: Sequence[Cost],
-    genes: Sequence[int],
-    rng: np.random.Generator,
-    *,
-    fill: bool,
-) -> list[int]:
-    """`genes` narrowed step by step until they keep the budgets, then widened if `fill`.
-
-    Blocks are skipped only where narrowing all others is not enough.
-    """
-    genes = list(genes)
-    lowest = [int(c[0] == 0 and len(c) > 1) for c in space.choices]
-    while not all(cost.allows(genes) for cost in costs):
-        free = [b for b, gene in enumerate(genes) if gene > lowest[b]]
-        free = free or [b for b, gene in enumerate(genes) if gene > 0]
-        if not free:
-            break  # the smallest network, see check_budgets
-        genes[free[rng.integers(len(free))]] -= 1
-    if fill:
-        free = [b for b, gene in enumerate(genes) if lowest[b] <= gene < len(space.choices[b]) - 1]
+        Blocks are skipped only where narrowing all others is not enough.
+        """
+        genes, lowest = list(genes), self.space.lowest
+        highest = [len(choices) - 1 for choices in self.space.choices]
+        while not all(cost.allows(genes) for cost in self.costs):
+            free = [b for b, gene in enumerate(genes) if gene > lowest[b]]
+            free = free or [b for b, gene in enumerate(genes) if gene > 0]
+            if not free:
+                break  # the smallest network, see check_budgets
+            genes[free[rng.integers(len(free))]] -= 1
+        free = [b for b, gene in enumerate(genes) if fill and lowest[b] <= gene < highest[b]]
         while free:
             position = free[rng.integers(len(free))]
             genes[position] += 1
-            allowed = all(cost.allows(genes) for cost in costs)
+            allowed = all(cost.allows(genes) for cost in self.costs)
             genes[position] -= not allowed
-            if not allowed or genes[position] == len(space.choices[position]) - 1:
+            if not allowed or genes[position] == highest[position]:
                 free.remove(position)
-    return genes
+        return genes
 
 
 def evolve(
@@ -474,13 +463,13 @@ def evolve(
         archive: what an earlier call has evaluated, in its order; the search goes on from there.
         on_generation: called with all networks so far after each population; False ends the search.
     """
-    archive = list(archive)
+    archive, evolution = list(archive), _Evolution(space, costs, population, seed)
     generation = archive[-1].generation + 1 if archive else 0
     while len(archive) < num_candidates:
         if generation:
-            proposed = next_population(space, costs, archive, population, seed, generation)
+            proposed = evolution.next(archive, generation)
         else:
-            proposed = first_population(space, costs, uniform, population, seed)
+            proposed = evolution.first(uniform)
         proposed = proposed[: num_candidates - len(archive)]
         if not proposed:
             break
