@@ -43,7 +43,6 @@ from neumeta_jax import (
     command_line,
     data,
     diagnosis,
-    evaluation,
     experiment as lab,
     hypernetwork as hyper,
     losses,
@@ -936,15 +935,7 @@ def measure(
         seconds.append(last)
         found = known.get(ratio) or {
             split: round(
-                100
-                * evaluation.accuracy(
-                    spec,
-                    params,
-                    *lab.evaluation_split(splits, split),
-                    experiment.preprocessing,
-                    batch_size=experiment.evaluation.batch_size,
-                ),
-                4,
+                100 * experiment.accuracy(params, *lab.evaluation_split(splits, split), spec), 4
             )
             for split in read
         }

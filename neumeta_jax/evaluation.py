@@ -571,18 +571,8 @@ def evaluate_grid(
     else:
         found_buckets = fill_containers(spec, blocks, distinct, containers)
 
-    job = _Job(
-        hypernetwork=hypernetwork,
-        preprocessing=preprocessing,
-        strategy=strategy,
-        num_samples=num_samples,
-        predictions=predictions,
-        per_image=per_image,
-        transform=transform,
-        mesh=mesh,
-        container=spec,
-        drawn_at=spec,
-    )
+    asked = num_samples, predictions, per_image, transform
+    job = _Job(hypernetwork, preprocessing, strategy, *asked, mesh, container=spec, drawn_at=spec)
     jobs = [_at_bucket(job, bucket, distinct) for bucket in found_buckets]
     reason = "asked for"
     if strategy == "auto":

@@ -92,15 +92,14 @@ class Experiment:
         key = phase_key(self, 3) if num_samples > 1 else None
         return {"num_samples": num_samples, "key": key}
 
-    def accuracy(self, params: Params, images: np.ndarray, labels: np.ndarray) -> float:
-        """Top-1 accuracy in [0, 1] of a tree of the full size, see `evaluation.accuracy`."""
+    def accuracy(
+        self, tree: Params, images: np.ndarray, labels: np.ndarray, spec: ResNetSpec | None = None
+    ) -> float:
+        """`evaluation.accuracy` of a tree, of the full size unless `spec` says otherwise."""
+        options = {"batch_size": self.evaluation.batch_size}
+        preprocessing = self.preprocessing
         return evaluation.accuracy(
-            self.spec,
-            params,
-            images,
-            labels,
-            self.preprocessing,
-            batch_size=self.evaluation.batch_size,
+            spec or self.spec, tree, images, labels, preprocessing, **options
         )
 
 
@@ -662,11 +661,8 @@ def _on_device(splits: data.Splits) -> Images:
 
 def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """Trains the full-size network with batch norm; returns its linen variables."""
-    recipe, spec, preprocessing = (
-        experiment.teacher,
-        experiment.spec,
-        experiment.preprocessing,
-    )
+    recipe, spec = experiment.teacher, experiment.spec
+    preprocessing = experiment.preprocessing
     num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
     key, images, mesh = phase_key(experiment, 0), _on_device(splits), data_mesh(experiment)
 
@@ -865,17 +861,8 @@ def train_inr(
         opt_state = training.inr_optimizer(recipe).init(params)
         return training.TrainState(params, opt_state, params if recipe.ema_decay else None)
 
-    part = Part(
-        workdir,
-        experiment.run,
-        "inr",
-        "INR",
-        phase_key(experiment, 2),
-        images,
-        phases[-1].stop,
-        mesh,
-    )
-    key = phase_key(experiment, 1)
+    key, step_key, num_steps = phase_key(experiment, 1), phase_key(experiment, 2), phases[-1].stop
+    part = Part(workdir, experiment.run, "inr", "INR", step_key, images, num_steps, mesh)
     template = jax.eval_shape(first_state, key, backbone)
     start, state = restore(part.saved, template) or (0, None)
     if given is not None:  # blocks are what they are
@@ -896,15 +883,8 @@ def train_inr(
         if kind == "fit":
             update = training.fit_update(hypernetwork, recipe)
         else:
-            unroll = jax.default_backend() != "tpu"
-            update = training.inr_update(
-                hypernetwork,
-                recipe,
-                experiment.preprocessing,
-                unroll=unroll,
-                mesh=mesh,
-                kind=kind,
-            )
+            options = {"unroll": jax.default_backend() != "tpu", "mesh": mesh, "kind": kind}
+            update = training.inr_update(hypernetwork, recipe, experiment.preprocessing, **options)
         return part.chunked(update, training.phase_recipe(recipe, kind).images_per_step)
 
     calls = {kind: make_call(kind) for kind in dict.fromkeys(phase.kind for phase in phases)}
