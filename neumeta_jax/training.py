@@ -540,9 +540,9 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
                 weight_decay=recipe.weight_decay,
                 adam_weight_decay=recipe.weight_decay,
                 consistent_rms=0.2,
-                muon_weight_dimension_numbers=lambda stacks: {
-                    name: None if name == _REST else numbers for name in stacks
-                },
+                muon_weight_dimension_numbers=lambda stacks: jax.tree.map_with_path(
+                    lambda path, _: None if path[0].key == _REST else numbers, stacks
+                ),
             )
         )
     else:
@@ -578,7 +578,7 @@ def _stacked(optimizer: optax.GradientTransformation) -> optax.GradientTransform
             stacks.setdefault("x".join(map(str, part.shape[1:])) or _REST, []).append(part)
         return {name: jnp.concatenate(parts) for name, parts in stacks.items()}
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         stacks, state = optimizer.update(stack(updates), state, stack(params))
         _, unstack = jax.vjp(stack, updates)  # a linear map that moves entries: its transpose
         return unstack(stacks)[0], state
@@ -658,6 +658,14 @@ def learning_rate_scale(recipe: InrRecipe, step: jax.Array, phase: PhaseInputs) 
         progress = jnp.clip((done - phase.warmup_steps) / remaining, 0.0, 1.0)
         scale = scale * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return scale
+
+
+def at_rates(updates: Any, phase: PhaseInputs, scale: jax.Array) -> Params:
+    """`updates` of a learning rate of 1 times the phase's rates and `scale`."""
+    return {
+        name: jax.tree.map(lambda u, rate=rate: scale * rate * u, updates[name])
+        for name, rate in phase.rates.items()
+    }
 
 
 def update_mask(
@@ -1017,13 +1025,8 @@ def inr_update(
             mask = depth_mask(hypernetwork, state.params)
         else:
             mask = update_mask(hypernetwork, recipe, state.params, phase)
-        updates = {
-            name: jax.tree.map(
-                lambda u, m, r=phase.rates[name]: scale * r * m * u, tree, mask[name]
-            )
-            for name, tree in updates.items()
-        }
-        params = optax.apply_updates(state.params, updates)
+        updates = jax.tree.map(lambda u, m: m * u, updates, mask)
+        params = optax.apply_updates(state.params, at_rates(updates, phase, scale))
         average = state.average
         if average is not None:
             # Of the steps so far until there are enough of them for the decay.
@@ -1078,12 +1081,8 @@ def fit_update(
         # Always a cosine: there is nothing to keep exploring once the weights are met.
         done = (step - phase.start) / phase.num_steps
         scale = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        updates = {
-            name: jax.tree.map(lambda u, r=phase.rates[name]: scale * r * u, tree)
-            for name, tree in updates.items()
-        }
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, at_rates(updates, phase, scale))
         # What the next phase starts from is the fit itself, not an average over its steps.
         average = None if state.average is None else params
         return TrainState(params, opt_state, average), metrics
