@@ -144,7 +144,7 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
-def _spread(bias, x):
+def _spread(bias, x) -> Any:
     """`bias` at every image and pixel of `x`, in its type."""
     return bias if bias.dtype == x.dtype else _rounded(bias, x.shape, x.dtype.name)
 

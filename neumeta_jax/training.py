@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -527,15 +527,17 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
     """
     if recipe.optimizer == "muon":
         numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+
+        def dimensions(stacks: Any) -> Any:
+            return {name: None if name == _REST else numbers for name in stacks}
+
         optimizer = _stacked(
             optax.contrib.muon(
                 1.0,
                 weight_decay=recipe.weight_decay,
                 adam_weight_decay=recipe.weight_decay,
                 consistent_rms=0.2,
-                muon_weight_dimension_numbers=lambda stacks: {
-                    name: None if name == _REST else numbers for name in stacks
-                },
+                muon_weight_dimension_numbers=dimensions,
             )
         )
     else:
@@ -571,12 +573,17 @@ def _stacked(optimizer: optax.GradientTransformation) -> optax.GradientTransform
             stacks.setdefault("x".join(map(str, part.shape[1:])) or _REST, []).append(part)
         return {name: jnp.concatenate(parts) for name, parts in stacks.items()}
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         stacks, state = optimizer.update(stack(updates), state, stack(params))
         _, unstack = jax.vjp(stack, updates)  # a linear map that moves entries: its transpose
         return unstack(stacks)[0], state
 
     return optax.GradientTransformation(lambda params: optimizer.init(stack(params)), update)
+
+
+def _parts(tree: Any) -> Iterable[tuple[str, Any]]:
+    """The parts of a tree of parameters, which optax says less of than it knows."""
+    return tree.items()
 
 
 def start_phase(
@@ -1014,7 +1021,7 @@ def inr_update(
             name: jax.tree.map(
                 lambda u, m, r=phase.rates[name]: scale * r * m * u, tree, mask[name]
             )
-            for name, tree in updates.items()
+            for name, tree in _parts(updates)
         }
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -1073,7 +1080,7 @@ def fit_update(
         scale = 0.5 * (1 + jnp.cos(jnp.pi * done))
         updates = {
             name: jax.tree.map(lambda u, r=phase.rates[name]: scale * r * u, tree)
-            for name, tree in updates.items()
+            for name, tree in _parts(updates)
         }
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)

@@ -567,7 +567,7 @@ def test_stacking_matrices_of_a_shape_changes_no_update(params):
         for _ in range(2):
             update, state = jax.jit(optimizer.update)(grads, state, learned)
         found.append(update)
-    assert_trees_close(*found, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(*found, rtol=1e-3, atol=1e-5)
 
 
 def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params):
