@@ -8,7 +8,7 @@ For each width ratio three files are written, as `neumeta_jax.export` writes the
 --format=onnx --int8=full, --format=litert --int8=full), and run by onnxruntime and LiteRT on the
 CPU. Ranges of activations are measured on the first 512 training images.
 
-Writes full_int8_<split>.json and .md to --out.
+Writes full_int8_<split>.json to --out and prints a table.
 """
 
 import argparse
@@ -95,7 +95,6 @@ def main(argv: Sequence[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {"dataset": experiment.name, "split": args.split, "images": len(images), "rows": rows}
     (out / f"full_int8_{args.split}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / f"full_int8_{args.split}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

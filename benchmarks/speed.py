@@ -1,16 +1,14 @@
-"""How fast networks are generated, evaluated and trained, beside what they cannot do without.
+"""How fast networks are evaluated and trained, as ratios to what they cannot do without.
 
     python benchmarks/speed.py --out=DIR
-    python benchmarks/speed.py --out=DIR --networks=resnet20 --parts=generation,grid
+    python benchmarks/speed.py --out=DIR --networks=resnet20 --parts=grid,step
     python benchmarks/speed.py --out=DIR --smoke
 
 Everything that is compared is measured in one run, in turns, after compilation; a side counts with
 its fewest seconds. Images and weights are random, no time depends on them, and no data set is
 needed. Networks, INRs and recipes are those of configs/resnet20.py and configs/resnet56.py, in
-float32 on CPUs. The parts:
+float32 on CPUs; what generation costs is measured by inr_kinds.py. The parts:
 
-    generation  one network from the default INR, and from the papers' MLPs, against the forward
-                pass of that network over 10,000 images
     grid        evaluate_grid of many networks, against the floor, the sum of their dense forward
                 passes one by one
     strategies  loop, map and vmap on networks of one shape
@@ -23,7 +21,6 @@ Writes speed.json and speed.md to --out after each part.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 import shlex
 import time
@@ -35,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax import (
+    command_line,
     data,
     evaluation,
     experiment as lab,
@@ -47,14 +45,11 @@ from neumeta_jax import (
 from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.command_line import UsageError, run
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import PerTensorMLP
 from neumeta_jax.resnet import Params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
-PARTS = ("generation", "grid", "strategies", "step")
-TEST_IMAGES = 10_000
-PAPERS_INR = PerTensorMLP(hidden_width=256, num_layers=4, num_frequencies=16, activation="relu")
+PARTS = ("grid", "strategies", "step")
 NUM_CLASSES = 100
 # Flags of numbers: default, value of --smoke, what it says.
 NUMBERS = {
@@ -100,12 +95,8 @@ class Findings:
 
 def load_config(network: str) -> dict[str, Any]:
     """The config of a network as nested dicts."""
-    path = ROOT / "configs" / CONFIGS[network]
-    spec = importlib.util.spec_from_file_location("speed_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config().to_dict()
+    flags = ["", f"--config={ROOT}/configs/{CONFIGS[network]}"]
+    config, _ = command_line.parse(flags, lambda values: None, config_required=True)
     if network == "tiny":
         config["network"] |= {"depth": 14, "stage_widths": (4, 6, 8)}
         config["train"] |= {"num_random_sizes": 1}
@@ -159,15 +150,6 @@ class Case:
         """Those of the config's INR, as they are at the first step."""
         return self.params_of(self.family)
 
-    def forward(self) -> tuple[Callable[[], Any], float]:
-        """The full-size network on `batch_size` images, and the seconds of its compilation."""
-        shape = (self.args.batch_size, *self.dataset.train_images.shape[1:])
-        images = jax.random.normal(jax.random.key(1), shape, self.experiment.preprocessing.dtype)
-        seconds, program = timing.compiled(
-            lambda params, x: resnet.apply(self.spec, params, x), self.backbone, images
-        )
-        return lambda: program(self.backbone, images), seconds
-
 
 def make_case(name: str, args: argparse.Namespace) -> Case:
     config = load_config(name)
@@ -199,38 +181,6 @@ def draw_widths(family: Hypernetwork, number: int) -> np.ndarray:
             break
         rows[tuple(family.widths(rng.uniform(0.25, 1.0)).tolist())] = None
     return np.array(list(rows), np.int32)
-
-
-# --- generation ------------------------------------------------------------------------------
-
-
-def measure_generation(case: Case) -> Findings:
-    found = Findings()
-    forward, seconds = case.forward()
-    found.facts["compilation, forward pass"] = f"{seconds:.1f} s"
-    functions = {"forward": forward}
-    kinds = {"default INR": case.family.inr, "papers' INR, an MLP per tensor": PAPERS_INR}
-    for label, inr in kinds.items():
-        family = dataclasses.replace(case.family, inr=inr)
-        params = case.params_of(family)
-        widths = jnp.asarray(family.widths(0.75))
-        seconds, program = timing.compiled(
-            lambda p, w, family=family: hyper.generate(family, p, w), params, widths
-        )
-        functions[label] = functools.partial(program, params, widths)
-        found.facts[f"compilation, {label}"] = f"{seconds:.1f} s"
-        found.facts[f"parameters, {label}"] = f"{hyper.num_inr_params(params):,}"
-    times = timing.fewest(functions, case.args.repeats)
-    batch = case.args.batch_size
-    found.facts["forward pass"] = (
-        f"full size, {batch:,} images measured and scaled to {TEST_IMAGES:,}"
-    )
-    reference = times["forward"] * TEST_IMAGES / batch
-    against = f"its forward pass over {TEST_IMAGES:,} images"
-    for label in kinds:
-        what = f"one network from the {label}"
-        found.rows.append(Row(case.name, "generation", what, against, times[label], reference))
-    return found
 
 
 # --- grid ------------------------------------------------------------------------------------
@@ -481,7 +431,6 @@ def measure_step(case: Case) -> Findings:
 # --- the report ------------------------------------------------------------------------------
 
 MEASURES = {
-    "generation": measure_generation,
     "grid": measure_grid,
     "strategies": measure_strategies,
     "step": measure_step,

@@ -207,9 +207,10 @@ def idle_parts(
 
     channels: dict[str, int] = {}
     idle = set(range(len(names)))
-    for widths in (np.array(hypernetwork.full_widths, np.int32), np.array(smallest, np.int32)):
+    for number, chosen in enumerate((hypernetwork.full_widths, smallest)):
+        widths = np.array(chosen, np.int32)
         found, logits = jax.device_get(look(params, widths, images))
-        if not channels:
+        if number == 0:
             silent = {name: int(np.sum(found[name][0] <= 0)) for name in names}
             channels = {name: count for name, count in silent.items() if count}
         for position in sorted(idle):

@@ -196,4 +196,15 @@ def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth
 
 
 def test_nothing_is_said_of_a_family_all_of_which_does_something():
-    assert diagnosis.describe_idle(tiny.FAMILY, diagnosis.Idle({}, ())) == []
+    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection())
+    backbone = tiny.random_backbone(spec)
+    for n in family.blocks:
+        layer = backbone[spec.blocks[n].name]["conv1"]
+        layer["bias"] = jnp.ones_like(layer["bias"])
+    params = hyper.init(jax.random.key(0), family, backbone, alpha=1.0, from_backbone=True)
+    images = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+    # Channels beyond the smallest widths are not there, which is not the same as never firing.
+    idle = diagnosis.idle_parts(family, params, images, family.widths(0.5))
+    assert idle == diagnosis.Idle({}, ())
+    assert diagnosis.describe_idle(family, idle) == []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from neumeta_jax import architecture, command_line
+from neumeta_jax.inr import Grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "benchmarks" / "speed.py"
@@ -40,8 +41,6 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
             assert math.isfinite(row[name]) and row[name] > 0, row
     found = [(row["part"], row["what"].split(",")[0].split(" of ")[0]) for row in document["rows"]]
     assert found == [
-        ("generation", "one network from the default INR"),
-        ("generation", "one network from the papers' INR"),
         ("grid", "evaluate_grid"),
         ("grid", "evaluate_grid"),
         ("grid", "multiply-adds an image at the shapes"),
@@ -68,21 +67,21 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
 
 def test_a_grid_has_no_network_twice(speed):
     spec = architecture.cifar_resnet(20, num_classes=10)
-    family = speed.Hypernetwork(spec=spec, blocks=(1, 4, 6), inr=speed.PAPERS_INR)
+    family = speed.Hypernetwork(spec=spec, blocks=(1, 4, 6), inr=Grid())
     rows = speed.draw_widths(family, 64)
     assert rows.shape == (64, 3) and len(np.unique(rows, axis=0)) == 64
     assert np.all(rows >= family.widths(0.25)) and np.all(rows <= family.widths(1.0))
     tiny = speed.Hypernetwork(
         spec=architecture.cifar_resnet(14, num_classes=10, stage_widths=(2, 2, 2)),
         blocks=(1,),
-        inr=speed.PAPERS_INR,
+        inr=Grid(),
     )
     assert sorted(speed.draw_widths(tiny, 3).tolist()) == [[1], [2]]
 
 
 def test_networks_of_one_shape_differ(speed):
     spec = architecture.cifar_resnet(20, num_classes=10)
-    family = speed.Hypernetwork(spec=spec, blocks=(1, 4), inr=speed.PAPERS_INR)
+    family = speed.Hypernetwork(spec=spec, blocks=(1, 4), inr=Grid())
     rows = speed.one_bucket(family, 4)
     assert len(rows) == 4 and rows.max(axis=0).tolist() == family.widths(0.75).tolist()
 
@@ -111,6 +110,6 @@ def test_bad_flags_are_refused_in_one_sentence(speed, flags, message, capsys):
 
 
 def test_parts_run_in_a_fixed_order_and_smoke_is_tiny(speed):
-    args = speed.parse(["--out=x", "--parts=step,generation,grid", "--num_images=7", "--smoke"])
-    assert args.parts == ["generation", "grid", "step"]
+    args = speed.parse(["--out=x", "--parts=step,strategies,grid", "--num_images=7", "--smoke"])
+    assert args.parts == ["grid", "strategies", "step"]
     assert args.networks == ["tiny"] and args.num_images == 7 and args.num_networks == 4

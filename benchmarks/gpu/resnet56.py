@@ -15,7 +15,6 @@ which shows where training becomes unstable.
 
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -47,8 +46,7 @@ def main() -> None:
         return rows[name]["images_per_second"] * rows[name]["batch_size"] ** -0.32
 
     best = options.variant or max(rows, key=merit)
-    row = rows[best]
-    batch_size, xla_flags = throughput.VARIANTS[best]
+    row, xla_flags = rows[best], throughput.VARIANTS[best][1]
     batch_size = row["batch_size"]
 
     def epochs(seconds, step_ms):
@@ -69,30 +67,21 @@ def main() -> None:
     flags += [f"--config.train.epochs={train}", f"--config.train.depth_epochs={depth}"]
     flags += [*options.flags, "--config.eval.split=validation", f"--workdir={options.workdir}"]
     print(f"{best}: {train} epochs, {depth} of the depth term", flush=True)
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip(),
-        "PYTHONPATH": f"{throughput.ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
 
-    def run(*command):
+    def run(*command, xla_flags=""):
+        environment = throughput.environment(xla_flags)
         command = [sys.executable, *command]
-        return subprocess.run(command, cwd=throughput.ROOT, env=environment, check=True)
+        subprocess.run(command, cwd=throughput.ROOT, env=environment, check=True)
 
-    run("train.py", *flags)
+    run("train.py", *flags, xla_flags=xla_flags)
     compact = (options.out / "inr_bfloat16.safetensors").absolute()
     save = "import sys; from neumeta_jax import checkpoint as c; c.save_compact(*sys.argv[1:])"
     run("-c", save, str(options.workdir), str(compact))
     if not options.trial:
         # What is tested is what is kept.
         (options.workdir / "inr.safetensors").write_bytes(compact.read_bytes())
-        ratios = "1,0.9,0.75,0.6,0.5,0.4,0.3,0.25"
-        run(
-            "eval.py",
-            f"--workdir={options.workdir}",
-            "--split=test",
-            f"--width_ratios={ratios}",
-            "--skipped_blocks=0,1,2,3,4",
-        )
+        sizes = ["--width_ratios=1,0.9,0.75,0.6,0.5,0.4,0.3,0.25", "--skipped_blocks=0,1,2,3,4"]
+        run("eval.py", f"--workdir={options.workdir}", "--split=test", *sizes)
     with tarfile.open(options.out / "run.tar.gz", "w:gz") as archive:
         for pattern in KEPT:
             for path in sorted(options.workdir.glob(pattern)):

@@ -14,6 +14,7 @@ Random images and labels. The last lines are a table; `throughput.json` holds al
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -37,62 +38,49 @@ WORKER_S = 150  # more is no use on a device that is lent by the minute
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def settings(smoke: bool) -> dict:
-    if smoke:
-        return {"preset": "depth", "images": 200, "validation": 40, "steps": 1, "depth": 20}
-    return {"preset": "depth", "images": 50_000, "validation": 2000, "steps": 50, "depth": 56}
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of what is measured: the network, the data set, the steps of a call."""
+
+    depth: int = 56
+    images: int = 50_000
+    steps: int = 50
 
 
-def experiment_of(batch_size: int, smoke: bool):
+SMOKE = Size(depth=20, images=2100, steps=1)
+
+
+def experiment_of(batch_size: int, size: Size):
     """The experiment of the config on random images, and its splits."""
-    import importlib.util
-
     import numpy as np
 
-    from neumeta_jax import data, experiment as lab
+    from neumeta_jax import command_line, data, experiment as lab
 
-    size = settings(smoke)
-    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "resnet56.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(size["preset"])
-    config.data.num_validation = size["validation"]
-    config.network.depth = size["depth"]
-    config.train.batch_size = batch_size
+    fields = {"network.depth": size.depth, "train.batch_size": batch_size}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = ["", f"--config={ROOT}/configs/resnet56.py:depth", *flags]
+    config, _ = command_line.parse(flags, lambda values: None, config_required=True)
     rng = np.random.default_rng(0)
 
     def draw(number):
         images = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
         return images, rng.integers(0, 100, number).astype(np.int32)
 
-    dataset = data.make_dataset("cifar100", *draw(size["images"]), *draw(100), num_classes=100)
-    splits = data.split_validation(dataset, num_validation=size["validation"], seed=0)
-    return lab.from_config(config.to_dict(), dataset), splits
+    dataset = data.make_dataset("cifar100", *draw(size.images), *draw(100), num_classes=100)
+    splits = data.split_validation(dataset, num_validation=2000, seed=0)
+    return lab.from_config(config, dataset), splits
 
 
-def seconds_of(function, repeats: int = 3) -> float:
-    """The shortest of `repeats` runs of `function`, after one that does not count."""
-    function()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-def worker(batch_size: int, smoke: bool) -> None:
+def worker(batch_size: int, size: Size) -> None:
     """Compiles the steps and prints what it measured."""
     import jax
     import jax.numpy as jnp
 
-    from neumeta_jax import experiment as lab, hypernetwork as hyper, resnet, training
+    from neumeta_jax import experiment as lab, hypernetwork as hyper, resnet, timing, training
 
     lab.enable_compilation_cache()
-    experiment, splits = experiment_of(batch_size, smoke)
+    experiment, splits = experiment_of(batch_size, size)
     family, recipe = experiment.hypernetwork, experiment.recipe
-    steps = settings(smoke)["steps"]
     images = training.Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
     backbone = resnet.init_params(jax.random.key(0), family.spec)
     params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
@@ -102,7 +90,7 @@ def worker(batch_size: int, smoke: bool) -> None:
     state = training.start_phase(params, family, recipe, phases[0])
 
     def runner(kind):
-        """A function that takes `steps` steps of the phase of `kind`."""
+        """A function that takes `size.steps` steps of the phase of `kind`."""
         phase = next(phase for phase in phases if phase.kind == kind)
         update = training.inr_update(
             family, recipe, experiment.preprocessing, unroll=True, kind=kind
@@ -110,22 +98,24 @@ def worker(batch_size: int, smoke: bool) -> None:
         call = training.chunked(
             update,
             images_per_step=training.phase_recipe(recipe, kind).images_per_step,
-            steps_per_call=max(steps, 2),
+            steps_per_call=size.steps,
         )
         rest = (backbone, training.phase_inputs(family, recipe, phase))
 
         def run():
             nonlocal state
             zero = jnp.int32(0)
-            state, metrics, _ = call(state, zero, jnp.int32(steps), key, images, order, zero, *rest)
-            jax.block_until_ready(metrics)
+            state, metrics, _ = call(
+                state, zero, jnp.int32(size.steps), key, images, order, zero, *rest
+            )
+            return metrics
 
         return run
 
     started = time.perf_counter()
     runs = {kind: runner(kind) for kind in KINDS}
     for run in runs.values():
-        run()
+        jax.block_until_ready(run())
     compile_s = time.perf_counter() - started
 
     # The parts of a step that are no network: what a faster device would not make faster.
@@ -143,34 +133,40 @@ def worker(batch_size: int, smoke: bool) -> None:
         )
         return pull_back(trees)
 
-    parts = {
-        "optimiser": lambda: jax.block_until_ready(optimise(state.params, state.opt_state)),
-        "generation": lambda: jax.block_until_ready(generate(state.params, key)),
-    }
-    step_s, depth_s = (seconds_of(runs[kind]) / steps for kind in KINDS)
+    seconds = timing.fewest(runs, 3)
+    step_s, depth_s = (seconds[kind] / size.steps for kind in KINDS)
+    parts = timing.fewest(
+        {
+            "optimiser": lambda: optimise(state.params, state.opt_state),
+            "generation": lambda: generate(state.params, key),
+        },
+        3,
+    )
     found = {
         "batch_size": batch_size,
         "compile_s": round(compile_s, 1),
         "step_ms": 1e3 * step_s,
         "images_per_second": recipe.num_sizes * batch_size / step_s,
         "depth_step_ms": 1e3 * depth_s,
-        **{f"{name}_ms": 1e3 * seconds_of(part) for name, part in parts.items()},
+        **{f"{name}_ms": 1e3 * value for name, value in parts.items()},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
     print(json.dumps(found), flush=True)
 
 
-def torch_worker(batch_size: int, smoke: bool) -> None:
+def torch_worker(batch_size: int, size: Size) -> None:
     """The same networks in PyTorch; prints what it measured."""
     import torch
     from torch import nn
     from torch.nn import functional
 
+    from neumeta_jax import timing
+
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     torch.backends.cudnn.benchmark = True
-    blocks_per_stage = (settings(smoke)["depth"] - 2) // 6
+    blocks_per_stage = (size.depth - 2) // 6
     generated = range(1, blocks_per_stage)
     last = blocks_per_stage - 1  # the last block of the network is not generated
 
@@ -234,14 +230,12 @@ def torch_worker(batch_size: int, smoke: bool) -> None:
             step()
         run = graph.replay
 
-    repeats = 1 if smoke else 20
-
     def several():
-        for _ in range(repeats):
+        for _ in range(size.steps):
             run()
         wait()
 
-    step_s = seconds_of(several) / repeats
+    step_s = timing.fewest({"": several}, 3)[""] / size.steps
     found = {
         "batch_size": batch_size,
         "step_ms": 1e3 * step_s,
@@ -249,6 +243,15 @@ def torch_worker(batch_size: int, smoke: bool) -> None:
         "torch": torch.__version__,
     }
     print(json.dumps(found), flush=True)
+
+
+def environment(xla_flags: str) -> dict[str, str]:
+    """Of a process that runs this checkout with more flags of XLA."""
+    flags = f"{xla_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+    return os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
 
 
 def main() -> None:
@@ -264,25 +267,16 @@ def main() -> None:
     if options.worker:
         kind, batch_size = options.worker.split(":")
         run = torch_worker if kind == "torch" else worker
-        run(int(batch_size) // scale, options.smoke)
+        run(int(batch_size) // scale, SMOKE if options.smoke else Size())
         return
 
     def measure(kind, batch_size, flags=""):
-        environment = os.environ | {
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        }
-        command = [
-            sys.executable,
-            __file__,
-            f"--out={options.out}",
-            f"--worker={kind}:{batch_size}",
-        ]
+        job = f"--worker={kind}:{batch_size}"
+        command = [sys.executable, __file__, f"--out={options.out}", job]
         command += ["--smoke"] * options.smoke
+        pipes = {"stdout": subprocess.PIPE, "text": True, "timeout": WORKER_S}
         try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env=environment, timeout=WORKER_S
-            )
+            done = subprocess.run(command, env=environment(flags), **pipes)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {WORKER_S} s"}
         lines = done.stdout.strip().splitlines()
