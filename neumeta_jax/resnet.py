@@ -144,9 +144,9 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
-def _spread(bias, x) -> Any:
+def _spread(bias, x) -> jax.Array:
     """`bias` at every image and pixel of `x`, in its type."""
-    return bias if bias.dtype == x.dtype else _rounded(bias, x.shape, x.dtype.name)
+    return bias if bias.dtype == x.dtype else jnp.asarray(_rounded(bias, x.shape, x.dtype.name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -527,17 +527,15 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
     """
     if recipe.optimizer == "muon":
         numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
-
-        def dimensions(stacks: Any) -> Any:
-            return {name: None if name == _REST else numbers for name in stacks}
-
         optimizer = _stacked(
             optax.contrib.muon(
                 1.0,
                 weight_decay=recipe.weight_decay,
                 adam_weight_decay=recipe.weight_decay,
                 consistent_rms=0.2,
-                muon_weight_dimension_numbers=dimensions,
+                muon_weight_dimension_numbers=lambda stacks: jax.tree.map_with_path(
+                    lambda path, _: None if path[0].key == _REST else numbers, stacks
+                ),
             )
         )
     else:
@@ -579,11 +577,6 @@ def _stacked(optimizer: optax.GradientTransformation) -> optax.GradientTransform
         return unstack(stacks)[0], state
 
     return optax.GradientTransformation(lambda params: optimizer.init(stack(params)), update)
-
-
-def _parts(tree: Any) -> Iterable[tuple[str, Any]]:
-    """The parts of a tree of parameters, which optax says less of than it knows."""
-    return tree.items()
 
 
 def start_phase(
@@ -658,6 +651,14 @@ def learning_rate_scale(recipe: InrRecipe, step: jax.Array, phase: PhaseInputs) 
         progress = jnp.clip((done - phase.warmup_steps) / remaining, 0.0, 1.0)
         scale = scale * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return scale
+
+
+def at_rates(updates: Any, phase: PhaseInputs, scale: jax.Array) -> Params:
+    """`updates` of a learning rate of 1 times the phase's rates and `scale`."""
+    return {
+        name: jax.tree.map(lambda u, rate=rate: scale * rate * u, updates[name])
+        for name, rate in phase.rates.items()
+    }
 
 
 def update_mask(
@@ -1017,13 +1018,8 @@ def inr_update(
             mask = depth_mask(hypernetwork, state.params)
         else:
             mask = update_mask(hypernetwork, recipe, state.params, phase)
-        updates = {
-            name: jax.tree.map(
-                lambda u, m, r=phase.rates[name]: scale * r * m * u, tree, mask[name]
-            )
-            for name, tree in _parts(updates)
-        }
-        params = optax.apply_updates(state.params, updates)
+        updates = jax.tree.map(lambda u, m: m * u, updates, mask)
+        params = optax.apply_updates(state.params, at_rates(updates, phase, scale))
         average = state.average
         if average is not None:
             # Of the steps so far until there are enough of them for the decay.
@@ -1078,12 +1074,8 @@ def fit_update(
         # Always a cosine: there is nothing to keep exploring once the weights are met.
         done = (step - phase.start) / phase.num_steps
         scale = 0.5 * (1 + jnp.cos(jnp.pi * done))
-        updates = {
-            name: jax.tree.map(lambda u, r=phase.rates[name]: scale * r * u, tree)
-            for name, tree in _parts(updates)
-        }
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(state.params, at_rates(updates, phase, scale))
         # What the next phase starts from is the fit itself, not an average over its steps.
         average = None if state.average is None else params
         return TrainState(params, opt_state, average), metrics

@@ -27,7 +27,7 @@ DEPTH_SHARE = 0.2  # of the time, for the phase that trains the depth term alone
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.5)

@@ -15,12 +15,14 @@ Random images and labels. The last lines are a table; `throughput.json` holds al
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 # Of which phases: all sizes, and the depth term alone.
 KINDS = ("train", "depth")
@@ -157,9 +159,9 @@ def worker(batch_size: int, size: Size) -> None:
 
 def torch_worker(batch_size: int, size: Size) -> None:
     """The same networks in PyTorch; prints what it measured."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
+    torch: Any = importlib.import_module("torch")
+    nn: Any = importlib.import_module("torch.nn")
+    functional: Any = importlib.import_module("torch.nn.functional")
 
     from neumeta_jax import timing
 
@@ -255,7 +257,7 @@ def environment(xla_flags: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between")
