@@ -50,7 +50,8 @@ def save_tree(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, Any
         StorageError: if the disk is full, the folder read-only, ...; an old file is still there.
     """
     flat = {
-        "/".join(entry.key for entry in keys): np.ascontiguousarray(leaf)
+        # Not `np.ascontiguousarray`, which makes vectors of scalars.
+        "/".join(entry.key for entry in keys): np.asarray(leaf, order="C")
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
     fields = dict(metadata)
