@@ -502,28 +502,20 @@ def _head(tensors: Mapping[str, Any]) -> str:
     return next((name for name in _HEADS if f"{name}.weight" in tensors), _HEADS[0])
 
 
-class Layer(NamedTuple):
-    """A convolution and its batch norm: where they lie in the linen tree, and their PyTorch names.
-
-    Attributes:
-        path: of the block's name, or empty.
-        conv, norm: names in the linen tree.
-        torch_conv, torch_norm: their names in PyTorch.
-        shape: of the kernel, OIHW.
-    """
-
-    path: tuple[str, ...]
-    conv: str
-    norm: str
-    torch_conv: str
-    torch_norm: str
-    shape: tuple[int, ...]
+Layer = tuple[tuple[str, ...], str, str, str, str, tuple[int, ...]]
 
 
 def layers(spec: ResNetSpec, tensors: Mapping[str, Any] | None = None) -> list[Layer]:
-    """The convolutions of `spec`; `tensors` tells how shortcuts are called, else "downsample"."""
+    """The convolutions of `spec`, each with its batch norm.
+
+    `tensors` tells how shortcuts are called, else "downsample".
+
+    Returns:
+        Of each (path to its block or (), names of conv and norm in the linen tree, their names in
+        PyTorch, shape of the kernel, OIHW).
+    """
     shape = (spec.stage_widths[0], spec.channels, 3, 3)
-    found = [Layer((), "stem", "stem_bn", "conv1", "bn1", shape)]
+    found: list[Layer] = [((), "stem", "stem_bn", "conv1", "bn1", shape)]
     for block in spec.blocks:
         if block.hidden_width == 0:
             continue
@@ -531,12 +523,12 @@ def layers(spec: ResNetSpec, tensors: Mapping[str, Any] | None = None) -> list[L
         widths = block.in_width, block.hidden_width, block.out_width
         for n in (1, 2):
             names = f"conv{n}", f"bn{n}", f"{prefix}.conv{n}", f"{prefix}.bn{n}"
-            found.append(Layer(path, *names, (widths[n], widths[n - 1], 3, 3)))
+            found.append((path, *names, (widths[n], widths[n - 1], 3, 3)))
         if block.projection:
             names = [f"{prefix}.{name}" for name in _SHORTCUTS]
             name = next((n for n in names if f"{n}.0.weight" in (tensors or ())), names[0])
             shape = (block.out_width, block.in_width, 1, 1)
-            found.append(Layer(path, "shortcut", "shortcut_bn", f"{name}.0", f"{name}.1", shape))
+            found.append((path, "shortcut", "shortcut_bn", f"{name}.0", f"{name}.1", shape))
     return found
 
 
