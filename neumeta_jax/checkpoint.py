@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,13 @@ def pretrained() -> list[str]:
     True
     """
     return sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
+
+
+def unpack(name: str, workdir: pathlib.Path) -> None:
+    """Puts a `pretrained` INR and the config that trained it into a work directory."""
+    with storage.replacing(workdir / INR_FILE) as partial:
+        shutil.copyfile(PRETRAINED / f"{name}.safetensors", partial)
+    shutil.copyfile(PRETRAINED / f"{name}.json", workdir / "config.json")
 
 
 def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, Any]]:

@@ -399,8 +399,14 @@ class TrainedRun(NamedTuple):
 
 
 def open_run(config: Mapping[str, Any], options: flags.FlagValues) -> TrainedRun:
-    """The run in `options.workdir`, which `config`, unless empty, must have made."""
+    """The run in `options.workdir`, which `config`, unless empty, must have made.
+
+    Where there is no such folder and it has the name of a pretrained INR, it is made of that.
+    """
     workdir = pathlib.Path(options.workdir)
+    if not workdir.exists() and workdir.name in checkpoint.pretrained():
+        with locked(workdir):
+            checkpoint.unpack(workdir.name, workdir)
     saved = read_config(workdir)
     if config:
         check_same_config(workdir, config)

@@ -46,6 +46,7 @@ from neumeta_jax import (
     architecture,
     checkpoint,
     command_line,
+    diagnosis,
     evaluation,
     experiment as lab,
     plotting,
@@ -99,6 +100,11 @@ class Space:
     def genes(self, widths: Sequence[int]) -> list[int]:
         pairs = zip(self.choices, widths, strict=True)
         return [choices.index(width) for choices, width in pairs]
+
+    def without(self, positions: Collection[int]) -> "Space":
+        """The same with some of the `blocks` left out of every network."""
+        choices = [(0,) if n in positions else c for n, c in enumerate(self.choices)]
+        return dataclasses.replace(self, choices=tuple(choices))
 
     @property
     def size(self) -> int:
@@ -691,10 +697,14 @@ def main(argv: Sequence[str]) -> None:
         multiple=options.width_multiple,
         depth=options.depth,
     )
-    counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
-    check_budgets(space, counted)
     experiment, splits = opened.load()
     lab.evaluation_split(splits, "validation")
+    idle = lab.find_idle(experiment, opened.params, splits)
+    for line in diagnosis.describe_idle(hypernetwork, idle):
+        print(line)
+    space = space.without(idle.blocks)
+    counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
+    check_budgets(space, counted)
 
     num_samples = options.num_samples or experiment.evaluation.num_samples
     settings = {name: getattr(options, name) for name in (*BUDGETS, "width_multiple", "depth")}

@@ -2,17 +2,28 @@
 
 import hashlib
 import importlib.util
+import os
 import pathlib
 import re
+import types
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 import neumeta_jax
-from neumeta_jax import checkpoint, data, evaluation, hypernetwork as hyper, training
+from neumeta_jax import (
+    checkpoint,
+    data,
+    evaluation,
+    experiment as lab,
+    hypernetwork as hyper,
+    training,
+)
 
-CIFAR100 = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CIFAR100 = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared")) / "data"
 NUM_IMAGES = 500
 
 
@@ -52,6 +63,19 @@ def test_accuracies_are_those_of_the_page(name, test_images):
         spec, network = hyper.generate_dense(family, params, family.widths(ratio))
         accuracy = evaluation.accuracy(spec, network, *test_images, preprocessing, batch_size=50)
         assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors
+
+
+@pytest.mark.parametrize("name", checkpoint.pretrained())
+def test_a_name_stands_for_a_work_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = types.SimpleNamespace(workdir=name, data_dir="elsewhere")
+    opened = lab.open_run({}, options)
+    assert opened.workdir == pathlib.Path(name) and opened.config["data"]["dir"] == "elsewhere"
+    family, params, _ = neumeta_jax.load(name)
+    assert opened.hypernetwork == family
+    chex.assert_trees_all_equal(opened.params, params)
+    assert lab.read_config(name)["inr"]["kind"] == "projection"
+    chex.assert_trees_all_equal(lab.open_run({}, options).params, params)  # there now
 
 
 def test_a_name_that_is_neither_a_file_nor_pretrained_is_refused():
