@@ -11,22 +11,18 @@ import json
 import pathlib
 import time
 
-from absl import flags
-
 from neumeta_jax import command_line, diagnosis, experiment as lab, hosts
 from neumeta_jax.progress import format_seconds
 
-
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir", "", "Where the run lives; created if absent.", flag_values=values
-    )
-    flags.DEFINE_bool("dry_run", False, "Describe the run and exit.", flag_values=values)
-    hosts.define_flags(values)
+FLAGS: command_line.Flags = {
+    "workdir": (str, "", "Where the run lives; created if absent."),
+    "dry_run": (bool, False, "Describe the run and exit."),
+    **hosts.FLAGS,
+}
 
 
 def main(argv):
-    config, options = command_line.parse(argv, define_flags, config_required=True)
+    config, options = command_line.parse(argv, FLAGS, config_required=True)
     if not options.workdir and not options.dry_run:
         raise command_line.UsageError(
             "--workdir=DIR is required; the run is kept and resumed there."
@@ -62,14 +58,10 @@ def run(config, options):
     idle = lab.find_idle(experiment, params, splits)
     for line in diagnosis.describe_idle(experiment.hypernetwork, idle):
         print(line)
+    evaluator = lab.make_evaluator(experiment, params, splits)
+    ratios = experiment.evaluation.width_ratios
     lab.evaluate_and_write(
-        pathlib.Path(options.workdir),
-        experiment,
-        params,
-        splits,
-        split=experiment.eval_split,
-        width_ratios=experiment.width_ratios,
-        num_samples=experiment.eval_samples,
+        pathlib.Path(options.workdir), experiment, evaluator, width_ratios=ratios
     )
     print(f"done in {format_seconds(time.perf_counter() - started)}")
 

@@ -58,9 +58,7 @@ def plan(
     for seed in seeds:
         for row in rows:
             args = [f"--config={CONFIG}:{row}", f"--config.seed={seed}", *overrides]
-            config, _ = command_line.parse(
-                ["train.py", *args], lambda values: None, config_required=True
-            )
+            config, _ = command_line.parse(["train.py", *args], {}, config_required=True)
             folder = workdir / (row if seed == 0 else f"{row}-seed{seed}")
             if (folder / "config.json").exists():
                 lab.check_same_config(folder, config)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     normalization = export.Normalization(
         experiment.preprocessing.mean, experiment.preprocessing.std
     )
-    num_samples = experiment.eval_samples
+    num_samples = experiment.evaluation.num_samples
     key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
 
     rows = []

@@ -39,6 +39,7 @@ from neumeta_jax import (
     hypernetwork as hyper,
     losses,
     resnet,
+    storage,
     timing,
     training,
 )
@@ -96,7 +97,7 @@ class Findings:
 def load_config(network: str) -> dict[str, Any]:
     """The config of a network as nested dicts."""
     flags = ["", f"--config={ROOT}/configs/{CONFIGS[network]}"]
-    config, _ = command_line.parse(flags, lambda values: None, config_required=True)
+    config, _ = command_line.parse(flags, {}, config_required=True)
     if network == "tiny":
         config["network"] |= {"depth": 14, "stage_widths": (4, 6, 8)}
         config["train"] |= {"num_random_sizes": 1}
@@ -536,7 +537,7 @@ def main(argv: Sequence[str]) -> None:
                 {"network": name, "part": part, "seconds": seconds, "facts": found.facts}
             )
             document["wall_seconds"] = time.perf_counter() - started
-            lab.write_json(args.out / "speed.json", document)
+            storage.write_json(args.out / "speed.json", document)
             (args.out / "speed.md").write_text(markdown(document))
             print(f"{name}, {part}: {seconds:.0f} s", flush=True)
     print(f"\n{markdown(document)}\nwrote {args.out / 'speed.json'} and speed.md")

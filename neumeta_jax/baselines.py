@@ -37,27 +37,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 
 from neumeta_jax import (
     architecture,
-    checkpoint,
     command_line,
     data,
     diagnosis,
-    evaluation,
     experiment as lab,
     hypernetwork as hyper,
     losses,
     resnet,
     smoothing,
     storage,
+    timing,
     training,
 )
 from neumeta_jax.architecture import ResNetSpec, widths_at
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.experiment import Experiment, Workdir
-from neumeta_jax.progress import Progress, format_seconds
+from neumeta_jax.progress import format_seconds
 from neumeta_jax.resnet import Params, ResNet
 from neumeta_jax.training import Images, Preprocessing, TrainState
 
@@ -198,16 +196,14 @@ class Family(NamedTuple):
         storage_bytes: what has to be stored for the sizes of the comparison, weights as float32.
         continuous: whether sizes between those exist too.
         switch_images: images that a change of size needs.
-        cost: of training.
         calibration_images: training images that importance or statistics were measured on.
         kept_as_is: ratios whose network needed no training.
     """
 
     network: Callable[[float], tuple[ResNetSpec, Params]]
     storage_bytes: int
-    continuous: bool
-    switch_images: int
-    cost: Cost
+    continuous: bool = True
+    switch_images: int = 0
     calibration_images: int = 0
     kept_as_is: tuple[float, ...] = ()
 
@@ -215,23 +211,11 @@ class Family(NamedTuple):
 # --- networks with batch norm ----------------------------------------------------------------
 
 
-def _take_hidden(layers: Mapping, index) -> Params:
-    """A block's layers with the hidden channels `index`, a slice or an array of positions."""
-    taken = {
-        **layers,
-        "conv1": {"kernel": layers["conv1"]["kernel"][..., index]},
-        "conv2": {"kernel": layers["conv2"]["kernel"][:, :, index]},
-    }
-    if "bn1" in layers:
-        taken["bn1"] = {name: x[index] for name, x in layers["bn1"].items()}
-    return taken
-
-
 def _take(spec: ResNetSpec, variables: Mapping, indices: Mapping[int, Any]) -> Params:
     params, stats = dict(variables["params"]), dict(variables["batch_stats"])
     for n, index in indices.items():
         name = spec.blocks[n].name
-        params[name] = _take_hidden(params[name], index)
+        params[name] = resnet.take_hidden(params[name], index)
         bn1 = {moment: x[index] for moment, x in stats[name]["bn1"].items()}
         stats[name] = {**stats[name], "bn1": bn1}
     return {"params": params, "batch_stats": stats}
@@ -439,7 +423,7 @@ def switch(
     shared = dict(variables["params"]["shared"])
     for n, width in zip(blocks, widths, strict=True):
         name = spec.blocks[n].name
-        shared[name] = _take_hidden(shared[name], slice(width))
+        shared[name] = resnet.take_hidden(shared[name], slice(width))
     params = join_norms(shared, variables["params"]["norms"][str(ratio)])
     small = architecture.morph(spec, blocks, widths)
     return small, {"params": params, "batch_stats": variables["batch_stats"][str(ratio)]}
@@ -570,12 +554,7 @@ def sgd_update(
             }
             return loss, (stats, found)
 
-        params = state.params["params"]
-        (loss, (stats, found)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, **found, "grad_norm": optax.tree.norm(grads)}
-        return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
+        return training.sgd_step(optimizer, state, loss_fn)
 
     return update
 
@@ -679,85 +658,6 @@ def _num_bytes(*trees: Any) -> int:
     return sum(int(x.size) * 4 for x in jax.tree.leaves(trees))
 
 
-def _train_sgd(
-    workdir: Workdir,
-    experiment: Experiment,
-    baseline: Baseline,
-    splits: data.Splits,
-    *,
-    part: str,
-    number: int,
-    first: Callable[[], Params],
-    forward: Forward,
-    teacher: Params,
-    of_one: ResNetSpec | None = None,
-) -> Params:
-    """Trains from where `workdir` stands; returns {"params", "batch_stats"}.
-
-    Args:
-        part: of the run, for checkpoints and metrics.
-        number: of the part, for its random numbers.
-        first: makes the variables to start from.
-        forward: see `sgd_update`.
-        teacher: a folded tree; empty where there are no soft labels.
-        of_one: the network's spec, where there is only one.
-    """
-    images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
-    num_steps, batch_size = baseline.num_steps, baseline.batch_size
-    recipe = training.TeacherRecipe(
-        batch_size=batch_size,
-        learning_rate=baseline.learning_rate,
-        momentum=baseline.momentum,
-        weight_decay=baseline.weight_decay,
-    )
-    optimizer = training.sgd_optimizer(recipe, num_steps)
-    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / part)
-
-    def last_state():
-        variables = jax.tree.map(jnp.array, first())  # steps donate their buffers
-        fresh = TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
-        return lab.restore(saved, fresh) or (0, fresh)
-
-    def locate(state, step):
-        if of_one is None:
-            return ""
-        return diagnosis.locate_in_teacher(
-            of_one, experiment.preprocessing, state.params, step, images
-        )
-
-    start, state = last_state()
-    if start:
-        print(f"{part}: continuing from step {start} of {num_steps}", flush=True)
-    workdir.metrics.rewind(part, start)
-    steps_per_call = training.default_steps_per_call()
-    update = sgd_update(
-        forward, baseline, optimizer, experiment.preprocessing, teacher_spec=experiment.spec
-    )
-    call = training.chunked(update, images_per_step=batch_size, steps_per_call=steps_per_call)
-    with Progress(num_steps, batch_size, done=start) as progress:
-        state = lab.run_part(
-            workdir,
-            experiment,
-            part=part,
-            saved=saved,
-            call=call,
-            state=state,
-            start=start,
-            stop=num_steps,
-            key=jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number),
-            images=images,
-            images_per_step=batch_size,
-            steps_per_call=steps_per_call,
-            phase=part,
-            progress=progress,
-            shown=("loss", "full_accuracy", "accuracy"),
-            rest=(teacher,),
-            state_before=last_state,
-            locate=locate,
-        )
-    return state.params
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What all families are made from."""
@@ -773,10 +673,17 @@ class Run:
         number = self.baseline.calibration_images
         return self.splits.train_images[:number], self.splits.train_labels[:number]
 
+    @property
+    def cost(self) -> Cost:
+        """Of training one of its families."""
+        if self.baseline.method == "inr":
+            return inr_cost(self.experiment, len(self.splits.train_labels))
+        return training_cost(self.experiment, self.baseline)
+
     @functools.cached_property
     def teacher(self) -> Params:
         """Linen variables of the teacher, as it was trained."""
-        return lab.import_teacher(self.experiment, self.experiment.teacher_file)
+        return lab.import_teacher(self.experiment, self.experiment.teacher.file)
 
     @property
     def soft_teacher(self) -> Params:
@@ -803,23 +710,61 @@ class Run:
 
     def recalibrated(self, spec: ResNetSpec, variables: Params) -> Params:
         images, _ = self.calibration
-        batch_size = self.experiment.eval_batch_size
+        batch_size = self.experiment.evaluation.batch_size
         preprocessing = self.experiment.preprocessing
         return recalibrate(spec, variables, images, preprocessing, batch_size=batch_size)
 
-    def train(self, part: str, number: int, first, forward, of_one=None) -> Params:
-        return _train_sgd(
-            self.workdir,
-            self.experiment,
-            self.baseline,
-            self.splits,
-            part=part,
-            number=number,
-            first=first,
-            forward=forward,
-            teacher=self.soft_teacher,
-            of_one=of_one,
+    def train(
+        self,
+        name: str,
+        number: int,
+        first: Callable[[], Params],
+        forward: Forward,
+        of_one: ResNetSpec | None = None,
+    ) -> Params:
+        """Trains from where the work directory stands; returns {"params", "batch_stats"}.
+
+        Args:
+            name: of the part of the run, for checkpoints and metrics.
+            number: of the part, for its random numbers.
+            first: makes the variables to start from.
+            forward: see `sgd_update`.
+            of_one: the network's spec, where there is only one.
+        """
+        baseline, experiment, splits = self.baseline, self.experiment, self.splits
+        images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+        recipe = training.TeacherRecipe(
+            batch_size=baseline.batch_size,
+            learning_rate=baseline.learning_rate,
+            momentum=baseline.momentum,
+            weight_decay=baseline.weight_decay,
         )
+        optimizer = training.sgd_optimizer(recipe, baseline.num_steps)
+        preprocessing = experiment.preprocessing
+
+        def fresh():
+            variables = jax.tree.map(jnp.array, first())  # steps donate their buffers
+            return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
+
+        def locate(state, step):
+            if of_one is None:
+                return ""
+            return diagnosis.locate_in_teacher(of_one, preprocessing, state.params, step, images)
+
+        key = jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number)
+        part = lab.Part(self.workdir, experiment.run, name, name, key, images, baseline.num_steps)
+        update = sgd_update(
+            forward, baseline, optimizer, preprocessing, teacher_spec=experiment.spec
+        )
+        state = part.train(
+            update,
+            fresh,
+            images_per_step=baseline.batch_size,
+            shown=("loss", "full_accuracy", "accuracy"),
+            rest=(self.soft_teacher,),
+            locate=locate,
+        )
+        return state.params
 
 
 def _one_by_one(run: Run) -> Family:
@@ -847,8 +792,6 @@ def _one_by_one(run: Run) -> Family:
         network=lambda ratio: (networks[ratio][0], jax.tree.map(jnp.array, networks[ratio][1])),
         storage_bytes=_num_bytes([tree for _, tree in networks.values()]),
         continuous=False,
-        switch_images=0,
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images if pruned else 0,
         kept_as_is=(1.0,) if pruned else (),
     )
@@ -873,8 +816,6 @@ def _slimmable(run: Run) -> Family:
         network=network,
         storage_bytes=_num_bytes(variables["params"]["shared"], variables["params"]["norms"]),
         continuous=False,
-        switch_images=0,
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images if baseline.init == "teacher" else 0,
     )
 
@@ -895,9 +836,7 @@ def _universally_slimmable(run: Run) -> Family:
     return Family(
         network=network,
         storage_bytes=_num_bytes(shared, norms),
-        continuous=True,
         switch_images=len(run.calibration[0]),
-        cost=training_cost(run.experiment, baseline),
         calibration_images=baseline.calibration_images,
     )
 
@@ -921,9 +860,7 @@ def _pruned(run: Run, criterion: str, *, recalibrated: bool) -> Family:
     return Family(
         network=network,
         storage_bytes=_num_bytes(shared, of_sizes if recalibrated else norms),
-        continuous=True,
         switch_images=len(run.calibration[0]) if recalibrated else 0,
-        cost=training_cost(run.experiment, run.baseline),
         calibration_images=number if measured else 0,
         kept_as_is=run.baseline.width_ratios,
     )
@@ -935,26 +872,18 @@ def _inr(run: Run) -> Family:
     backbone = lab.prepare_backbone(run.workdir, experiment, run.splits)
     params = lab.train_inr(run.workdir, experiment, run.splits, backbone)
     lab.save_result(run.workdir, experiment, params)
-    samples = experiment.eval_samples
-    key = lab.phase_key(experiment, 3) if samples > 1 else None
+    noise = experiment.noise(experiment.evaluation.num_samples)
     # The key is an argument: XLA would spend minutes on working out the noise of a constant.
-    generate = jax.jit(
-        lambda params, widths, key: hyper.generate(
-            family, params, widths, key=key, num_samples=samples
-        )
-    )
+    generate = jax.jit(functools.partial(hyper.generate, family), static_argnames="num_samples")
 
     def network(ratio):
         widths = family.widths(ratio)
-        tree = generate(params, jnp.asarray(widths), key)
+        tree = generate(params, jnp.asarray(widths), **noise)
         return resnet.slice_params(experiment.spec, tree, family.blocks, widths.tolist())
 
     return Family(
         network=network,
         storage_bytes=_num_bytes(params),
-        continuous=True,
-        switch_images=0,
-        cost=inr_cost(experiment, len(run.splits.train_labels)),
         calibration_images=lab.NUM_MOMENT_IMAGES if family.inr.needs_moments else 0,
     )
 
@@ -1000,24 +929,13 @@ def measure(
     lines, seconds = [], []
     for ratio in run.baseline.width_ratios:
         for _ in range(2):
-            started = time.perf_counter()
-            spec, params = family.network(ratio)
-            jax.block_until_ready(params)
-            last = time.perf_counter() - started
+            last, (spec, params) = timing.timed(family.network, ratio)
             if last > _SHORT_SECONDS:
                 break
         seconds.append(last)
         found = known.get(ratio) or {
             split: round(
-                100
-                * evaluation.accuracy(
-                    spec,
-                    params,
-                    *lab.evaluation_split(splits, split),
-                    experiment.preprocessing,
-                    batch_size=experiment.eval_batch_size,
-                ),
-                4,
+                100 * experiment.accuracy(params, *lab.evaluation_split(splits, split), spec), 4
             )
             for split in read
         }
@@ -1029,7 +947,7 @@ def measure(
             "widths": [spec.hidden_widths[n] for n in experiment.hypernetwork.blocks],
             "num_params": spec.num_params,
             "num_macs": spec.num_macs,
-            "images": 0 if ratio in family.kept_as_is else family.cost.images,
+            "images": 0 if ratio in family.kept_as_is else run.cost.images,
             **found,
         }
         accuracies = "".join(f"   {split} {line[split]:6.2f} %" for split in read)
@@ -1098,15 +1016,15 @@ def row(
         "method": baseline.title,
         "variant": variant,
         "source": baseline.source,
-        "seed": experiment.seed,
+        "seed": experiment.run.seed,
         "dataset": experiment.name,
         "network": f"ResNet{experiment.spec.depth}",
-        "teacher": pathlib.PurePath(experiment.teacher_file).name or None,
+        "teacher": pathlib.PurePath(experiment.teacher.file).name or None,
         "budget_images": baseline.images,
         "sizes": list(lines),
-        "network_passes": family.cost.network_passes,
-        "teacher_passes": family.cost.teacher_passes,
-        "training_macs": family.cost.macs,
+        "network_passes": run.cost.network_passes,
+        "teacher_passes": run.cost.teacher_passes,
+        "training_macs": run.cost.macs,
         "calibration_images": family.calibration_images,
         "storage_bytes": family.storage_bytes,
         "continuous": family.continuous,
@@ -1120,17 +1038,15 @@ def row(
     }
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir", "", "Where the run lives; created if absent.", flag_values=values
-    )
-    flags.DEFINE_float("budget", 1.0, "Factor on baseline.images.", flag_values=values)
-    flags.DEFINE_boolean(
-        "trial",
+FLAGS: command_line.Flags = {
+    "workdir": (str, "", "Where the run lives; created if absent."),
+    "budget": (float, 1.0, "Factor on baseline.images."),
+    "trial": (
+        bool,
         False,
         "Leave the test images alone and write no row, only print; for choosing rates.",
-        flag_values=values,
-    )
+    ),
+}
 
 
 def section(config: Mapping[str, Any]) -> Baseline:
@@ -1154,7 +1070,7 @@ def section(config: Mapping[str, Any]) -> Baseline:
 
 
 def main(argv: Sequence[str]) -> None:
-    config, options = command_line.parse(argv, define_flags, config_required=True)
+    config, options = command_line.parse(argv, FLAGS, config_required=True)
     if not options.workdir:
         raise UsageError("--workdir=DIR is required; the run is kept and resumed there.")
     baseline = section(config)
@@ -1200,7 +1116,7 @@ def main(argv: Sequence[str]) -> None:
             )
             path = workdir.path / folder / ROW_FILE
             path.parent.mkdir(exist_ok=True)
-            lab.write_json(path, document)
+            storage.write_json(path, document)
             print(f"wrote {path}", flush=True)
             before = elapsed()
             workdir.check_stop(0)

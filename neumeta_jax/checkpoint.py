@@ -207,23 +207,27 @@ def _check_shapes(hypernetwork: Hypernetwork, params: Mapping) -> None:
             raise ValueError(f"numbers from 0 to {_MAX_NUMBER} are read, got {number!r}"[:200])
     if list(blocks) != sorted({n for n in blocks if n < len(spec.blocks)}):
         raise ValueError(f"blocks must count upwards below {len(spec.blocks)}, got {blocks}"[:200])
-    backbone = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        resnet.param_shapes(spec),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
     wanted = jax.eval_shape(
-        lambda key, tree: hyper.init(key, hypernetwork, tree), jax.random.key(0), backbone
+        lambda key, tree: hyper.init(key, hypernetwork, tree),
+        jax.random.key(0),
+        resnet.abstract_params(spec),
     )
-    wanted, given = (
-        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (wanted, params)
+    if difference := first_difference(params, wanted):
+        raise ValueError(difference)
+
+
+def first_difference(given: Any, wanted: Any) -> str:
+    """Which array of a tree has another shape than in the tree `wanted`, "" if none has."""
+    given, wanted = (
+        {"/".join(entry.key for entry in keys): leaf.shape for keys, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (given, wanted))
     )
     for name in sorted(set(wanted) | set(given)):
         if wanted.get(name) != given.get(name):
-            raise ValueError(
+            return (
                 f"{name[:80]} has the shape {given.get(name)}, where {wanted.get(name)} is needed"
             )
+    return ""
 
 
 # --- checkpoints of a running phase ----------------------------------------------------------

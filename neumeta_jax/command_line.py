@@ -20,12 +20,46 @@ MAX_MESSAGE = 500  # letters
 INTERRUPTED = 75  # EX_TEMPFAIL: the same command continues
 
 
+# A flag by name: its type (a tuple: one of these words), its default, and what --help says.
+Flags = Mapping[str, tuple[type | tuple[str, ...], Any, str]]
+
+# Those of commands that work on a run of train.py.
+WORKDIR: Flags = {"workdir": (str, "", "A work directory of train.py.")}
+DATA_DIR: Flags = {
+    "data_dir": (str, "", "Where the data lies, if no longer where the run found it.")
+}
+_DEFINE = {
+    bool: flags.DEFINE_bool,
+    float: flags.DEFINE_float,
+    int: flags.DEFINE_integer,
+    list: flags.DEFINE_list,
+    str: flags.DEFINE_string,
+}
+
+
+def define(values: flags.FlagValues, table: Flags) -> None:
+    """Adds the flags of `table` to `values`."""
+    for name, (kind, default, text) in table.items():
+        if isinstance(kind, tuple):
+            flags.DEFINE_enum(name, default, kind, text, flag_values=values)
+        else:
+            _DEFINE[kind](name, default, text, flag_values=values)
+
+
 class UsageError(ValueError):
     """What the user asked for cannot be done; the message says what to do instead."""
 
 
 class Interrupted(Exception):
     """The process was asked to stop and has saved its state."""
+
+
+def check_at_least(options: flags.FlagValues, **least: int) -> None:
+    """Raises UsageError for a flag, given or with a default, whose value is below its least."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{name} must be at least {smallest}, got {value}.")
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -54,7 +88,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def parse(
     argv: Sequence[str],
-    define: Callable[[flags.FlagValues], None],
+    table: Flags,
     *,
     config_required: bool,
 ) -> tuple[dict[str, Any], flags.FlagValues]:
@@ -62,7 +96,7 @@ def parse(
 
     Args:
         argv: with the program's name first.
-        define: adds the script's own flags to the FlagValues it is given.
+        table: the script's own flags.
         config_required: whether `--config` must be there; without it the config is empty.
 
     Returns:
@@ -73,7 +107,7 @@ def parse(
     """
     argv = list(argv)
     values = flags.FlagValues()
-    define(values)
+    define(values, table)
     if any(arg in ("-h", "--help", "-help") for arg in argv):
         print((sys.modules["__main__"].__doc__ or "").strip())
         print("\nFlags, besides --config=FILE[:PRESET] and --config.FIELD=VALUE:")

@@ -154,8 +154,6 @@ def add_noise(
     """`coords + scale * clip(U(-0.5, 0.5), -0.49, 0.49)`, independently for all six entries.
 
     Args:
-        key: PRNG key.
-        coords: raw coordinates.
         scale: 1 moves a channel by up to half the distance to its neighbour (the papers' noise).
         per: "query" draws for every query, as the papers do, and makes the grid inseparable;
             "channel" draws once for each distinct coordinate, so that a channel moves as a whole.

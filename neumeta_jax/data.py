@@ -6,9 +6,8 @@ inside `jax.jit`, so that resuming needs no iterator state.
 
     dataset = load_dataset("cifar100", data_dir="path/to/archives")
     splits = split_validation(dataset, num_validation=5000, seed=0)
-    epoch, step_in_epoch = epoch_of(step, len(splits.train_labels), batch_size)
     order = epoch_order(order_key, epoch, len(splits.train_labels))  # once per epoch
-    indices = batch_indices(order, step_in_epoch, batch_size)
+    indices = order[first : first + batch_size]
     images = augment(step_key, images[indices], crop_padding=4, flip=True)
     logits = network(normalize(images, *NORMALIZATION["cifar100"]))
 """
@@ -725,25 +724,6 @@ def _stratified(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
 # Order and augmentation, on the device
 
 
-def epoch_of(step: Any, num_examples: int, batch_size: int) -> tuple[Any, Any]:
-    """Returns (epoch, step_in_epoch) of a step; the incomplete last batch is dropped.
-
-    Args:
-        step: an int or a (traced) integer array, counting from 0; the results are of its kind.
-        num_examples: size of the training set.
-        batch_size: an epoch has num_examples // batch_size steps.
-
-    Raises:
-        ValueError: if an epoch would have no step.
-
-    >>> epoch_of(7, num_examples=11, batch_size=2)
-    (1, 2)
-    """
-    _check_batch_size(batch_size, num_examples)
-    steps_per_epoch = num_examples // batch_size
-    return step // steps_per_epoch, step % steps_per_epoch
-
-
 def epoch_order(key: jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
     """Returns a permutation, int32 [num_examples], that depends on `key` and `epoch` alone.
 
@@ -754,32 +734,6 @@ def epoch_order(key: jax.Array, epoch: int | jax.Array, num_examples: int) -> ja
     """
     indices = jnp.arange(num_examples, dtype=jnp.int32)
     return jax.random.permutation(jax.random.fold_in(key, epoch), indices)
-
-
-def batch_indices(order: jax.Array, step_in_epoch: int | jax.Array, batch_size: int) -> jax.Array:
-    """Returns the indices, int32 [batch_size], of the images in a batch.
-
-    Args:
-        order: int32 [num_examples] from `epoch_order`.
-        step_in_epoch: from `epoch_of`; past the end it would repeat the last images.
-        batch_size: a static int.
-
-    Raises:
-        ValueError: if `order` is shorter than a batch.
-
-    >>> batch_indices(jnp.arange(11), 4, 2).tolist()
-    [8, 9]
-    """
-    _check_batch_size(batch_size, len(order))
-    return jax.lax.dynamic_slice_in_dim(order, step_in_epoch * batch_size, batch_size)
-
-
-def _check_batch_size(batch_size: int, num_examples: int) -> None:
-    if not 1 <= batch_size <= num_examples:
-        raise ValueError(
-            f"A batch has from 1 to {num_examples} of {num_examples} training images, "
-            f"got {batch_size=}; choose another batch size."
-        )
 
 
 def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:

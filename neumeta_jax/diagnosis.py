@@ -28,9 +28,9 @@ class Step(NamedTuple):
 def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: int) -> Step:
     """Step `number` of `training.run_steps` with `key`."""
     order_key, step_key = jax.random.split(key)
-    epoch, position = data.epoch_of(number, num_images, images_per_step)
+    epoch, position = divmod(number, num_images // images_per_step)
     order = data.epoch_order(order_key, epoch, num_images)
-    return Step(number, step_key, data.batch_indices(order, position, images_per_step))
+    return Step(number, step_key, order[position * images_per_step :][:images_per_step])
 
 
 def _first(found: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -51,11 +51,7 @@ def locate_in_teacher(
 ) -> str:
     """Where a network with batch norm is first not finite, for an error's sentence; "" if nowhere.
 
-    Args:
-        spec: the network.
-        preprocessing: of the run.
-        variables: its linen variables before the step.
-        step, images: what the step saw.
+    `variables` are the linen ones before the step; `step` and `images` are what it saw.
     """
 
     @jax.jit
@@ -95,12 +91,8 @@ def locate_in_inr(
 ) -> str:
     """Where a step of INR training is first not finite, for an error's sentence; "" if nowhere.
 
-    Args:
-        hypernetwork, recipe, preprocessing: of the run.
-        params: the parameters before the step.
-        step, images: what the step saw.
-        teacher, phase: the other arguments of the step.
-        kind: of the phase, "fit" or one of `training.STEP_KINDS`.
+    `params` are those before the step, `step` and `images` what it saw, `teacher` and `phase` its
+    other arguments; `kind` is that of the phase, "fit" or one of `training.STEP_KINDS`.
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     names = [spec.blocks[n].name for n in blocks]

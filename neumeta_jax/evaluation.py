@@ -1,14 +1,13 @@
 """Accuracy of networks drawn from one INR, over a grid of widths."""
 
-import csv
 import dataclasses
 import functools
-import json
+import itertools
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +19,11 @@ from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage, tim
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
-    check_width_ratio,
     morph,
     widths_at,
 )
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
+from neumeta_jax.command_line import Flags
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.training import Preprocessing
 
@@ -60,7 +59,7 @@ class GridRow:
 
 @dataclasses.dataclass
 class Comparison:
-    """Networks against the full one on the same images; `evaluate_missing` fills it.
+    """Networks against the full one on the same images; an `Evaluator` fills it.
 
     Attributes:
         reference: float32[images, classes], logits of the full network, once it was evaluated.
@@ -72,18 +71,28 @@ class Comparison:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_correct(spec, preprocessing, params, images, labels):
-    predictions = jnp.argmax(resnet.apply(spec, params, preprocessing.evaluate(images)), axis=-1)
-    return jnp.sum(predictions == labels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_correct_batch_norm(spec, preprocessing, variables, images, labels):
-    logits = jnp.asarray(resnet.ResNet(spec).apply(variables, preprocessing.evaluate(images)))
+def _count_correct(spec, preprocessing, tree, images, labels):
+    images = preprocessing.evaluate(images)
+    if "batch_stats" in tree:
+        logits = jnp.asarray(resnet.ResNet(spec).apply(tree, images))
+    else:
+        logits = resnet.apply(spec, tree, images)
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
-def _accuracy(count: Callable, images: np.ndarray, labels: np.ndarray, batch_size: int) -> float:
+def accuracy(
+    spec: ResNetSpec,
+    tree: Mapping,
+    images: np.ndarray,
+    labels: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 1000,
+) -> float:
+    """Top-1 accuracy in [0, 1] of a network on uint8 images NHWC, labels int[n].
+
+    `tree` is a folded one, or linen variables, whose batch-norm statistics then count.
+    """
     if len(images) == 0:
         raise ValueError("Evaluation needs at least one image, got an empty split.")
     batch_size = min(batch_size, len(images))
@@ -94,42 +103,26 @@ def _accuracy(count: Callable, images: np.ndarray, labels: np.ndarray, batch_siz
         if missing:  # one shape, one compilation; no image has the label -1
             x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
             y = np.concatenate([y, np.full(missing, -1, y.dtype)])
-        correct.append(count(x, y))
-    return int(sum(int(n) for n in correct)) / len(images)
-
-
-def accuracy(
-    spec: ResNetSpec,
-    params: Mapping,
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int = 1000,
-) -> float:
-    """Top-1 accuracy in [0, 1] of a folded tree on uint8 images NHWC, labels int[n]."""
-    count = functools.partial(_count_correct, spec, preprocessing, params)
-    return _accuracy(count, images, labels, batch_size)
-
-
-def batch_norm_accuracy(
-    spec: ResNetSpec,
-    variables: Mapping,
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int = 1000,
-) -> float:
-    """Top-1 accuracy in [0, 1] of linen variables with their batch-norm statistics."""
-    count = functools.partial(_count_correct_batch_norm, spec, preprocessing, variables)
-    return _accuracy(count, images, labels, batch_size)
+        correct.append(_count_correct(spec, preprocessing, tree, x, y))
+    return sum(int(n) for n in correct) / len(images)
 
 
 # --- many networks ---------------------------------------------------------------------------
 
 STRATEGIES = ("auto", "loop", "map", "vmap")
 MESH_AXES = ("configs", "data")
+SAMPLE_FLAGS: Flags = {  # of commands that evaluate
+    "num_samples": (
+        int,
+        None,
+        "Noisy weight samples to average (papers: 100); default: the config's.",
+    ),
+    "strategy": (
+        STRATEGIES,
+        "auto",
+        "How networks are evaluated; auto finds out which is fastest here.",
+    ),
+}
 
 # Multiply-adds in the time in which a network's programs compile, an order of magnitude: a ResNet20
 # took 5 s on two busy CPU cores, at 15e9 a second. On accelerators not measured.
@@ -138,7 +131,6 @@ _MACS_PER_COMPILATION_ELSEWHERE = 5e13
 # A probe compiles up to three programs that may not be used afterwards.
 _PROBE_FROM_COMPILATIONS = 20
 _PROBE_IMAGES_ON_CPU = 32
-_PROBE_NETWORKS = 4
 _NO_MAP_ON_CPU = (
     "map not tried, since XLA's CPU backend compiles convolutions in loops to slow code"
 )
@@ -281,30 +273,6 @@ def _score_chunk(job: _Job, trees, images, labels, number, correct):
     )(trees, images, labels, number, correct)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _generate_and_score_chunk(job: _Job, params, widths, key, images, labels):
-    """The strategy "map": all networks of a chunk and all batches in one call.
-
-    Returns:
-        int32[chunk, shards of the data], and a tree of arrays [chunk, batches, batch, ...].
-    """
-
-    def run(params, widths, key, images, labels):
-        def network(row):
-            tree = _network(job, params, row, key)
-            counts, found = jax.lax.map(lambda batch: _score(job, tree, *batch), (images, labels))
-            return jnp.sum(counts, dtype=jnp.int32)[None], found
-
-        return _over_networks(job, network, widths)
-
-    return _sharded(
-        job,
-        run,
-        (P(), P("configs"), P(), P(None, "data"), P(None, "data")),
-        (P("configs", "data"), P("configs", None, "data")),
-    )(params, widths, key, images, labels)
-
-
 class _Data(NamedTuple):
     """Images [batches, batch, size, size, channels] and labels [batches, batch] on the devices."""
 
@@ -334,21 +302,14 @@ def _place(images: np.ndarray, labels: np.ndarray, batch_size: int, mesh: Mesh |
 def _chunk_size(job: _Job, number: int, config_batch: int, *, fixed: bool = False) -> int:
     """How many of a bucket's `number` networks go into one call; `fixed` leaves `number` out."""
     shards = job.shards("configs")
-    share = config_batch if fixed else -(-number // shards)
     if job.strategy == "loop":
-        share = 1
-    elif job.strategy == "vmap":
-        share = -(-share // -(-share // config_batch))  # chunks of one size
-    return share * shards
+        return shards
+    share = config_batch if fixed else -(-number // shards)
+    return -(-share // -(-share // config_batch)) * shards  # chunks of one size
 
 
 def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batches: int):
     """(sums, list of trees [chunk, batch, ...]) of int[chunk, blocks] widths, not waited for."""
-    if job.strategy == "map":
-        correct, found = _generate_and_score_chunk(
-            job, params, widths, key, data.images[:num_batches], data.labels[:num_batches]
-        )
-        return correct, [found]
     # What the scores need does not concern the generation: buckets share its program.
     drawing = dataclasses.replace(job, container=job.drawn_at, predictions=False, per_image=None)
     trees = _generate_chunk(drawing, params, widths, key)
@@ -362,25 +323,15 @@ def _dispatch(job: _Job, params, widths: np.ndarray, key, data: _Data, num_batch
     return correct, parts
 
 
-def _read(job: _Job, correct, parts, number: int, num_images: int) -> list[tuple[int, Any]]:
+def _read(correct, parts, number: int, num_images: int) -> list[tuple[int, Any]]:
     """(number correct, tree of arrays [num_images, ...]) of the first `number` networks."""
-
-    def join(*arrays):
-        if job.strategy == "map":  # [chunk, batches, batch, ...]
-            joined = arrays[0].reshape(len(arrays[0]), -1, *arrays[0].shape[3:])
-        else:
-            joined = np.concatenate(arrays, axis=1)
-        return joined[:, :num_images]
-
     counts, parts = jax.device_get((correct, parts))
-    found = jax.tree.map(join, *parts)
+    found = jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1)[:, :num_images], *parts)
     return [(int(counts[n].sum()), jax.tree.map(lambda x, n=n: x[n], found)) for n in range(number)]
 
 
 def _seconds_per_network(job: _Job, params, widths, key, data: _Data) -> float:
     """Time of one batch and its generation, after compilation; infinite where memory ran out."""
-    if job.strategy == "map":
-        data = _Data(data.images[:1], data.labels[:1])
     try:
         found = timing.fewest({"": lambda: _dispatch(job, params, widths, key, data, 1)}, 2)
     except jax.errors.JaxRuntimeError as error:
@@ -426,8 +377,7 @@ def _choose_strategy(
     seconds = {}
     for strategy in tried:
         probe = dataclasses.replace(job, strategy=strategy)
-        number = _PROBE_NETWORKS * job.shards("configs") if strategy == "map" else len(widths)
-        size = _chunk_size(probe, min(number, len(widths)), config_batch)
+        size = _chunk_size(probe, len(widths), config_batch)
         chunk = widths[np.arange(size) % len(widths)]
         seconds[strategy] = _seconds_per_network(probe, params, chunk, key, data)
     chosen = min(seconds, key=lambda strategy: seconds[strategy])
@@ -537,7 +487,7 @@ def evaluate_grid(
     evaluated once. The strategies differ in speed and not in what they compute:
 
         loop   one network at a time, one call for each batch of images
-        map    all networks of a bucket, one after another, in one call
+        map    `config_batch` networks in one call, one after another
         vmap   `config_batch` networks at a time
         auto   what a short probe finds fastest; "loop" where there is too little to do
 
@@ -558,7 +508,7 @@ def evaluate_grid(
         containers: hidden widths of shapes to use instead of such as fit these networks best; each
             network is evaluated at the cheapest that holds it. Later calls with the same ones, the
             same number of images and an explicit strategy compile nothing that an earlier call has.
-        config_batch: networks per call of "vmap", on each share of the devices.
+        config_batch: networks per call of "map" and "vmap", on each share of the devices.
         batch_size: images per call.
         num_samples: noisy weight samples to average; more than 1 needs `key`.
         key: PRNG key of the coordinate noise, the same for all networks; None evaluates exact
@@ -621,18 +571,8 @@ def evaluate_grid(
     else:
         found_buckets = fill_containers(spec, blocks, distinct, containers)
 
-    job = _Job(
-        hypernetwork=hypernetwork,
-        preprocessing=preprocessing,
-        strategy=strategy,
-        num_samples=num_samples,
-        predictions=predictions,
-        per_image=per_image,
-        transform=transform,
-        mesh=mesh,
-        container=spec,
-        drawn_at=spec,
-    )
+    asked = num_samples, predictions, per_image, transform
+    job = _Job(hypernetwork, preprocessing, strategy, *asked, mesh, container=spec, drawn_at=spec)
     jobs = [_at_bucket(job, bucket, distinct) for bucket in found_buckets]
     reason = "asked for"
     if strategy == "auto":
@@ -649,8 +589,8 @@ def evaluate_grid(
     waiting: list[tuple] = []
 
     def read():
-        job, members, correct, parts = waiting.pop(0)
-        results = _read(job, correct, parts, len(members), len(images))
+        members, correct, parts = waiting.pop(0)
+        results = _read(correct, parts, len(members), len(images))
         for member, (correct, trees) in zip(members, results, strict=True):
             rows = rows_of[member]
             if on_images:
@@ -668,9 +608,7 @@ def evaluate_grid(
         for start in range(0, len(bucket.members), size):
             members = list(bucket.members[start : start + size])
             chunk = distinct[members + members[-1:] * (size - len(members))]
-            waiting.append(
-                (job, members, *_dispatch(job, params, chunk, key, data, len(data.images)))
-            )
+            waiting.append((members, *_dispatch(job, params, chunk, key, data, len(data.images))))
             if len(waiting) > 1:  # read while the devices are busy with the next chunk
                 read()
     while waiting:
@@ -745,144 +683,119 @@ def _logits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return logits
 
 
-def evaluate_missing(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    widths: Sequence[tuple[int, ...]],
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    known: MutableMapping[tuple[int, ...], float],
-    comparison: Comparison | None = None,
-    on_known: Callable[[], None] | None = None,
-    **options,
-) -> None:
-    """Adds those of `widths` to `known` that it lacks, each once, by one call of `evaluate_grid`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """The networks of one INR on the same images, each evaluated once, whoever asks for it.
 
-    Args:
+    Attributes:
         hypernetwork, params: the family and its learned parameters.
-        widths: hidden widths of each network.
         images, labels: uint8[n, size, size, channels], int[n].
         preprocessing: normalisation of the images.
-        known: accuracies by widths, from calls with the same parameters, images and options.
-        comparison: what is in `known` is in it too after the call; the full network is evaluated
-            first where this needs it.
-        on_known: called whenever a network was added.
         options: of `evaluate_grid`, but not `on_result`, `on_images` and `per_image`. The `mesh` is
             `device_mesh()` if none is given.
+        split: what tables call the images.
+        known: accuracies by widths of what was evaluated; evaluations add to it.
+        comparison: with the full network, of all that is known; None: that is not asked for.
     """
-    options = {"mesh": device_mesh(), **options}
 
-    def is_known(row):
-        return row in known and (comparison is None or row in comparison.found)
+    hypernetwork: Hypernetwork
+    params: Mapping
+    images: np.ndarray
+    labels: np.ndarray
+    preprocessing: Preprocessing
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    split: str = ""
+    known: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    comparison: Comparison | None = None
 
-    missing = [row for row in dict.fromkeys(widths) if not is_known(row)]
-    if not missing:
-        return
-    full = hypernetwork.full_widths
-    if comparison is not None:
-        if comparison.reference is None:
-            missing = list(dict.fromkeys([full, *missing]))  # the first row is evaluated first
-        options |= {"per_image": _logits}
+    def knows(self, widths: tuple[int, ...]) -> bool:
+        found = self.comparison is None or widths in self.comparison.found
+        return found and widths in self.known
 
-        def on_images(number, logits):
-            reference = logits if comparison.reference is None else comparison.reference
-            comparison.reference = reference
-            comparison.found[missing[number]] = consistency.compare(logits, reference, labels)
+    def describe(self, widths: tuple[int, ...]) -> dict[str, Any]:
+        """What is known of a network, by the names of `GridRow`."""
+        dense = morph(self.hypernetwork.spec, self.hypernetwork.blocks, widths)
+        return {
+            "widths": widths,
+            "num_params": dense.num_params,
+            "num_macs": dense.num_macs,
+            "accuracy": self.known[widths],
+            **(self.comparison.found[widths]._asdict() if self.comparison else {}),
+        }
 
-        options |= {"on_images": on_images}
+    def evaluate(
+        self,
+        widths: Sequence[tuple[int, ...]],
+        *,
+        on_known: Callable[[], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """`describe` of each of `widths`, after one call of `evaluate_grid` for the unknown ones.
 
-    def on_result(number, accuracy):
-        known[missing[number]] = accuracy
-        if on_known:
-            on_known()
+        The full network is evaluated first where the comparison needs it. `on_known` is called
+        whenever a network was added.
+        """
+        options = {"mesh": device_mesh(), **self.options}
+        missing = [row for row in dict.fromkeys(widths) if not self.knows(row)]
+        comparison = self.comparison
+        if missing and comparison is not None:
+            if comparison.reference is None:  # the first row is evaluated first
+                missing = list(dict.fromkeys([self.hypernetwork.full_widths, *missing]))
 
-    evaluate_grid(
-        hypernetwork,
-        params,
-        np.array(missing),
-        images,
-        labels,
-        preprocessing,
-        on_result=on_result,
-        **options,
-    )
+            def on_images(number, logits):
+                reference = logits if comparison.reference is None else comparison.reference
+                comparison.reference = reference
+                found = consistency.compare(logits, reference, self.labels)
+                comparison.found[missing[number]] = found
 
+            options |= {"per_image": _logits, "on_images": on_images}
 
-def evaluate_ratios(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    width_ratios: Sequence[float],
-    images: np.ndarray,
-    labels: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    trained_range: tuple[float, float],
-    known: MutableMapping[tuple[int, ...], float] | None = None,
-    comparison: Comparison | None = None,
-    on_row: Callable[[GridRow], None] | None = None,
-    **options,
-) -> list[GridRow]:
-    """One row for each width ratio, in the order given, by `evaluate_grid`.
+        def on_result(number, accuracy):
+            self.known[missing[number]] = accuracy
+            if on_known:
+                on_known()
 
-    Ratios that round to the same widths are one network, which is evaluated once.
+        if missing:
+            data = self.images, self.labels, self.preprocessing
+            network = self.hypernetwork, self.params, np.array(missing)
+            evaluate_grid(*network, *data, on_result=on_result, **options)
+        return [self.describe(row) for row in widths]
 
-    Args:
-        hypernetwork, params: the family and its learned parameters.
-        width_ratios: each in (0, 1.5].
-        images, labels: uint8[n, size, size, channels], int[n].
-        preprocessing: normalisation of the images.
-        trained_range: smallest and largest width ratio seen in training.
-        known, comparison: see `evaluate_missing`; what they hold is not evaluated again, and what
-            is found is added. Rows say how consistent they are if there is a comparison.
-        on_row: called with each row, in the order given, as soon as it and those before are known.
-        options: of `evaluate_grid`, but not `on_result`.
+    def rows(
+        self,
+        width_ratios: Sequence[float],
+        *,
+        trained_range: tuple[float, float],
+        on_row: Callable[[GridRow], None] | None = None,
+    ) -> list[GridRow]:
+        """One row for each width ratio, in the order given.
 
-    Raises:
-        ValueError: for a width ratio out of range, before anything is evaluated.
-    """
-    ratios = [check_width_ratio(ratio) for ratio in width_ratios]
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    known = {} if known is None else known
-    widths = [widths_at(spec, blocks, ratio) for ratio in ratios]
-    low, high = trained_range
-    rows: list[GridRow] = []
+        Ratios that round to the same widths are one network.
 
-    def report():
-        for ratio, row in zip(ratios[len(rows) :], widths[len(rows) :], strict=True):
-            if row not in known or (comparison and row not in comparison.found):
-                break
-            small = morph(spec, blocks, row)
-            compared = comparison.found[row]._asdict() if comparison else {}
-            rows.append(
-                GridRow(
-                    width_ratio=ratio,
-                    widths=row,
-                    num_params=small.num_params,
-                    num_macs=small.num_macs,
-                    accuracy=known[row],
-                    trained=low - 1e-9 <= ratio <= high + 1e-9,
-                    **compared,
-                )
-            )
-            if on_row:
-                on_row(rows[-1])
+        Args:
+            width_ratios: each in (0, 1.5].
+            trained_range: smallest and largest width ratio seen in training.
+            on_row: called with each row, in the order given, as soon as it and those before are
+                known.
 
-    evaluate_missing(
-        hypernetwork,
-        params,
-        widths,
-        images,
-        labels,
-        preprocessing,
-        known=known,
-        comparison=comparison,
-        on_known=report,
-        **options,
-    )
-    report()
-    return rows
+        Raises:
+            ValueError: for a width ratio out of range, before anything is evaluated.
+        """
+        low, high = trained_range
+        family = self.hypernetwork
+        widths = [widths_at(family.spec, family.blocks, ratio) for ratio in width_ratios]
+        rows: list[GridRow] = []
+
+        def report():
+            waiting = zip(width_ratios[len(rows) :], widths[len(rows) :], strict=True)
+            for ratio, row in itertools.takewhile(lambda pair: self.knows(pair[1]), waiting):
+                trained = low - 1e-9 <= ratio <= high + 1e-9
+                rows.append(GridRow(float(ratio), trained=trained, **self.describe(row)))
+                if on_row:
+                    on_row(rows[-1])
+
+        self.evaluate(widths, on_known=report)
+        report()
+        return rows
 
 
 class Dip(NamedTuple):
@@ -929,6 +842,9 @@ def largest_dip(ratios: Sequence[float], accuracies: Sequence[float]) -> Dip:
     return Dip(float(falls[deepest]), float(x[1 + deepest]))
 
 
+SLICE_RATIOS = (0.1, 1.25)
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightSlices:
     """The conv2 kernels of one generated block at several widths.
@@ -954,42 +870,19 @@ def _conv2_kernels(hypernetwork, container, name, params, widths):
     return jax.lax.map(kernel, widths)
 
 
-def weight_slices(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    *,
-    position: int = -1,
-    smallest: float = 0.1,
-    largest: float = 1.25,
-) -> WeightSlices:
-    """conv2 of one generated block at every hidden width that it takes, in one compilation.
+def weight_slices(hypernetwork: Hypernetwork, params: Mapping) -> WeightSlices:
+    """conv2 of the last generated block at every hidden width that it takes, in one compilation.
 
-    The kernels are those of the network, SkipInit's scalar included; coordinates are exact.
-
-    Args:
-        hypernetwork, params: the family and its learned parameters.
-        position: which of the generated blocks, in training order; the last by default.
-        smallest, largest: width ratios between which all integer widths are taken, in (0, 1.5].
-
-    Raises:
-        ValueError: for a ratio or a position out of range.
+    The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the
+    network, SkipInit's scalar included; coordinates are exact.
     """
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    if not -len(blocks) <= position < len(blocks):
-        raise ValueError(
-            f"position must name one of the {len(blocks)} generated blocks, from 0 on or from -1 "
-            f"backwards, got {position}."
-        )
-    if check_width_ratio(smallest) > check_width_ratio(largest):
-        raise ValueError(
-            f"smallest must not exceed largest, got {smallest} and {largest}; exchange them."
-        )
-    block = spec.blocks[blocks[position]]
-    first, last = (widths_at(spec, blocks, ratio)[position] for ratio in (smallest, largest))
+    block = spec.blocks[blocks[-1]]
+    first, last = (widths_at(spec, blocks, ratio)[-1] for ratio in SLICE_RATIOS)
     widths = np.arange(first, last + 1)
     # Each integer width of this block as a ratio; the others follow it, as in any network. A width
     # that was rounded up may lie beyond the largest ratio.
-    ratios = np.minimum(widths / block.hidden_width, largest)
+    ratios = np.minimum(widths / block.hidden_width, SLICE_RATIOS[1])
     rows = np.array([widths_at(spec, blocks, float(ratio)) for ratio in ratios], np.int32)
     widest = np.maximum(rows.max(axis=0), hypernetwork.full_widths)
     container = morph(spec, blocks, widest.tolist())
@@ -1001,11 +894,29 @@ def weight_slices(
 
 def format_row(row: GridRow) -> str:
     """A line of the table under `TABLE_HEADER`."""
-    seen = "trained" if row.trained else "unseen"
     return (
-        f"{row.width_ratio:6.3f}  {format_widths(row.widths):>12}  {row.num_params:>10,}  "
-        f"{row.num_macs / 1e6:>9.2f}  {100 * row.accuracy:>8.2f}  {format_consistency(row)}{seen}"
+        f"{row.width_ratio:6.3f}  {format_widths(row.widths):>12}  {format_counts(_row_dict(row))}"
     )
+
+
+def format_counts(row: Mapping[str, Any]) -> str:
+    """The columns under `COUNTS_HEADER` of a row in JSON types; blanks if it was not compared."""
+    compared = ["", "", "", ""]
+    if row.get("agreement") is not None:
+        compared = [
+            f"{100 * row['agreement']:.2f}",
+            f"{row['kl_divergence']:.4f}",
+            f"{100 * row['calibration_error']:.2f}",
+            f"{row['worst_class']} ({-100 * row['worst_class_drop'] + 0.0:+.1f})",
+        ]
+    cells = [
+        f"{row['num_params']:,}",
+        f"{row['num_macs'] / 1e6:.2f}",
+        f"{100 * row['accuracy']:.2f}",
+        *compared,
+    ]
+    padded = [cell.rjust(len(title)) for cell, title in zip(cells, _COUNTS, strict=True)]
+    return "  ".join([*padded, "trained" if row["trained"] else "unseen"])
 
 
 def format_widths(widths: Sequence[int]) -> str:
@@ -1015,18 +926,16 @@ def format_widths(widths: Sequence[int]) -> str:
     return shown if len(distinct) <= 4 else f"{distinct[0]}..{distinct[-1]}"
 
 
-def format_consistency(found: GridRow | consistency.Consistency) -> str:
-    """The columns under `CONSISTENCY_HEADER`, with blanks after; blanks alone for a lone row."""
-    if found.agreement is None or found.worst_class_drop is None:
-        return " " * (len(CONSISTENCY_HEADER) + 2)
-    worst = f"{found.worst_class} ({-100 * found.worst_class_drop + 0.0:+.1f})"
-    return (
-        f"{100 * found.agreement:>8.2f}  {found.kl_divergence:>7.4f}  "
-        f"{100 * (found.calibration_error or 0.0):>6.2f}  {worst:>13}  "
-    )
-
-
-CONSISTENCY_HEADER = f"{'agrees %':>8}  {'KL nats':>7}  {'ECE %':>6}  {'worst class':>13}"
+_COUNTS = (
+    "parameters",
+    " MACs (M)",
+    " top-1 %",
+    "agrees %",
+    "KL nats",
+    " ECE %",
+    "  worst class",
+)
+COUNTS_HEADER = "  ".join([*_COUNTS, "range"])
 
 
 def format_int8_row(row: GridRow) -> str:
@@ -1042,15 +951,7 @@ def format_int8_row(row: GridRow) -> str:
 INT8_TABLE_HEADER = (
     f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8}  {'change':>8}"
 )
-TABLE_HEADER = (
-    f"{'ratio':>6}  {'widths':>12}  {'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  "
-    f"{CONSISTENCY_HEADER}  range"
-)
-
-
-def format_table(rows: Sequence[GridRow]) -> str:
-    """The grid as plain text."""
-    return "\n".join([TABLE_HEADER, *map(format_row, rows)])
+TABLE_HEADER = f"{'ratio':>6}  {'widths':>12}  {COUNTS_HEADER}"
 
 
 def grid_dict(rows: Sequence[GridRow], *, dataset: str, split: str, **extra) -> dict:
@@ -1081,16 +982,6 @@ def write_grid(
     **extra,
 ) -> None:
     """Writes `grid.json` and `grid.csv` into `directory`; each file appears whole or not at all."""
-    directory = pathlib.Path(directory)
     document = grid_dict(rows, dataset=dataset, split=split, **extra)
-    with storage.replacing(directory / "grid.json") as partial:
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-    path = directory / "grid.csv"
-    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
-        fields = [field.name for field in dataclasses.fields(GridRow)]
-        if all(row.int8_accuracy is None for row in rows):
-            fields.remove("int8_accuracy")
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**_row_dict(row), "widths": " ".join(map(str, row.widths))})
+    storage.write_json(pathlib.Path(directory) / "grid.json", document)
+    storage.write_csv(pathlib.Path(directory) / "grid.csv", storage.as_table(document["rows"]))

@@ -18,12 +18,13 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from neumeta_jax import (
     architecture,
@@ -52,7 +53,7 @@ from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.progress import MetricsFile, Progress
 from neumeta_jax.resnet import Params
-from neumeta_jax.training import Images, InrRecipe, Preprocessing, TeacherRecipe
+from neumeta_jax.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
 NUM_MOMENT_IMAGES = 2000
@@ -67,23 +68,12 @@ class Experiment:
     """A config, resolved against its data set. `name` is the data set's."""
 
     name: str
-    seed: int
+    run: recipes.Run
     hypernetwork: Hypernetwork
     preprocessing: Preprocessing
-    teacher_file: str
-    teacher_recipe: TeacherRecipe
-    recipe: InrRecipe
-    init_from: str
-    channel_order: str
-    width_ratios: tuple[float, ...]
-    eval_split: str
-    eval_samples: int
-    eval_batch_size: int
-    progress_ratios: tuple[float, ...]
-    progress_images: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
+    teacher: recipes.Teacher
+    recipe: recipes.Train
+    evaluation: recipes.Evaluation
 
     @property
     def spec(self) -> ResNetSpec:
@@ -92,6 +82,25 @@ class Experiment:
     @property
     def trained_range(self) -> tuple[float, float]:
         return self.recipe.min_width_ratio, self.recipe.max_width_ratio
+
+    @property
+    def network(self) -> str:
+        return f"ResNet{self.spec.depth}"
+
+    def noise(self, num_samples: int) -> dict[str, Any]:
+        """Options of a generation with the noise that all evaluations of the run have."""
+        key = phase_key(self, 3) if num_samples > 1 else None
+        return {"num_samples": num_samples, "key": key}
+
+    def accuracy(
+        self, tree: Params, images: np.ndarray, labels: np.ndarray, spec: ResNetSpec | None = None
+    ) -> float:
+        """`evaluation.accuracy` of a tree, of the full size unless `spec` says otherwise."""
+        options = {"batch_size": self.evaluation.batch_size}
+        preprocessing = self.preprocessing
+        return evaluation.accuracy(
+            spec or self.spec, tree, images, labels, preprocessing, **options
+        )
 
 
 @contextlib.contextmanager
@@ -158,39 +167,24 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         blocks=architecture.generated_blocks(spec, run.generated),
         inr=make_inr(**config["inr"]),
     )
-    teacher, train = dict(config["teacher"]), dict(config["train"])
-    teacher_file, init_from = teacher.pop("file", ""), train.pop("init_from", "")
-    recipe = InrRecipe(**train)
-    if init_from:  # such an INR has all its blocks and is not fitted to the teacher again
+    ratios = {
+        name: tuple(map(architecture.check_width_ratio, getattr(sections["eval"], name)))
+        for name in ("width_ratios", "progress_ratios")
+    }
+    augmentation = ("crop_padding", "flip", "mixup", "cutmix")
+    recipe = sections["train"]
+    if recipe.init_from:  # such an INR has all its blocks and is not fitted to the teacher again
         recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
-    evaluate = sections["eval"]
     return Experiment(
         name=dataset.name,
-        seed=run.seed,
+        run=run,
         hypernetwork=hypernetwork,
         preprocessing=Preprocessing(
-            mean=mean,
-            std=std,
-            crop_padding=images.crop_padding,
-            flip=images.flip,
-            mixup=images.mixup,
-            cutmix=images.cutmix,
-            dtype=run.dtype,
+            mean, std, dtype=run.dtype, **{name: getattr(images, name) for name in augmentation}
         ),
-        teacher_file=teacher_file,
-        teacher_recipe=TeacherRecipe(**teacher),
+        teacher=sections["teacher"],
         recipe=recipe,
-        init_from=init_from,
-        channel_order=run.channel_order,
-        width_ratios=tuple(map(architecture.check_width_ratio, evaluate.width_ratios)),
-        eval_split=evaluate.split,
-        eval_samples=evaluate.num_samples,
-        eval_batch_size=evaluate.batch_size,
-        progress_ratios=tuple(map(architecture.check_width_ratio, evaluate.progress_ratios)),
-        progress_images=evaluate.progress_images,
-        log_every=run.log_every,
-        eval_every=run.eval_every,
-        checkpoint_every=run.checkpoint_every,
+        evaluation=dataclasses.replace(sections["eval"], **ratios),
     )
 
 
@@ -239,20 +233,28 @@ def parse_sweep_ratios(figures: bool, values: Sequence[str] | None) -> tuple[flo
     return tuple(sorted(set(given or SWEEP_RATIOS))) if figures else ()
 
 
-def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[float, ...]:
-    """`number` width ratios, uniformly from the trained range, increasing."""
+def drawing_range(
+    experiment: Experiment, flag: str, instead: str, number: int, seed: int
+) -> tuple[float, float]:
+    """The trained range, if what `flag` asks for can be drawn from it; else use `instead`."""
     low, high = experiment.trained_range
     if number < 1 or seed < 0:
         raise UsageError(
-            "--random_ratios must be at least 1 and --seed at least 0, got "
-            f"{number} and {seed}; choose larger ones."
+            f"{flag} must be at least 1 and --seed at least 0, got {number} and {seed}; choose "
+            "larger ones."
         )
     if not low < high:
         raise UsageError(
-            "--random_ratios needs a run that trained more than one width, but its range is "
-            f"{low}..{high}; use --width_ratios."
+            f"{flag} needs a run that trained more than one width, but its range is {low}..{high}; "
+            f"use {instead}."
         )
-    return tuple(np.sort(np.random.default_rng(seed).uniform(low, high, number)).tolist())
+    return low, high
+
+
+def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[float, ...]:
+    """`number` width ratios, uniformly from the trained range, increasing."""
+    bounds = drawing_range(experiment, "--random_ratios", "--width_ratios", number, seed)
+    return tuple(np.sort(np.random.default_rng(seed).uniform(*bounds, number)).tolist())
 
 
 def enable_compilation_cache() -> None:
@@ -269,7 +271,7 @@ def enable_compilation_cache() -> None:
 
 def phase_key(experiment: Experiment, number: int) -> jax.Array:
     """The PRNG key of part `number` of a run: 0 teacher, 1 INR initialisation, 2 INR training."""
-    return jax.random.fold_in(jax.random.key(experiment.seed), number)
+    return jax.random.fold_in(jax.random.key(experiment.run.seed), number)
 
 
 # --- the work directory ----------------------------------------------------------------------
@@ -376,10 +378,36 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
         )
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` to `path`, whole or not at all."""
-    with storage.replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+class TrainedRun(NamedTuple):
+    """A work directory with a trained INR: what eval.py, search, export and latency begin with."""
+
+    workdir: pathlib.Path
+    config: dict[str, Any]
+    hypernetwork: Hypernetwork
+    params: Params
+
+    def load(self) -> tuple[Experiment, data.Splits]:
+        """The experiment and its data.
+
+        Raises:
+            ValueError: if the INR is of other networks than the config.
+        """
+        dataset, splits = load_data(self.config)
+        experiment = from_config(self.config, dataset)
+        check_same_family(experiment, self.hypernetwork)
+        return experiment, splits
+
+
+def open_run(config: Mapping[str, Any], options: flags.FlagValues) -> TrainedRun:
+    """The run in `options.workdir`, which `config`, unless empty, must have made."""
+    workdir = pathlib.Path(options.workdir)
+    saved = read_config(workdir)
+    if config:
+        check_same_config(workdir, config)
+    if getattr(options, "data_dir", ""):
+        saved["data"]["dir"] = options.data_dir
+    hypernetwork, params, _ = checkpoint.load_inr(workdir)
+    return TrainedRun(workdir, saved, hypernetwork, params)
 
 
 @contextlib.contextmanager
@@ -428,8 +456,8 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         if (path / "config.json").exists():
             check_same_config(path, config)
         else:
-            write_json(path / "config.json", config)
-        write_json(path / "versions.json", versions())
+            storage.write_json(path / "config.json", config)
+        storage.write_json(path / "versions.json", versions())
         with _stopped_by_signals(workdir):
             yield workdir
 
@@ -454,98 +482,155 @@ def _stopped_by_signals(workdir: Workdir) -> Iterator[None]:
 # --- the recipe's steps ----------------------------------------------------------------------
 
 
-def run_part(
-    workdir: Workdir,
-    experiment: Experiment,
-    *,
-    part: str,
-    saved: checkpoint.Checkpoints,
-    call: Callable,
-    state: training.TrainState,
-    start: int,
-    stop: int,
-    key: jax.Array,
-    images: Images,
-    images_per_step: int,
-    steps_per_call: int,
-    phase: str,
-    progress: Progress,
-    shown: Sequence[str],
-    rest: tuple = (),
-    mesh: jax.sharding.Mesh | None = None,
-    evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
-    state_before: Callable[[], tuple[int, training.TrainState]],
-    locate: Callable[[training.TrainState, diagnosis.Step], str],
-) -> training.TrainState:
-    """`training.run_steps` with metrics, progress, checkpoints and requests to stop.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a run, and what all its steps share.
 
-    Where a step is not finite, `state_before` returns the last good step and state, from which
-    that step is reached again, and `locate` says what it finds there.
+    Attributes:
+        workdir, settings: of the run.
+        name: "teacher" or "inr", for checkpoints and metrics; `title` is for people.
+        key: PRNG key of the steps.
+        images: of the training split.
+        num_steps: of the part.
+        mesh: the devices that share out the batches, see `training.data_mesh`.
     """
-    every = (experiment.log_every, experiment.checkpoint_every, experiment.eval_every)
-    last_saved = start
 
-    def due(step, interval):
-        return interval > 0 and step % interval == 0
+    workdir: Workdir
+    settings: recipes.Run
+    name: str
+    title: str
+    key: jax.Array
+    images: Images
+    num_steps: int
+    mesh: jax.sharding.Mesh | None = None
 
-    def after(step, state, metrics):
-        nonlocal last_saved
-        log = due(step, experiment.log_every) or step == stop
-        rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
-        record = {**metrics, "images_per_second": round(rate, 1)} if log else {}
-        if evaluate and (due(step, experiment.eval_every) or step == stop):
-            found = evaluate(training.on_default_device(state, mesh))
-            if found:
-                text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
-                print(f"{phase} | step {step} | validation top-1 at width {text}", flush=True)
-                record["validation"] = found
-        if record:
-            workdir.metrics.write(part, step, {"phase": phase, **record})
-        stopping = hosts.any_process(workdir.stop_requested)  # a later signal: after the next step
-        if due(step, experiment.checkpoint_every) or step == stop or stopping:
-            if hosts.is_first():
-                saved.save(step, state)
-            last_saved = step
-        if stopping:
-            workdir.stop_requested = True
-            workdir.check_stop(step)
+    @property
+    def saved(self) -> checkpoint.Checkpoints:
+        return checkpoint.Checkpoints(self.workdir.path / "checkpoints" / self.name)
 
-    run = functools.partial(
-        training.run_steps,
-        call,
-        key=key,
-        images=images,
-        images_per_step=images_per_step,
-        steps_per_call=steps_per_call,
-        every=every,
-        rest=rest,
-        mesh=mesh,
-    )
+    def continue_from(self, step: int) -> None:
+        """Says where the part stands and drops the metrics of later steps."""
+        if step:
+            print(f"{self.title}: continuing from step {step} of {self.num_steps}", flush=True)
+        self.workdir.metrics.rewind(self.name, step)
 
-    def find(bad):
-        first, good = state_before()
-        print(f"step {bad} is not finite; finding out where, from step {first} on", flush=True)
-        if first < bad:
-            good = run(good, start=first, stop=bad, after=lambda *_: None)
-        good = training.on_default_device(good, mesh)
-        num_images = images.labels.shape[0]
-        return locate(
-            good,
-            diagnosis.step_of(bad, key, num_images=num_images, images_per_step=images_per_step),
+    def chunked(self, update: Callable, images_per_step: int) -> Callable:
+        """`training.chunked` for `run`."""
+        steps = training.default_steps_per_call()
+        return training.chunked(
+            update, images_per_step=images_per_step, steps_per_call=steps, mesh=self.mesh
         )
 
-    try:
-        state = run(state, start=start, stop=stop, after=after)
-    except training.NonFiniteLossError as error:
-        where = ""
+    def train(
+        self, update: Callable, fresh: Callable[[], training.TrainState], **options: Any
+    ) -> training.TrainState:
+        """All steps of a part with a single phase, from where it stands; see `run`.
+
+        `fresh` makes the state before the first step.
+        """
+
+        def last_state():
+            state = fresh()
+            return restore(self.saved, state) or (0, state)
+
+        start, state = last_state()
+        self.continue_from(start)
+        call = self.chunked(update, options["images_per_step"])
+        options |= {"phase": self.title, "state_before": last_state}
+        return self.run(call, state, start=start, stop=self.num_steps, **options)
+
+    def run(
+        self,
+        call: Callable,
+        state: training.TrainState,
+        *,
+        start: int,
+        stop: int,
+        images_per_step: int,
+        phase: str,
+        shown: Sequence[str],
+        state_before: Callable[[], tuple[int, training.TrainState]],
+        locate: Callable[[training.TrainState, diagnosis.Step], str],
+        rest: tuple = (),
+        evaluate: Callable[[training.TrainState], dict[str, float]] | None = None,
+        looks_at_images: bool = True,
+    ) -> training.TrainState:
+        """`training.run_steps` with metrics, progress, checkpoints and requests to stop.
+
+        Args:
+            call, state, start, stop, images_per_step, rest: of `training.run_steps`.
+            phase: for progress.
+            shown: metrics that progress shows.
+            state_before: where a step is not finite, returns the last good step and state, from
+                which that step is reached again; `locate` says what it finds there.
+            evaluate: validation accuracies in [0, 1] of a state, by name.
+            looks_at_images: whether progress counts images.
+        """
+        settings, workdir, mesh = self.settings, self.workdir, self.mesh
+        every = (settings.log_every, settings.checkpoint_every, settings.eval_every)
+        last_saved = start
+        progress = Progress(self.num_steps, images_per_step if looks_at_images else 0, done=start)
+
+        def due(step, interval):
+            return (interval > 0 and step % interval == 0) or step == stop
+
+        def after(step, state, metrics):
+            nonlocal last_saved
+            log = due(step, settings.log_every)
+            rate = progress.show(step, phase, {k: metrics[k] for k in shown}, line=log)
+            record = {**metrics, "images_per_second": round(rate, 1)} if log else {}
+            if evaluate and due(step, settings.eval_every):
+                found = evaluate(training.on_default_device(state, mesh))
+                if found:
+                    text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
+                    print(f"{phase} | step {step} | validation top-1 at width {text}", flush=True)
+                    record["validation"] = found
+            if record:
+                workdir.metrics.write(self.name, step, {"phase": phase, **record})
+            # A signal after this counts after the next step.
+            stopping = hosts.any_process(workdir.stop_requested)
+            if due(step, settings.checkpoint_every) or stopping:
+                if hosts.is_first():
+                    self.saved.save(step, state)
+                last_saved = step
+            if stopping:
+                workdir.stop_requested = True
+                workdir.check_stop(step)
+
+        run = functools.partial(
+            training.run_steps,
+            call,
+            key=self.key,
+            images=self.images,
+            images_per_step=images_per_step,
+            steps_per_call=training.default_steps_per_call(),
+            every=every,
+            rest=rest,
+            mesh=mesh,
+        )
+
+        def find(bad):
+            first, good = state_before()
+            print(f"step {bad} is not finite; finding out where, from step {first} on", flush=True)
+            if first < bad:
+                good = run(good, start=first, stop=bad, after=lambda *_: None)
+            sizes = {"num_images": len(self.images.labels), "images_per_step": images_per_step}
+            step = diagnosis.step_of(bad, self.key, **sizes)
+            return locate(training.on_default_device(good, mesh), step)
+
         try:
-            where = find(error.step)
-        except Exception as failure:  # the error itself must be told in any case
-            _log.warning("where the loss stopped being finite was not found: %r", failure)
-        raise training.NonFiniteLossError(
-            error.step, error.metrics, phase=phase, last_saved=last_saved or None, where=where
-        ) from None
-    return training.on_default_device(state, mesh)
+            with progress:
+                state = run(state, start=start, stop=stop, after=after)
+        except training.NonFiniteLossError as error:
+            where = ""
+            try:
+                where = find(error.step)
+            except Exception as failure:  # the error itself must be told in any case
+                _log.warning("where the loss stopped being finite was not found: %r", failure)
+            raise training.NonFiniteLossError(
+                error.step, error.metrics, phase=phase, last_saved=last_saved or None, where=where
+            ) from None
+        return training.on_default_device(state, mesh)
 
 
 def restore(saved: checkpoint.Checkpoints, template: Any) -> tuple[int, Any] | None:
@@ -566,7 +651,7 @@ def data_mesh(experiment: Experiment) -> jax.sharding.Mesh | None:
     Raises:
         ValueError: if a batch of the run cannot be shared equally.
     """
-    trained = () if experiment.teacher_file else (experiment.teacher_recipe,)
+    trained = () if experiment.teacher.file else (experiment.teacher,)
     return training.data_mesh(*trained, experiment.recipe)
 
 
@@ -576,67 +661,34 @@ def _on_device(splits: data.Splits) -> Images:
 
 def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """Trains the full-size network with batch norm; returns its linen variables."""
-    recipe, spec = experiment.teacher_recipe, experiment.spec
-    images = _on_device(splits)
+    recipe, spec = experiment.teacher, experiment.spec
+    preprocessing = experiment.preprocessing
     num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
-    steps_per_call = training.default_steps_per_call()
-    key = phase_key(experiment, 0)
-    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "teacher")
-
-    def last_state():
-        fresh = training.teacher_init(key, spec, recipe, num_steps)
-        return restore(saved, fresh) or (0, fresh)
-
-    start, state = last_state()
-    if start:
-        print(f"teacher: continuing from step {start} of {num_steps}", flush=True)
-    workdir.metrics.rewind("teacher", start)
-    mesh = data_mesh(experiment)
-    update = training.teacher_update(spec, recipe, experiment.preprocessing, num_steps, mesh=mesh)
+    key, images, mesh = phase_key(experiment, 0), _on_device(splits), data_mesh(experiment)
 
     def evaluate(state):
-        if not len(splits.validation_labels):
-            return {}
-        accuracy = evaluation.batch_norm_accuracy(
-            spec,
-            state.params,
-            splits.validation_images[: experiment.progress_images],
-            splits.validation_labels[: experiment.progress_images],
-            experiment.preprocessing,
-            batch_size=experiment.eval_batch_size,
-        )
-        return {"1.0": accuracy}
+        chosen = _progress_images(experiment, splits)
+        return {"1.0": experiment.accuracy(state.params, *chosen)} if len(chosen[1]) else {}
 
-    with Progress(num_steps, recipe.batch_size, done=start) as progress:
-        state = run_part(
-            workdir,
-            experiment,
-            part="teacher",
-            saved=saved,
-            call=training.chunked(
-                update,
-                images_per_step=recipe.batch_size,
-                steps_per_call=steps_per_call,
-                mesh=mesh,
-            ),
-            state=state,
-            start=start,
-            stop=num_steps,
-            key=key,
-            images=images,
-            images_per_step=recipe.batch_size,
-            steps_per_call=steps_per_call,
-            phase="teacher",
-            progress=progress,
-            mesh=mesh,
-            shown=("loss", "accuracy"),
-            evaluate=evaluate,
-            state_before=last_state,
-            locate=lambda state, step: diagnosis.locate_in_teacher(
-                spec, experiment.preprocessing, state.params, step, images
-            ),
-        )
+    def locate(state, step):
+        return diagnosis.locate_in_teacher(spec, preprocessing, state.params, step, images)
+
+    part = Part(workdir, experiment.run, "teacher", "teacher", key, images, num_steps, mesh)
+    state = part.train(
+        training.teacher_update(spec, recipe, preprocessing, num_steps, mesh=mesh),
+        lambda: training.teacher_init(key, spec, recipe, num_steps),
+        images_per_step=recipe.batch_size,
+        shown=("loss", "accuracy"),
+        evaluate=evaluate,
+        locate=locate,
+    )
     return state.params
+
+
+def _progress_images(experiment: Experiment, splits: data.Splits) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of the validation split that are looked at during training."""
+    chosen = slice(experiment.evaluation.progress_images)
+    return splits.validation_images[chosen], splits.validation_labels[chosen]
 
 
 def load_start(experiment: Experiment) -> Params | None:
@@ -645,13 +697,13 @@ def load_start(experiment: Experiment) -> Params | None:
     Raises:
         FileNotFoundError, ValueError: if the file is missing or damaged, or holds another family.
     """
-    if not experiment.init_from:
+    if not experiment.recipe.init_from:
         return None
-    hypernetwork, params, _ = checkpoint.load_inr(experiment.init_from)
+    hypernetwork, params, _ = checkpoint.load_inr(experiment.recipe.init_from)
     if hypernetwork != experiment.hypernetwork:
         raise UsageError(
             f"train.init_from must hold an INR of the run's networks and kind, {experiment.spec} "
-            f"and {experiment.hypernetwork.inr}, but {experiment.init_from} has "
+            f"and {experiment.hypernetwork.inr}, but {experiment.recipe.init_from} has "
             f"{hypernetwork.spec} and {hypernetwork.inr}; use the config that trained it."
         )
     return params
@@ -690,40 +742,31 @@ def fold_and_order(
     `images` and `labels` are what accuracy is measured on; channels are ordered by importance on
     `train_images`.
     """
-    spec, preprocessing = experiment.spec, experiment.preprocessing
-    measured = len(labels) > 0
+    spec, number = experiment.spec, len(labels)
     report = {}
 
-    def measure(name, accuracy, params):
-        if measured:
-            report[name] = accuracy(
-                spec, params, images, labels, preprocessing, batch_size=experiment.eval_batch_size
-            )
-            correct = round(report[name] * len(labels))
-            print(
-                f"teacher accuracy {name}: {100 * report[name]:.2f} % ({correct} of {len(labels)})",
-                flush=True,
-            )
+    def measure(name, tree):
+        if number:
+            found = report[name] = experiment.accuracy(tree, images, labels)
+            correct = f"{round(found * number)} of {number}"
+            print(f"teacher accuracy {name}: {100 * found:.2f} % ({correct})", flush=True)
 
-    measure("as trained", evaluation.batch_norm_accuracy, variables)
+    measure("as trained", variables)
     params = resnet.fold_batch_norm(variables)
-    measure("folded", evaluation.accuracy, params)
-    if experiment.channel_order == "as_trained":
+    measure("folded", params)
+    if experiment.run.channel_order == "as_trained":
         return Backbone(params, report)
     before = smoothing.total_variation(params, spec)
-    if experiment.channel_order == "smoothness":
+    if experiment.run.channel_order == "smoothness":
         params, _ = smoothing.smooth(params, spec)
     else:
         moments = jax.device_get(measure_moments(experiment, params, train_images))
         params, _ = smoothing.by_importance(params, spec, moments)
     after = smoothing.total_variation(params, spec)
     report |= {"total variation before": before, "total variation after": after}
-    print(
-        f"channels ordered by {experiment.channel_order}: "
-        f"total variation {before:.1f} -> {after:.1f}",
-        flush=True,
-    )
-    measure("reordered", evaluation.accuracy, params)
+    change = f"total variation {before:.1f} -> {after:.1f}"
+    print(f"channels ordered by {experiment.run.channel_order}: {change}", flush=True)
+    measure("reordered", params)
     return Backbone(params, report)
 
 
@@ -743,7 +786,7 @@ def measure_moments(
         x = experiment.preprocessing.evaluate(images).astype(jnp.float32)
         return resnet.hidden_moments(spec, params, x, blocks)
 
-    batch_size = min(experiment.eval_batch_size, len(chosen))
+    batch_size = min(experiment.evaluation.batch_size, len(chosen))
     batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out
     found = [measure(params, chosen[start : start + batch_size]) for start in batches]
     mean = jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), axis=0), *trees))
@@ -755,7 +798,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
     path = workdir.path / BACKBONE_FILE
     found = bool(hosts.from_first(lambda: np.int32(path.exists()), np.int32(0)))
     trained = None
-    if not found and not experiment.teacher_file:
+    if not found and not experiment.teacher.file:
         trained = train_teacher(workdir, experiment, splits)
 
     def load_or_make():
@@ -765,12 +808,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
             return params
         return _make_backbone(path, experiment, splits, trained)
 
-    template = jax.tree.map(
-        lambda shape: np.empty(shape, np.float32),
-        resnet.param_shapes(experiment.spec),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return hosts.from_first(load_or_make, template)
+    return hosts.from_first(load_or_make, resnet.abstract_params(experiment.spec))
 
 
 def _make_backbone(
@@ -778,14 +816,13 @@ def _make_backbone(
 ) -> Params:
     """Folds and orders the `trained` teacher, or one to be imported, and writes it to `path`."""
     if trained is None:
-        print(f"teacher: importing {experiment.teacher_file}", flush=True)
-        variables = import_teacher(experiment, experiment.teacher_file)
+        print(f"teacher: importing {experiment.teacher.file}", flush=True)
+        variables = import_teacher(experiment, experiment.teacher.file)
     else:
         variables = trained
     # As many as are looked at during training: thrice the whole split takes longer than all else.
-    images = splits.validation_images[: experiment.progress_images]
-    labels = splits.validation_labels[: experiment.progress_images]
-    if experiment.teacher_file and len(labels):
+    images, labels = _progress_images(experiment, splits)
+    if experiment.teacher.file and len(labels):
         print("teacher: it may have been trained on images of the validation split", flush=True)
     backbone = fold_and_order(experiment, variables, images, labels, splits.train_images)
     checkpoint.save_tree(
@@ -808,73 +845,49 @@ def train_inr(
     A run that begins starts from the parameters that are `given` (`load_start`), if any.
     """
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
-    images = _on_device(splits)
+    images, mesh = _on_device(splits), data_mesh(experiment)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
     if not phases:
         raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
-    total = phases[-1].stop
     initialise = functools.partial(
         hyper.init,
         hypernetwork=hypernetwork,
         alpha=recipe.alpha_init,
         from_backbone=recipe.block_init == "teacher",
     )
-    optimizer = training.inr_optimizer(recipe)
 
     def first_state(key, backbone):
         params = initialise(key, backbone=backbone)
-        return training.TrainState(
-            params, optimizer.init(params), params if recipe.ema_decay else None
-        )
+        opt_state = training.inr_optimizer(recipe).init(params)
+        return training.TrainState(params, opt_state, params if recipe.ema_decay else None)
 
-    saved = checkpoint.Checkpoints(workdir.path / "checkpoints" / "inr")
-    key = phase_key(experiment, 1)
-    start, state = 0, None
+    key, step_key, num_steps = phase_key(experiment, 1), phase_key(experiment, 2), phases[-1].stop
+    part = Part(workdir, experiment.run, "inr", "INR", step_key, images, num_steps, mesh)
     template = jax.eval_shape(first_state, key, backbone)
-    restored = restore(saved, template)
+    start, state = restore(part.saved, template) or (0, None)
     if given is not None:  # blocks are what they are
         phases = tuple(dataclasses.replace(phase, new_blocks=()) for phase in phases)
-    if restored:
-        start, state = restored
+    if state is not None:
         params = state.result
-        print(f"INR: continuing from step {start} of {total}", flush=True)
     elif given is not None:
         params = given
-        print(f"INR: starting from {experiment.init_from}", flush=True)
+        print(f"INR: starting from {experiment.recipe.init_from}", flush=True)
     else:
         moments = None
         if hypernetwork.inr.needs_moments:
             moments = measure_moments(experiment, backbone, splits.train_images)
         params = jax.jit(initialise)(key, backbone=backbone, moments=moments)
-    workdir.metrics.rewind("inr", start)
+    part.continue_from(start)
 
-    steps_per_call = training.default_steps_per_call()
-    mesh = data_mesh(experiment)
-    size = {"steps_per_call": steps_per_call, "mesh": mesh}
+    def make_call(kind):
+        if kind == "fit":
+            update = training.fit_update(hypernetwork, recipe)
+        else:
+            options = {"unroll": jax.default_backend() != "tpu", "mesh": mesh, "kind": kind}
+            update = training.inr_update(hypernetwork, recipe, experiment.preprocessing, **options)
+        return part.chunked(update, training.phase_recipe(recipe, kind).images_per_step)
 
-    def images_of(kind):
-        return training.phase_recipe(recipe, kind).images_per_step
-
-    unroll = jax.default_backend() != "tpu"
-    updates = {
-        "fit": training.fit_update(hypernetwork, recipe),
-        **{
-            kind: training.inr_update(
-                hypernetwork,
-                recipe,
-                experiment.preprocessing,
-                unroll=unroll,
-                mesh=mesh,
-                kind=kind,
-            )
-            for kind in training.STEP_KINDS
-            if any(phase.kind == kind for phase in phases)
-        },
-    }
-    calls = {
-        kind: training.chunked(update, images_per_step=images_of(kind), **size)
-        for kind, update in updates.items()
-    }
+    calls = {kind: make_call(kind) for kind in dict.fromkeys(phase.kind for phase in phases)}
     shown = {
         "fit": ("loss",),
         "train": ("loss", "ce", "accuracy", "full_accuracy"),
@@ -886,55 +899,36 @@ def train_inr(
             continue
         if state is None or start <= phase.start:
             state = training.start_phase(params, hypernetwork, recipe, phase)
-        first = max(start, phase.start)
-        teacher = backbone
         inputs = training.phase_inputs(hypernetwork, recipe, phase)
 
         def evaluate(state, phase=phase, inputs=inputs):
             return _progress_accuracy(experiment, splits, backbone, state.result, inputs, phase)
 
         def state_before(phase=phase, params=params):
-            last = restore(saved, template)
+            last = restore(part.saved, template)
             if last and last[0] > phase.start:
                 return last
             return phase.start, training.start_phase(params, hypernetwork, recipe, phase)
 
         def locate(state, step, phase=phase, inputs=inputs):
-            return diagnosis.locate_in_inr(
-                hypernetwork,
-                recipe,
-                experiment.preprocessing,
-                state.params,
-                step,
-                images,
-                backbone,
-                inputs,
-                kind=phase.kind,
-            )
+            family = hypernetwork, recipe, experiment.preprocessing
+            seen = step, images, backbone, inputs
+            return diagnosis.locate_in_inr(*family, state.params, *seen, kind=phase.kind)
 
-        images_seen = 0 if phase.kind == "fit" else images_of(phase.kind)
-        with Progress(total, images_seen, done=first) as progress:
-            state = run_part(
-                workdir,
-                experiment,
-                part="inr",
-                saved=saved,
-                call=calls[phase.kind],
-                state=state,
-                start=first,
-                stop=phase.stop,
-                key=phase_key(experiment, 2),
-                images=images,
-                phase=f"[{number}/{len(phases)}] {phase.name}",
-                progress=progress,
-                shown=shown[phase.kind],
-                rest=(teacher, inputs),
-                evaluate=evaluate,
-                state_before=state_before,
-                locate=locate,
-                images_per_step=images_of(phase.kind),
-                **size,
-            )
+        state = part.run(
+            calls[phase.kind],
+            state,
+            start=max(start, phase.start),
+            stop=phase.stop,
+            images_per_step=training.phase_recipe(recipe, phase.kind).images_per_step,
+            phase=f"[{number}/{len(phases)}] {phase.name}",
+            shown=shown[phase.kind],
+            rest=(backbone, inputs),
+            evaluate=evaluate,
+            state_before=state_before,
+            locate=locate,
+            looks_at_images=phase.kind != "fit",
+        )
         params = state.result
     return params
 
@@ -944,35 +938,25 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
 
     In phases of the depth term these are networks with as many blocks skipped as training skips.
     """
-    images = splits.validation_images[: experiment.progress_images]
-    labels = splits.validation_labels[: experiment.progress_images]
+    images, labels = _progress_images(experiment, splits)
     if phase.kind == "fit" or not len(labels):
         return {}
     hypernetwork = experiment.hypernetwork
     found = {}
     shallowest = training.shallowest_widths(hypernetwork, experiment.recipe)
-    for ratio in experiment.progress_ratios:
+    for ratio in experiment.evaluation.progress_ratios:
         widths = hypernetwork.widths(ratio)
         if phase.kind in training.DEPTH_KINDS:
             widths = np.where(np.array(shallowest) == 0, 0, widths)
         tree = _mixed_network(hypernetwork, params, jnp.asarray(widths), backbone, inputs.active)
-        found[str(ratio)] = evaluation.accuracy(
-            experiment.spec,
-            tree,
-            images,
-            labels,
-            experiment.preprocessing,
-            batch_size=experiment.eval_batch_size,
-        )
+        found[str(ratio)] = experiment.accuracy(tree, images, labels)
     return found
 
 
-def _mixed_network_impl(hypernetwork, params, widths, backbone, active):
+@functools.partial(jax.jit, static_argnums=0)
+def _mixed_network(hypernetwork, params, widths, backbone, active):
     generated = hyper.generate_blocks(hypernetwork, params["inr"], widths)
     return training.mixed_tree(hypernetwork, params, generated, backbone, active, widths)
-
-
-_mixed_network = jax.jit(_mixed_network_impl, static_argnums=0)
 
 
 def find_idle(experiment: Experiment, params: Params, splits: data.Splits) -> diagnosis.Idle:
@@ -1012,47 +996,43 @@ def evaluation_split(splits: data.Splits, split: str) -> tuple[np.ndarray, np.nd
     return images, labels
 
 
-def _evaluate(
+def make_evaluator(
     experiment: Experiment,
     params: Params,
-    images: np.ndarray,
-    labels: np.ndarray,
+    splits: data.Splits,
     *,
-    width_ratios: Sequence[float],
-    num_samples: int,
-    strategy: str,
-    known: MutableMapping[tuple[int, ...], float],
-    comparison: evaluation.Comparison,
-) -> list[GridRow]:
-    """`evaluation.evaluate_ratios` of an experiment; prints the table as it grows."""
-    print(evaluation.TABLE_HEADER, flush=True)
-    return evaluation.evaluate_ratios(
+    split: str | None = None,
+    num_samples: int | None = None,
+    strategy: str = "auto",
+) -> evaluation.Evaluator:
+    """An evaluator on a split, by default that of the config, as is the number of samples."""
+    split = split or experiment.evaluation.split
+    options = {"batch_size": experiment.evaluation.batch_size, "strategy": strategy}
+    return evaluation.Evaluator(
         experiment.hypernetwork,
         params,
-        width_ratios,
-        images,
-        labels,
+        *evaluation_split(splits, split),
         experiment.preprocessing,
+        options={**options, **experiment.noise(num_samples or experiment.evaluation.num_samples)},
+        split=split,
+        comparison=evaluation.Comparison(),
+    )
+
+
+def _evaluate(
+    experiment: Experiment, evaluator: evaluation.Evaluator, width_ratios: Sequence[float]
+) -> list[GridRow]:
+    """A row for each ratio; prints the table as it grows."""
+    print(evaluation.TABLE_HEADER, flush=True)
+    return evaluator.rows(
+        width_ratios,
         trained_range=experiment.trained_range,
-        num_samples=num_samples,
-        key=phase_key(experiment, 3) if num_samples > 1 else None,
-        batch_size=experiment.eval_batch_size,
-        strategy=strategy,
-        known=known,
-        comparison=comparison,
         on_row=lambda row: print(evaluation.format_row(row), flush=True),
     )
 
 
 def _evaluate_int8(
-    experiment: Experiment,
-    params: Params,
-    images: np.ndarray,
-    labels: np.ndarray,
-    rows: Sequence[GridRow],
-    *,
-    num_samples: int,
-    strategy: str,
+    experiment: Experiment, evaluator: evaluation.Evaluator, rows: Sequence[GridRow]
 ) -> list[GridRow]:
     """`rows` with their `int8_accuracy`; prints both accuracies side by side as they come."""
     print(f"\nweights in 8 bits, a scale for each output channel\n{evaluation.INT8_TABLE_HEADER}")
@@ -1062,21 +1042,10 @@ def _evaluate_int8(
         found.append(dataclasses.replace(rows[len(found)], int8_accuracy=row.accuracy))
         print(evaluation.format_int8_row(found[-1]), flush=True)
 
-    evaluation.evaluate_ratios(
-        experiment.hypernetwork,
-        params,
-        [row.width_ratio for row in rows],
-        images,
-        labels,
-        experiment.preprocessing,
-        trained_range=experiment.trained_range,
-        num_samples=num_samples,
-        key=phase_key(experiment, 3) if num_samples > 1 else None,
-        batch_size=experiment.eval_batch_size,
-        strategy=strategy,
-        transform=quantize.fake_quantize,
-        on_row=on_row,
-    )
+    options = {**evaluator.options, "transform": quantize.fake_quantize}
+    rounded = dataclasses.replace(evaluator, options=options, known={}, comparison=None)
+    ratios = [row.width_ratio for row in rows]
+    rounded.rows(ratios, trained_range=experiment.trained_range, on_row=on_row)
     worst = min(row.int8_accuracy - row.accuracy for row in found if row.int8_accuracy is not None)
     print(f"largest loss by 8-bit weights: {max(0.0, -100 * worst):.2f} points")
     return found
@@ -1085,16 +1054,10 @@ def _evaluate_int8(
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
-    params: Params,
-    splits: data.Splits,
+    evaluator: evaluation.Evaluator,
     *,
-    split: str,
     width_ratios: Sequence[float],
-    num_samples: int = 1,
     sweep_ratios: Sequence[float] = (),
-    strategy: str = "auto",
-    known: MutableMapping[tuple[int, ...], float] | None = None,
-    comparison: evaluation.Comparison | None = None,
     report: bool = False,
     others: Sequence[GridRow] = (),
     int8: bool = False,
@@ -1103,70 +1066,51 @@ def evaluate_and_write(
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
     sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
-    page to look at all of it and at `others`, networks of other depths (see `page`). `known` holds
-    accuracies by widths, of the same parameters, split and number of samples; networks in it are
-    not evaluated again, and the others are added. So does `comparison` hold how consistent they are
-    with the full network.
-    With `int8` the grid is evaluated with 8-bit weights too.
+    page to look at all of it and at `others`, networks of other depths (see `page`). With `int8`
+    the grid is evaluated with 8-bit weights too.
     """
-    known = {} if known is None else known
-    comparison = comparison or evaluation.Comparison()
-    images, labels = evaluation_split(splits, split)
+    split, params, num_images = evaluator.split, evaluator.params, len(evaluator.labels)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
-    print(f"\n{experiment.name}, {split} split, {len(labels)} images; trained range {low}..{high}")
+    print(f"\n{experiment.name}, {split} split, {num_images} images; trained range {low}..{high}")
     started = time.perf_counter()
-    options = {"num_samples": num_samples, "strategy": strategy, "known": known}
-    options["comparison"] = comparison
-    rows = _evaluate(experiment, params, images, labels, width_ratios=width_ratios, **options)
+    rows = _evaluate(experiment, evaluator, width_ratios)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
     if int8:
-        rows = _evaluate_int8(
-            experiment, params, images, labels, rows, num_samples=num_samples, strategy=strategy
-        )
-    extra = {
+        rows = _evaluate_int8(experiment, evaluator, rows)
+    document = {
+        "dataset": experiment.name,
+        "split": split,
         "trained_range": [low, high],
-        "num_inr_params": hyper.num_inr_params(params),
-        "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
     }
-    evaluation.write_grid(workdir, rows, dataset=experiment.name, split=split, **extra)
-    teacher_accuracy = _teacher_accuracy(workdir, experiment, images, labels)
-    name = f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split"
-    plotting.plot_grid(
-        workdir / "grid.png",
+    evaluation.write_grid(
+        workdir,
         rows,
-        title=f"{name}: every size from one INR",
-        trained_range=experiment.trained_range,
-        teacher_accuracy=teacher_accuracy,
+        **document,
+        num_inr_params=hyper.num_inr_params(params),
+        seconds=round(time.perf_counter() - started, 1),
     )
+    figures = {
+        "trained_range": experiment.trained_range,
+        "teacher_accuracy": _teacher_accuracy(workdir, experiment, evaluator),
+    }
+    name = f"{experiment.network}, {experiment.name}, {split} split"
+    title = f"{name}: every size from one INR"
+    plotting.plot_grid(workdir / "grid.png", rows, title=title, **figures)
     print(f"wrote {workdir / 'grid.json'}, grid.csv and grid.png")
     if not sweep_ratios:
         return rows
 
     print(f"\nsweep of {len(sweep_ratios)} widths")
-    sweep = _evaluate(experiment, params, images, labels, width_ratios=sweep_ratios, **options)
+    sweep = _evaluate(experiment, evaluator, sweep_ratios)
     dip = evaluation.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
     print(_describe_dip(dip))
-    document = evaluation.grid_dict(
-        sweep,
-        dataset=experiment.name,
-        split=split,
-        trained_range=[low, high],
-        teacher_accuracy=teacher_accuracy,
-        largest_dip=dip.fall,
-        where=dip.where,
-        versions=versions(),
-    )
-    write_json(workdir / "sweep.json", document)
-    plotting.plot_sweep(
-        workdir / "sweep.png",
-        sweep,
-        title=f"{name}: accuracy over the width axis",
-        trained_range=experiment.trained_range,
-        teacher_accuracy=teacher_accuracy,
-    )
+    found = {"largest_dip": dip.fall, "where": dip.where, **figures}
+    storage.write_json(workdir / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
+    title = f"{name}: accuracy over the width axis"
+    plotting.plot_sweep(workdir / "sweep.png", sweep, title=title, **figures)
     curves, singles = published.references(experiment.name, experiment.spec)
     plotting.plot_against_macs(
         workdir / "against_macs.png",
@@ -1176,30 +1120,26 @@ def evaluate_and_write(
         singles=singles,
     )
     slices = evaluation.weight_slices(experiment.hypernetwork, params)
+    title = f"{experiment.network}, {experiment.name}: conv2 of {slices.block} at every width"
     plotting.plot_weight_slices(
-        workdir / "weights.png",
-        slices,
-        title=f"ResNet{experiment.spec.depth}, {experiment.name}: conv2 of {slices.block} at every "
-        "width",
-        trained_range=experiment.trained_range,
+        workdir / "weights.png", slices, title=title, trained_range=experiment.trained_range
     )
     print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
     if report:
-        document = page.page_document(
+        page_document = page.page_document(
             [*rows, *sweep, *others],
             experiment.spec,
-            title=f"ResNet{experiment.spec.depth} on {experiment.name}: every size from one INR",
-            subtitle=f"Top-1 accuracy on the {len(labels):,} images of the {split} split. The INR "
+            title=f"{experiment.network} on {experiment.name}: every size from one INR",
+            subtitle=f"Top-1 accuracy on the {num_images:,} images of the {split} split. The INR "
             f"has {hyper.num_inr_params(params):,} parameters, the full-size network "
             f"{experiment.spec.num_params:,}.",
-            trained_range=experiment.trained_range,
-            teacher_accuracy=teacher_accuracy,
+            **figures,
             slices=slices,
             latency=page.read_latency(workdir / page.LATENCY_FILE),
             config=read_config(workdir),
             versions=versions(),
         )
-        page.write_page(workdir / "report.html", document)
+        page.write_page(workdir / "report.html", page_document)
         print(f"wrote {workdir / 'report.html'}; open it in a browser")
     return rows
 
@@ -1207,48 +1147,29 @@ def evaluate_and_write(
 def evaluate_random_ratios(
     workdir: pathlib.Path,
     experiment: Experiment,
-    params: Params,
-    splits: data.Splits,
-    *,
-    split: str,
+    evaluator: evaluation.Evaluator,
     ratios: Sequence[float],
-    num_samples: int = 1,
-    strategy: str = "auto",
-    known: MutableMapping[tuple[int, ...], float] | None = None,
-    comparison: evaluation.Comparison | None = None,
 ) -> list[GridRow]:
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "versions"}. `known` and `comparison` are those of
-    `evaluate_and_write`.
+    (its ratio or null), "split", "versions"}.
     """
-    images, labels = evaluation_split(splits, split)
-    print(f"\n{len(ratios)} widths at random from the trained range, {split} split")
-    rows = _evaluate(
-        experiment,
-        params,
-        images,
-        labels,
-        width_ratios=ratios,
-        num_samples=num_samples,
-        strategy=strategy,
-        known={} if known is None else known,
-        comparison=comparison or evaluation.Comparison(),
-    )
+    print(f"\n{len(ratios)} widths at random from the trained range, {evaluator.split} split")
+    rows = _evaluate(experiment, evaluator, ratios)
     accuracies = [row.accuracy for row in rows]
     dip = evaluation.largest_dip(ratios, accuracies)
     print(f"smallest accuracy {100 * min(accuracies):.2f} %; {_describe_dip(dip)}")
     document = {
         "ratios": list(ratios),
         "accuracies": accuracies,
-        "widths": [list(row.widths) for row in rows],
+        "widths": [row.widths for row in rows],
         "largest_dip": dip.fall,
         "where": dip.where,
-        "split": split,
+        "split": evaluator.split,
         "versions": versions(),
     }
-    write_json(workdir / "random_ratios.json", document)
+    storage.write_json(workdir / "random_ratios.json", document)
     print(f"wrote {workdir / 'random_ratios.json'}")
     return rows
 
@@ -1262,19 +1183,12 @@ def _describe_dip(dip: evaluation.Dip) -> str:
     )
 
 
-def _teacher_accuracy(workdir, experiment, images, labels) -> float | None:
+def _teacher_accuracy(workdir, experiment, evaluator) -> float | None:
     path = workdir / BACKBONE_FILE
     if not path.exists():
         return None
     params, _ = checkpoint.load_tree(path)
-    found = evaluation.accuracy(
-        experiment.spec,
-        params,
-        images,
-        labels,
-        experiment.preprocessing,
-        batch_size=experiment.eval_batch_size,
-    )
+    found = experiment.accuracy(params, evaluator.images, evaluator.labels)
     print(f"teacher (full size, not generated): {100 * found:.2f} %")
     return found
 

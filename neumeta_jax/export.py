@@ -54,6 +54,7 @@ from neumeta_jax import (
     checkpoint,
     command_line,
     data,
+    evaluation,
     experiment as lab,
     hypernetwork as hyper,
     litert,
@@ -114,32 +115,20 @@ class Normalization(NamedTuple):
 
 
 def draw(
-    hypernetwork: Hypernetwork,
-    params: Mapping,
-    widths: Sequence[int],
-    *,
-    key: jax.Array | None = None,
-    num_samples: int = 1,
+    hypernetwork: Hypernetwork, params: Mapping, widths: Sequence[int], **noise: Any
 ) -> tuple[ResNetSpec, Params]:
     """The dense network of `widths`, (spec, tree), with the noise that `evaluation` gives it."""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     full = [max(pair) for pair in zip(widths, hypernetwork.full_widths, strict=True)]
     container = architecture.morph(spec, blocks, full)
 
+    @jax.jit
     def generate(params):
-        tree = hyper.generate(
-            hypernetwork,
-            params,
-            np.asarray(widths, np.int32),
-            spec=container,
-            key=key,
-            num_samples=num_samples,
-        )
-        return resnet.slice_params(container, tree, blocks, widths)[1]
+        return hyper.generate_dense(hypernetwork, params, widths, spec=container, **noise)[1]
 
     # jit sorts the layers; the order of the network is that of its description.
     dense = architecture.morph(spec, blocks, widths)
-    tree = jax.jit(generate)(params)
+    tree = generate(params)
     return dense, {name: tree[name] for name in resnet.param_shapes(dense)}
 
 
@@ -190,19 +179,16 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
         )
     try:
         spec = ResNetSpec.from_dict(info.pop("network"))
-        wanted = _flat_shapes(resnet.param_shapes(spec))
+        wanted = resnet.abstract_params(spec)
         params = quantize.dequantize(params)
     except (TypeError, ValueError) as error:
         reason = command_line.sentence(str(error))
         raise ValueError(f"{os.fspath(path)} holds no usable network: {reason}") from None
-    given = _flat_shapes(jax.tree.map(np.shape, params))
-    for name in sorted(set(wanted) | set(given)):
-        if wanted.get(name) != given.get(name):
-            raise ValueError(
-                f"{os.fspath(path)} must hold the tensors of the network in its header, but {name} "
-                f"has the shape {given.get(name)}, where {wanted.get(name)} is needed; export it "
-                "again."
-            )
+    if difference := checkpoint.first_difference(params, wanted):
+        raise ValueError(
+            f"{os.fspath(path)} must hold the tensors of the network in its header, but "
+            f"{difference}; export it again."
+        )
     if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(params)):
         raise ValueError(f"{os.fspath(path)} must hold float32 tensors; export it again.")
     for name in ("mean", "std"):
@@ -214,11 +200,6 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
                 f"channels, got {ascii(values)[:80]} as {name}; export it again."
             )
     return spec, params, info
-
-
-def _flat_shapes(shapes: Mapping) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return {"/".join(entry.key for entry in keys): shape for keys, shape in leaves}
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -242,8 +223,8 @@ def to_state_dict(spec: ResNetSpec, params: Mapping) -> dict[str, np.ndarray]:
         float32 arrays, convolutions OIHW, the head (out, in); int64 `num_batches_tracked`.
     """
     tensors: dict[str, np.ndarray] = {}
-
-    def conv_and_norm(layer: Mapping, conv: str, norm: str):
+    for path, name, _, conv, norm, _ in teacher_import.layers(spec):
+        layer = (params[path[0]] if path else params)[name]
         bias = np.asarray(layer["bias"], np.float32)
         tensors[f"{conv}.weight"] = _oihw(layer["kernel"])
         tensors[f"{norm}.weight"] = np.ones_like(bias)
@@ -251,17 +232,6 @@ def to_state_dict(spec: ResNetSpec, params: Mapping) -> dict[str, np.ndarray]:
         tensors[f"{norm}.running_mean"] = np.zeros_like(bias)
         tensors[f"{norm}.running_var"] = np.full_like(bias, 1 - resnet.BATCH_NORM_EPSILON)
         tensors[f"{norm}.num_batches_tracked"] = np.array(0, np.int64)
-
-    conv_and_norm(params["stem"], "conv1", "bn1")
-    for block in spec.blocks:
-        if block.hidden_width == 0:
-            continue
-        layers, prefix = params[block.name], f"layer{block.stage}.{block.index}"
-        conv_and_norm(layers["conv1"], f"{prefix}.conv1", f"{prefix}.bn1")
-        conv_and_norm(layers["conv2"], f"{prefix}.conv2", f"{prefix}.bn2")
-        if block.projection:
-            name = f"{prefix}.downsample"
-            conv_and_norm(layers["shortcut"], f"{name}.0", f"{name}.1")
     head = "fc" if spec.shortcut == "projection" else "linear"
     tensors[f"{head}.weight"] = np.asarray(params["head"]["kernel"], np.float32).T
     tensors[f"{head}.bias"] = np.asarray(params["head"]["bias"], np.float32)
@@ -284,9 +254,6 @@ def to_torch(state_dict: Mapping[str, np.ndarray]) -> bytes:
 
     Args:
         state_dict: float32 and int64 arrays by name.
-
-    Raises:
-        ValueError: if an array has another type.
     """
     arrays = {}
     for name, array in state_dict.items():
@@ -368,14 +335,10 @@ def to_onnx(
     """The folded network as an ONNX graph, images[batch, channels, size, size] -> logits.
 
     Args:
-        spec: the network's shapes.
-        params: its folded tree, or that of `quantize.quantize`.
+        spec, params: the network's shapes and its folded tree, or that of `quantize.quantize`.
         normalization: put into the graph, whose images then are uint8 pixels; None: images are
             float32 and come normalised.
         **info: JSON values for the model's metadata, beside "network" (the spec).
-
-    Raises:
-        ValueError: if onnx is not installed.
     """
     check_extra("onnx")
     from onnx import TensorProto, helper, numpy_helper
@@ -510,7 +473,6 @@ def quantize_onnx(
     that they take on `images`.
 
     Args:
-        path: where to.
         model: of `to_onnx`, with float32 weights.
         images: uint8[images, size, size, channels], of the training set.
         normalization: of the images, where the graph does not do it itself.
@@ -551,14 +513,7 @@ def to_stablehlo(
     Each platform multiplies in its own default precision, which is below float32 on most
     accelerators.
 
-    Args:
-        spec: the network's shapes.
-        params: its folded tree, or that of `quantize.quantize`.
-        normalization: put into the graph, whose images are then uint8 pixels; None: images are
-            float32 and come normalised. NHWC.
-
-    Raises:
-        ValueError: if flatbuffers is not installed, which jax.export needs to write.
+    Images are NHWC; the arguments are those of `to_onnx`.
     """
     check_extra("stablehlo")
     weights = jax.tree.map(np.asarray, dict(params))
@@ -626,11 +581,7 @@ def check_extra(format: str) -> None:
 
 
 def check_writable(path: str | os.PathLike, *, flag: str = "--out") -> pathlib.Path:
-    """`path`, which `flag` gave, if a file can be put there.
-
-    Raises:
-        ValueError: if not.
-    """
+    """`path`, which `flag` gave, if a file can be put there; else raises ValueError."""
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
         raise UsageError(f"{flag} must name a file, but {path} is something else; choose another.")
@@ -667,7 +618,6 @@ def logits_of_file(
     """Logits float32[images, classes] of an exported file, by its format's own reader.
 
     Args:
-        path: the file.
         images: uint8[images, size, size, channels].
         format: of the file; "torch" is read and folded by `teacher_import`.
         normalization: what the network was trained with.
@@ -704,11 +654,19 @@ def logits_of_file(
             spec, params, _ = load_safetensors(path)
         network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
 
+    return _in_batches(network, images, None if normalize else normalization)
+
+
+def _in_batches(
+    network: Callable[[Any], Any], images: np.ndarray, normalization: Normalization | None
+) -> np.ndarray:
+    """What `network` computes of `images`, on the CPU, normalised where that is asked for."""
+    parts = []
     with _on_cpu():
-        parts = []
         for start in range(0, len(images), _BATCH_SIZE):
             batch = images[start : start + _BATCH_SIZE]
-            batch = batch if normalize else data.normalize(jnp.asarray(batch), *normalization)
+            if normalization is not None:
+                batch = data.normalize(jnp.asarray(batch), *normalization)
             parts.append(np.asarray(network(batch)))
     return np.concatenate(parts)
 
@@ -731,8 +689,7 @@ def export(
 
     Args:
         path: where to; an existing file is replaced once the new one is complete and checked.
-        spec: the network's shapes.
-        params: its folded tree.
+        spec, params: the network's shapes and its folded tree.
         images: uint8[images, size, size, channels], to compare on.
         format: one of `FORMATS`.
         normalization: what the network was trained with.
@@ -815,14 +772,10 @@ def network_logits(
 
     The tree may be one of `quantize.quantize`.
     """
-    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
-    starts = range(0, len(images), _BATCH_SIZE)
     with _on_cpu():
         tree = quantize.dequantize(params)
-        normalised = data.normalize(jnp.asarray(images), *normalization)
-        return np.concatenate(
-            [np.asarray(network(normalised[n : n + _BATCH_SIZE])) for n in starts]
-        )
+    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
+    return _in_batches(network, images, normalization)
 
 
 def check_format(format: str, *, normalize: bool, int8: str | None = None) -> None:
@@ -847,57 +800,34 @@ def check_format(format: str, *, normalize: bool, int8: str | None = None) -> No
 # --- the command -----------------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
-    flags.DEFINE_float(
-        "width", None, "Kept fraction of all hidden channels, up to 1.5.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "widths",
-        None,
-        "Hidden channels of each generated block, comma-separated; 0 skips the block.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "spec", None, "A JSON file with widths, spec and blocks of one network.", flag_values=values
-    )
-    flags.DEFINE_enum("format", None, FORMATS, "Of the file.", flag_values=values)
-    flags.DEFINE_string("out", "", "The file to write.", flag_values=values)
-    flags.DEFINE_bool(
-        "normalize",
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "width": (float, None, "Kept fraction of all hidden channels, up to 1.5."),
+    "widths": (list, None, "Hidden channels of each generated block; 0 skips the block."),
+    "spec": (str, None, "A JSON file with widths, spec and blocks of one network."),
+    "format": (FORMATS, None, "Of the file."),
+    "out": (str, "", "The file to write."),
+    "normalize": (
+        bool,
         False,
         f"Put the normalisation into the graph ({', '.join(GRAPH_FORMATS)}), which then takes "
         "uint8 pixels.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "int8",
+    ),
+    "int8": (
+        str,
         None,
         "Weights in 8 bits (--int8), or activations too (--int8=full, onnx and litert).",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_images", 256, "Images of the data set to compare on, at most.", flag_values=values
-    )
-    flags.DEFINE_float(
-        "tolerance",
+    ),
+    "num_images": (int, 256, "Images of the data set to compare on, at most."),
+    "tolerance": (
+        float,
         None,
         f"Largest relative logit error to accept; default {TOLERANCE:g}, {FULL_INT8_TOLERANCE:g} "
         "with --int8=full.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_samples",
-        None,
-        "Noisy weight samples to average; default: the config's, as in eval.py.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "data_dir",
-        "",
-        "Where the data lies, if no longer where the run found it.",
-        flag_values=values,
-    )
+    ),
+    "num_samples": evaluation.SAMPLE_FLAGS["num_samples"],
+    **command_line.DATA_DIR,
+}
 
 
 def _chosen_widths(hypernetwork: Hypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
@@ -927,8 +857,7 @@ def _check_options(options: flags.FlagValues) -> None:
             "--num_images must be at least 1 and --tolerance above 0, got "
             f"{options.num_images} and {options.tolerance}."
         )
-    if options.num_samples is not None and options.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+    command_line.check_at_least(options, num_samples=1)
     check_format(options.format, normalize=options.normalize, int8=options.int8)
     check_writable(options.out)
 
@@ -943,27 +872,20 @@ def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
 
 def main(argv: Sequence[str]) -> None:
     argv = ["--int8=weights" if arg in ("--int8", "-int8") else arg for arg in argv]
-    config, options = command_line.parse(argv, define_flags, config_required=False)
+    config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
     lab.enable_compilation_cache()
-    saved = lab.read_config(options.workdir)
-    if config:
-        lab.check_same_config(options.workdir, config)
-    hypernetwork, params, _ = checkpoint.load_inr(options.workdir)
+    opened = lab.open_run(config, options)
+    hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
-    if options.data_dir:
-        saved["data"]["dir"] = options.data_dir
-    dataset, splits = lab.load_data(saved)
-    experiment = lab.from_config(saved, dataset)
-    lab.check_same_family(experiment, hypernetwork)
+    experiment, splits = opened.load()
     split = "validation" if len(splits.validation_images) else "test"
     images = splits.validation_images if split == "validation" else splits.test_images
 
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
-    num_samples = options.num_samples or experiment.eval_samples
-    key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
-    spec, tree = draw(hypernetwork, params, widths, key=key, num_samples=num_samples)
+    noise = experiment.noise(options.num_samples or experiment.evaluation.num_samples)
+    spec, tree = draw(hypernetwork, opened.params, widths, **noise)
     print(
         f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"

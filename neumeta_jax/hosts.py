@@ -22,27 +22,26 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from neumeta_jax.command_line import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError
+from neumeta_jax.command_line import INTERRUPTED, USAGE_ERROR, Flags, Interrupted, UsageError
 
 START_SECONDS = 300  # how long a process waits for the others
 END_SECONDS = 24 * 3600  # the others wait while the first one evaluates
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_bool(
-        "distributed",
+FLAGS: Flags = {
+    "distributed": (
+        bool,
         False,
         "This is one of several processes, on every worker of a TPU pod or under Slurm or MPI.",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator_address",
+    ),
+    "coordinator_address": (
+        str,
         None,
         "HOST:PORT of the first process, elsewhere than on a TPU pod.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+    ),
+    "num_processes": (int, None, "How many there are."),
+    "process_id": (int, None, "Which one this is, from 0."),
+}
 
 
 def is_first() -> bool:

@@ -12,6 +12,7 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,11 +221,10 @@ def generate_blocks(
         for row, position in enumerate(group.positions):
             block = spec.blocks[hypernetwork.blocks[position]]
             values = raw[group.name][row]  # [C_out, C_in, outputs] of the group's widest block
+            rows = block.hidden_width if group.out_is_hidden else group.rows
             if group.kind == "bias":
-                rows = block.hidden_width if group.out_is_hidden else group.rows
                 tensor = values[:rows, 0, 0]
             else:
-                rows = block.hidden_width if group.out_is_hidden else group.rows
                 columns = block.hidden_width if group.in_is_hidden else group.columns
                 tensor = values[:rows, :columns].reshape(rows, columns, 3, 3)
                 tensor = tensor.transpose(2, 3, 1, 0)  # HWIO
@@ -372,27 +372,17 @@ def generate_dense(
     params: Mapping,
     widths: Sequence[int],
     *,
-    key: jax.Array | None = None,
-    num_samples: int = 1,
-    sample_batch: int | None = SAMPLE_BATCH,
-    dtype: jax.typing.DTypeLike | None = None,
+    spec: ResNetSpec | None = None,
+    **options: Any,
 ) -> tuple[ResNetSpec, Params]:
     """The network of hidden `widths` at its own shapes, without masked channels: (spec, tree).
 
     Each new set of widths compiles anew where the result is used; for many networks use `generate`.
-    Blocks of width 0 are left out. The other arguments are those of `generate`.
+    Blocks of width 0 are left out. `spec` holds the shapes that it is cut out of, on which noise
+    depends, by default its own. The `options` are those of `generate`.
     """
     check_widths(hypernetwork, widths, limited=False)
-    chosen = [int(w) for w in widths]
-    container = morph(hypernetwork.spec, hypernetwork.blocks, [max(w, 1) for w in chosen])
-    tree = generate(
-        hypernetwork,
-        params,
-        np.array(chosen, np.int32),
-        spec=container,
-        key=key,
-        num_samples=num_samples,
-        sample_batch=sample_batch,
-        dtype=dtype,
-    )
-    return slice_params(container, tree, hypernetwork.blocks, chosen)
+    chosen, blocks = [int(w) for w in widths], hypernetwork.blocks
+    spec = spec or morph(hypernetwork.spec, blocks, [max(w, 1) for w in chosen])
+    tree = generate(hypernetwork, params, np.array(chosen, np.int32), spec=spec, **options)
+    return slice_params(spec, tree, blocks, chosen)

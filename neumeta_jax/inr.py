@@ -60,10 +60,7 @@ class INR(abc.ABC):
         """
 
     def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
+        self, inr_params: Params, groups: Sequence[TensorGroup], raw: Mapping[str, jax.Array]
     ) -> Params:
         """`inr_params` that generate the full-width tensors `raw`, where there is a closed form.
 
@@ -73,10 +70,7 @@ class INR(abc.ABC):
         return inr_params
 
     def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
+        self, inr_params: Params, groups: Sequence[TensorGroup], moments: Mapping[str, jax.Array]
     ) -> Params:
         """`inr_params` that know the second moments of the hidden channels of each tensor.
 
@@ -206,7 +200,7 @@ class PerTensorMLP(INR):
             activation=self.activation,
         )
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         dummy = Coordinates(*[jnp.zeros((1, 1))] * 6)
         shapes = {}
         for group in groups:
@@ -221,10 +215,8 @@ class PerTensorMLP(INR):
         sizes = [math.prod(shape) for _, shape in leaves]
         draws = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
         draws = jax.lax.optimization_barrier(draws)  # or it is fused into each of its readers
-        values = []
-        for (path, shape), draw in zip(
-            leaves, jnp.split(draws, np.cumsum(sizes)[:-1]), strict=True
-        ):
+        values, parts = [], jnp.split(draws, np.cumsum(sizes)[:-1])
+        for (path, shape), draw in zip(leaves, parts, strict=True):
             name = path[-1].key
             if name.startswith("scale"):
                 values.append(jnp.full(shape, 0.1, jnp.float32))
@@ -232,17 +224,9 @@ class PerTensorMLP(INR):
                 values.append(jnp.zeros(shape, jnp.float32))
             else:  # uniform(+-1 / sqrt(fan_in)), PyTorch's default
                 values.append(draw.reshape(shape) / shape[1] ** 0.5)
-        params = jax.tree_util.tree_unflatten(treedef, values)
-        return params
+        return jax.tree_util.tree_unflatten(treedef, values)
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         for number, group in enumerate(groups):
             coords = coordinates.raw_coordinates(group, widths)
@@ -308,7 +292,7 @@ class Grid(INR):
         if self.resampling not in RESAMPLING:
             raise ValueError(f"resampling must be one of {RESAMPLING}, got {self.resampling!r}.")
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         params = {}
         for group, group_key in zip(groups, jax.random.split(key, len(groups)), strict=True):
             shape = (len(group.positions), group.rows, group.columns, group.num_outputs)
@@ -319,14 +303,7 @@ class Grid(INR):
             params[group.name] = {"values": jnp.moveaxis(values, 0, 1)}
         return params
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         for number, group in enumerate(groups):
             values = inr_params[group.name]["values"]
@@ -369,12 +346,7 @@ class Grid(INR):
         overlap = jnp.minimum(right, edges + 1 / full) - jnp.maximum(left, edges)
         return jnp.maximum(overlap, 0.0) * width[:, None, None]
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
+    def start_from(self, inr_params, groups, raw):
         started = {}
         for group in groups:
             values = jnp.zeros_like(inr_params[group.name]["values"])
@@ -452,7 +424,7 @@ class Projection(INR):
         if self.max_cell < 1:
             raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
 
-    def init(self, key: jax.Array, groups: Sequence[TensorGroup]) -> Params:
+    def init(self, key, groups):
         params = self._values_only.init(key, groups)
         for group in groups:
             if self.modulated:
@@ -465,14 +437,7 @@ class Projection(INR):
                 params[group.name]["moments"] = moments
         return params
 
-    def __call__(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        widths: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
+    def __call__(self, inr_params, groups, widths, *, key=None):
         raw = {}
         by_name = {group.name: group for group in groups}
         factor = jnp.ones(())
@@ -545,12 +510,7 @@ class Projection(INR):
         solution = jnp.roll(solution, -1, axis=1)[:, :, 1:]
         return jnp.where(kept[:, None, :], jnp.eye(moments.shape[-1])[:, :-1], solution)
 
-    def start_from(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        raw: Mapping[str, jax.Array],
-    ) -> Params:
+    def start_from(self, inr_params, groups, raw):
         started = self._values_only.start_from(inr_params, groups, raw)
         for group in groups:
             for leaf in ("modulation", "moments"):
@@ -558,12 +518,7 @@ class Projection(INR):
                     started[group.name][leaf] = inr_params[group.name][leaf]
         return started
 
-    def with_moments(
-        self,
-        inr_params: Params,
-        groups: Sequence[TensorGroup],
-        moments: Mapping[str, jax.Array],
-    ) -> Params:
+    def with_moments(self, inr_params, groups, moments):
         found = dict(inr_params)
         for group in groups:
             if group.in_is_hidden:
@@ -571,23 +526,19 @@ class Projection(INR):
                 found[group.name] = {**inr_params[group.name], "moments": known}
         return found
 
-    def copy_block(
-        self, inr_params: Params, groups: Sequence[TensorGroup], source: int, target: int
-    ) -> Params:
+    def copy_block(self, inr_params, groups, source, target):
         copied = super().copy_block(inr_params, groups, source, target)
         moments = {g.name: inr_params[g.name]["moments"] for g in groups if g.in_is_hidden}
         return self.with_moments(copied, groups, moments)
 
-    def update_mask(
-        self, inr_params: Params, groups: Sequence[TensorGroup], active: jax.Array
-    ) -> Params:
+    def update_mask(self, inr_params, groups, active):
         mask = super().update_mask(inr_params, groups, active)
         for group in groups:
             if "moments" in mask[group.name]:  # measured, not learned
                 mask[group.name]["moments"] = jnp.zeros_like(mask[group.name]["moments"])
         return mask
 
-    def depth_mask(self, inr_params: Params, groups: Sequence[TensorGroup]) -> Params:
+    def depth_mask(self, inr_params, groups):
         mask = super().depth_mask(inr_params, groups)
         if self.depth_term:
             last = jnp.arange(self.num_terms + 1) == self.num_terms

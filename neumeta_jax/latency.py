@@ -11,11 +11,9 @@ alike. No data set is needed: the images are noise, on which the time does not d
 Writes latency.json and latency.csv into the work directory; `eval.py --report` shows them.
 """
 
-import csv
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,17 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from neumeta_jax import (
     architecture,
-    checkpoint,
     command_line,
     experiment as lab,
     export,
     hypernetwork as hyper,
     page,
     resnet,
+    storage,
     timing,
 )
 from neumeta_jax.architecture import ResNetSpec
@@ -196,15 +193,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{'network':>{width}}  {'MACs (M)':>8}  {'runtime':>11}  {'batch':>5}  {'p50 ms':>9}  "
         f"{'p90 ms':>9}  {'memory MiB':>10}"
     ]
-    for row in rows:
-        for runtime, batches in row["latency"].items():
-            for batch, found in batches.items():
-                memory = row["memory_bytes"].get(batch) if runtime == "jax" else None
-                shown = f"{memory / 2**20:10.2f}" if memory is not None else f"{'':>10}"
-                lines.append(
-                    f"{row['name']:>{width}}  {row['num_macs'] / 1e6:8.2f}  {runtime:>11}  "
-                    f"{batch:>5}  {found['p50_ms']:9.3f}  {found['p90_ms']:9.3f}  {shown}"
-                )
+    for row in table_rows(rows):
+        memory = row["memory_bytes"]
+        shown = f"{memory / 2**20:10.2f}" if memory is not None else f"{'':>10}"
+        lines.append(
+            f"{row['name']:>{width}}  {row['num_macs'] / 1e6:8.2f}  {row['runtime']:>11}  "
+            f"{row['batch']:>5}  {row['p50_ms']:9.3f}  {row['p90_ms']:9.3f}  {shown}"
+        )
     lines.append("\na change to this size, ms, and its files, KiB")
     for row in rows:
         costs = ", ".join(f"{name} {value:.1f}" for name, value in row["switch_ms"].items())
@@ -213,46 +208,33 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line for each network, runtime and batch size; appears whole or not at all."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    kept = ("name", "width_ratio", "num_params", "num_macs")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [*kept, "widths", "runtime", "batch", "p50_ms", "p90_ms", "calls", "memory_bytes"]
-        )
-        for row in rows:
-            for runtime, batches in row["latency"].items():
-                for batch, found in batches.items():
-                    memory = row["memory_bytes"].get(batch) if runtime == "jax" else None
-                    values = [found["p50_ms"], found["p90_ms"], found["calls"], memory]
-                    widths = " ".join(map(str, row["widths"]))
-                    writer.writerow(
-                        [*(row[name] for name in kept), widths, runtime, batch, *values]
-                    )
-    partial.replace(path)
+def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each network, runtime and batch size."""
+    kept = ("name", "width_ratio", "num_params", "num_macs", "widths")
+    return [
+        {
+            **{name: row[name] for name in kept},
+            "runtime": runtime,
+            "batch": batch,
+            **found,
+            "memory_bytes": row["memory_bytes"].get(batch) if runtime == "jax" else None,
+        }
+        for row in rows
+        for runtime, batches in row["latency"].items()
+        for batch, found in batches.items()
+    ]
 
 
 # --- the command -----------------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", "", "A work directory of train.py.", flag_values=values)
-    flags.DEFINE_list(
-        "width_ratios", None, "Comma-separated; default: the config's.", flag_values=values
-    )
-    flags.DEFINE_list(
-        "spec",
-        None,
-        "JSON files with widths, spec and blocks of one network each, to measure too.",
-        flag_values=values,
-    )
-    flags.DEFINE_list(
-        "batch_sizes", list(map(str, BATCH_SIZES)), "Images per call.", flag_values=values
-    )
-    flags.DEFINE_integer("calls", NUM_CALLS, "Timed calls of each.", flag_values=values)
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "width_ratios": (list, None, "Comma-separated; default: the config's."),
+    "spec": (list, None, "JSON files of one network each, as of a search, to measure too."),
+    "batch_sizes": (list, list(map(str, BATCH_SIZES)), "Images per call."),
+    "calls": (int, NUM_CALLS, "Timed calls of each."),
+}
 
 
 def _networks(
@@ -269,7 +251,7 @@ def _networks(
 
 
 def main(argv: Sequence[str]) -> None:
-    config, options = command_line.parse(argv, define_flags, config_required=False)
+    config, options = command_line.parse(argv, FLAGS, config_required=False)
     if not options.workdir:
         raise UsageError("Latency needs --workdir=DIR, a work directory of train.py.")
     if not all(size.isdecimal() and int(size) > 0 for size in options.batch_sizes):
@@ -277,18 +259,13 @@ def main(argv: Sequence[str]) -> None:
             "--batch_sizes takes integers of at least 1 with commas between, got "
             f"{','.join(options.batch_sizes)!r}."
         )
-    if options.calls < 1:
-        raise UsageError(f"--calls must be at least 1, got {options.calls}.")
+    command_line.check_at_least(options, calls=1)
     ratios = lab.parse_width_ratios(options.width_ratios)
-    workdir = pathlib.Path(options.workdir)
-    saved = lab.read_config(workdir)
-    if config:
-        lab.check_same_config(workdir, config)
-    out = export.check_writable(workdir / page.LATENCY_FILE, flag="--workdir")
-    hypernetwork, params, _ = checkpoint.load_inr(workdir)
-    ratios = ratios or tuple(saved["eval"]["width_ratios"])
-    networks = _networks(hypernetwork, ratios, options.spec or ())
-    num_samples = saved["eval"]["num_samples"]
+    opened = lab.open_run(config, options)
+    out = export.check_writable(opened.workdir / page.LATENCY_FILE, flag="--workdir")
+    ratios = ratios or tuple(opened.config["eval"]["width_ratios"])
+    networks = _networks(opened.hypernetwork, ratios, options.spec or ())
+    num_samples = opened.config["eval"]["num_samples"]
 
     installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
     versions: dict[str, Any] = lab.versions()
@@ -303,8 +280,8 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
     try:
         rows = measure(
-            hypernetwork,
-            jax.tree.map(jnp.asarray, params),
+            opened.hypernetwork,
+            jax.tree.map(jnp.asarray, opened.params),
             networks,
             batch_sizes=[int(size) for size in options.batch_sizes],
             rounds=options.calls,
@@ -315,8 +292,8 @@ def main(argv: Sequence[str]) -> None:
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
     print(format_table(rows))
-    lab.write_json(out, {"device": device, "versions": versions, "rows": rows})
-    write_csv(out.with_suffix(".csv"), rows)
+    storage.write_json(out, {"device": device, "versions": versions, "rows": rows})
+    storage.write_csv(out.with_suffix(".csv"), storage.as_table(table_rows(rows)))
     print(f"\nwrote {out} and latency.csv")
 
 

@@ -161,15 +161,9 @@ def to_litert(
 ) -> bytes:
     """The folded network as a LiteRT file, images[batch, size, size, channels] -> logits.
 
-    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1.
-
-    Args:
-        spec: the network's shapes.
-        params: its folded tree, or that of `quantize.quantize`, whose weights stay 8-bit integers
-            and are multiplied by their scales in the graph.
-        normalization: put into the graph, whose images then are uint8 pixels; None: images are
-            float32 and come normalised.
-        **info: JSON values for the file's metadata, beside "network" (the spec).
+    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1. The
+    arguments are those of `export.to_onnx`. Weights of `quantize.quantize` stay 8-bit integers and
+    are multiplied by their scales in the graph.
     """
     graph = _Graph()
     relu = graph.schema.ActivationFunctionType.RELU

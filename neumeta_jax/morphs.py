@@ -1,14 +1,22 @@
 """Networks whose blocks have widths of their own: the files that name them, their accuracy."""
 
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from neumeta_jax import architecture, data, evaluation, experiment as lab, plotting, training
+from neumeta_jax import (
+    architecture,
+    evaluation,
+    experiment as lab,
+    plotting,
+    storage,
+    training,
+)
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.hypernetwork import Hypernetwork
 
@@ -135,90 +143,40 @@ NUM_UNIFORM = 24
 
 def _evaluate(
     experiment: lab.Experiment,
-    params: Mapping,
+    evaluator: evaluation.Evaluator,
     widths: Sequence[Widths],
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    num_samples: int,
-    strategy: str,
-    known: MutableMapping[Widths, float],
-    comparison: evaluation.Comparison | None = None,
+    beside: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """What is known of each network, as JSON types, in the order given."""
-    evaluation.evaluate_missing(
-        experiment.hypernetwork,
-        params,
-        widths,
-        images,
-        labels,
-        experiment.preprocessing,
-        known=known,
-        comparison=comparison,
-        num_samples=num_samples,
-        key=lab.phase_key(experiment, 3) if num_samples > 1 else None,
-        batch_size=experiment.eval_batch_size,
-        strategy=strategy,
-    )
-    rows = []
-    for row in widths:
-        dense = architecture.morph(experiment.spec, experiment.hypernetwork.blocks, row)
-        rows.append(
-            {
-                "widths": list(row),
-                "num_params": dense.num_params,
-                "num_macs": dense.num_macs,
-                "accuracy": known[row],
-                "trained": not outside_range(experiment, row),
-                **(comparison.found[row]._asdict() if comparison else {}),
-            }
-        )
-    return rows
+    """What is known of each network, with what `beside` says of it, as JSON types."""
+    return [
+        {**some, **row, "widths": list(widths), "trained": not outside_range(experiment, widths)}
+        for some, widths, row in zip(beside, widths, evaluator.evaluate(widths), strict=True)
+    ]
+
+
+def _document(
+    experiment: lab.Experiment, evaluator: evaluation.Evaluator, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    fields = {"dataset": experiment.name, "split": evaluator.split, "versions": lab.versions()}
+    return {**fields, "rows": rows}
 
 
 def evaluate_specs(
     workdir: pathlib.Path,
     experiment: lab.Experiment,
-    params: Mapping,
-    splits: data.Splits,
-    *,
+    evaluator: evaluation.Evaluator,
     networks: Mapping[str, Widths],
-    split: str,
-    num_samples: int,
-    strategy: str,
-    known: MutableMapping[Widths, float],
-    comparison: evaluation.Comparison,
 ) -> list[dict[str, Any]]:
     """Evaluates `networks`, widths by the file that names them; writes specs.json and specs.csv."""
-    images, labels = lab.evaluation_split(splits, split)
-    print(f"\n{experiment.name}, {split} split, {len(labels)} images")
-    rows = _evaluate(
-        experiment,
-        params,
-        list(networks.values()),
-        images,
-        labels,
-        num_samples=num_samples,
-        strategy=strategy,
-        known=known,
-        comparison=comparison,
-    )
-    rows = [{"spec": path, **row} for path, row in zip(networks, rows, strict=True)]
-    print(
-        f"{'parameters':>10}  {'MACs (M)':>9}  {'top-1 %':>8}  {evaluation.CONSISTENCY_HEADER}  "
-        "range    widths, file"
-    )
+    print(f"\n{experiment.name}, {evaluator.split} split, {len(evaluator.labels)} images")
+    files = [{"spec": path} for path in networks]
+    rows = _evaluate(experiment, evaluator, list(networks.values()), files)
+    print(f"{evaluation.COUNTS_HEADER}    widths, file")
     for row in rows:
-        compared = evaluation.format_consistency(comparison.found[tuple(row["widths"])])
-        print(
-            f"{row['num_params']:>10,}  {row['num_macs'] / 1e6:>9.2f}  "
-            f"{100 * row['accuracy']:>8.2f}  {compared}"
-            f"{'trained' if row['trained'] else 'unseen ':<7}  "
-            f"{','.join(map(str, row['widths']))}, {row['spec']}"
-        )
-    document = {"dataset": experiment.name, "split": split, "versions": lab.versions()}
-    lab.write_json(workdir / "specs.json", {**document, "rows": rows})
-    plotting.save_table(workdir / "specs.csv", rows)
+        counts = evaluation.format_counts(row).ljust(len(evaluation.COUNTS_HEADER) + 2)
+        print(f"{counts}  {','.join(map(str, row['widths']))}, {row['spec']}")
+    storage.write_json(workdir / "specs.json", _document(experiment, evaluator, rows))
+    storage.write_csv(workdir / "specs.csv", storage.as_table(rows))
     print(f"wrote {workdir / 'specs.json'} and specs.csv")
     return rows
 
@@ -239,81 +197,41 @@ def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
 def evaluate_depths(
     workdir: pathlib.Path,
     experiment: lab.Experiment,
-    params: Mapping,
-    splits: data.Splits,
+    evaluator: evaluation.Evaluator,
     *,
     skipped: Sequence[int],
     width_ratios: Sequence[float],
-    split: str,
-    num_samples: int,
-    strategy: str,
-    known: MutableMapping[Widths, float],
-    comparison: evaluation.Comparison,
 ) -> list[dict[str, Any]]:
     """Evaluates every ratio without the last 0, 1, ... generated blocks of each stage.
 
     Prints a table and writes depths.json, .csv and the heat map depths.png. `skipped` holds the
     numbers of blocks.
     """
-    images, labels = lab.evaluation_split(splits, split)
-    print(f"\nwidth and depth, {split} split, {len(labels)} images", flush=True)
+    print(f"\nwidth and depth, {evaluator.split} split, {len(evaluator.labels)} images", flush=True)
     spec, blocks = experiment.spec, experiment.hypernetwork.blocks
     cells, networks = [], []
     for number in skipped:
         for ratio in sorted(set(width_ratios)):
             full = architecture.widths_at(spec, blocks, ratio)
             networks.append(architecture.without_last(spec, blocks, full, number))
-            layers = 2 + 2 * sum(
-                w > 0 for w in architecture.morph(spec, blocks, networks[-1]).hidden_widths
-            )
+            hidden = architecture.morph(spec, blocks, networks[-1]).hidden_widths
+            layers = 2 + 2 * sum(width > 0 for width in hidden)
             cells.append({"skipped_blocks": number, "num_layers": layers, "width_ratio": ratio})
-    rows = _evaluate(
-        experiment,
-        params,
-        networks,
-        images,
-        labels,
-        num_samples=num_samples,
-        strategy=strategy,
-        known=known,
-        comparison=comparison,
-    )
-    rows = [{**cell, **row} for cell, row in zip(cells, rows, strict=True)]
-    print(
-        f"{'skipped':>7}  {'layers':>6}  {'ratio':>6}  {'parameters':>10}  {'MACs (M)':>9}  "
-        f"{'top-1 %':>8}  {evaluation.CONSISTENCY_HEADER}  range"
-    )
+    rows = _evaluate(experiment, evaluator, networks, cells)
+    print(f"{'skipped':>7}  {'layers':>6}  {'ratio':>6}  {evaluation.COUNTS_HEADER}")
     for row in rows:
-        compared = evaluation.format_consistency(comparison.found[tuple(row["widths"])])
-        print(
-            f"{row['skipped_blocks']:>7}  {row['num_layers']:>6}  {row['width_ratio']:6.3f}  "
-            f"{row['num_params']:>10,}  {row['num_macs'] / 1e6:>9.2f}  "
-            f"{100 * row['accuracy']:>8.2f}  {compared}{'trained' if row['trained'] else 'unseen'}"
-        )
-    document = {"dataset": experiment.name, "split": split, "versions": lab.versions()}
-    lab.write_json(workdir / "depths.json", {**document, "rows": rows})
-    plotting.plot_depths(
-        workdir / "depths.png",
-        rows,
-        title=f"ResNet{spec.depth}, {experiment.name}, {split} split: top-1 accuracy (%)",
-    )
+        cell = f"{row['skipped_blocks']:>7}  {row['num_layers']:>6}  {row['width_ratio']:6.3f}"
+        print(f"{cell}  {evaluation.format_counts(row)}")
+    storage.write_json(workdir / "depths.json", _document(experiment, evaluator, rows))
+    name = f"{experiment.network}, {experiment.name}, {evaluator.split} split"
+    plotting.plot_depths(workdir / "depths.png", rows, title=f"{name}: top-1 accuracy (%)")
     print(f"wrote {workdir / 'depths.json'}, depths.csv and depths.png")
     return rows
 
 
 def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
     """`number` networks, the width ratio of each block uniformly from the trained range."""
-    low, high = experiment.trained_range
-    if number < 1 or seed < 0:
-        raise UsageError(
-            "--random_networks must be at least 1 and --seed at least 0, got "
-            f"{number} and {seed}; choose larger ones."
-        )
-    if not low < high:
-        raise UsageError(
-            "--random_networks needs a run that trained more than one width, but its range is "
-            f"{low}..{high}; use --spec."
-        )
+    low, high = lab.drawing_range(experiment, "--random_networks", "--spec", number, seed)
     full = np.array(experiment.hypernetwork.full_widths)
     ratios = np.random.default_rng(seed).uniform(low, high, (number, len(full)))
     widths = np.maximum(np.floor(ratios * full + 0.5).astype(int), 1)
@@ -357,69 +275,42 @@ def against_uniform(
 def evaluate_random_networks(
     workdir: pathlib.Path,
     experiment: lab.Experiment,
-    params: Mapping,
-    splits: data.Splits,
-    *,
+    evaluator: evaluation.Evaluator,
     networks: Sequence[Widths],
-    split: str,
-    num_samples: int,
-    strategy: str,
-    known: MutableMapping[Widths, float],
 ) -> Differences:
     """Evaluates `networks`, as drawn by `draw_networks`, and uniform ones over the same sizes.
 
     Prints the differences and writes random_networks.json, .csv and .png.
     """
-    images, labels = lab.evaluation_split(splits, split)
     print(
-        f"\n{len(networks)} networks with a random width in each block, {split} split, "
-        f"{len(labels)} images",
+        f"\n{len(networks)} networks with a random width in each block, {evaluator.split} split, "
+        f"{len(evaluator.labels)} images",
         flush=True,
     )
-    low, high = experiment.trained_range
-    ratios = np.linspace(low, high, NUM_UNIFORM).tolist()
-    hypernetwork = experiment.hypernetwork
-    uniform = dict.fromkeys(
-        architecture.widths_at(hypernetwork.spec, hypernetwork.blocks, ratio) for ratio in ratios
-    )
-    rows = _evaluate(
-        experiment,
-        params,
-        [*uniform, *networks],
-        images,
-        labels,
-        num_samples=num_samples,
-        strategy=strategy,
-        known=known,
-    )
-    curve, drawn = rows[: len(uniform)], rows[len(uniform) :]
-    columns = [
-        [row[n] for row in some] for some in (drawn, curve) for n in ("num_macs", "accuracy")
-    ]
-    found = against_uniform(*columns)
-    curve = [{"series": "uniform", **row, "difference": 0.0} for row in curve]
-    drawn = [
-        {"series": "random", **row, "difference": float(difference)}
-        for row, difference in zip(drawn, found.each, strict=True)
-    ]
+    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
+    ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
+    uniform = dict.fromkeys(architecture.widths_at(spec, blocks, ratio) for ratio in ratios)
+    series = [{"series": "uniform"}] * len(uniform) + [{"series": "random"}] * len(networks)
+    evaluator = dataclasses.replace(evaluator, comparison=None)
+    rows = _evaluate(experiment, evaluator, [*uniform, *networks], series)
+    macs, accuracies = ([row[name] for row in rows] for name in ("num_macs", "accuracy"))
+    n = len(uniform)
+    found = against_uniform(macs[n:], accuracies[n:], macs[:n], accuracies[:n])
+    for row, difference in zip(rows, [*np.zeros(n), *found.each], strict=True):
+        row["difference"] = float(difference)
     print(
         f"against uniform networks of the same multiply-adds: mean {100 * found.mean:+.2f} points, "
         f"worst {100 * found.worst:+.2f}, best tenth {100 * found.best_tenth:+.2f}"
     )
     document = {
-        "dataset": experiment.name,
-        "split": split,
+        **_document(experiment, evaluator, rows),
         "mean_difference": found.mean,
         "worst_difference": found.worst,
         "best_tenth_difference": found.best_tenth,
-        "versions": lab.versions(),
-        "rows": [*curve, *drawn],
     }
-    lab.write_json(workdir / "random_networks.json", document)
-    plotting.plot_random_networks(
-        workdir / "random_networks.png",
-        document["rows"],
-        title=f"ResNet{experiment.spec.depth}, {experiment.name}, {split} split: widths at random",
-    )
+    storage.write_json(workdir / "random_networks.json", document)
+    name = f"{experiment.network}, {experiment.name}, {evaluator.split} split"
+    path = workdir / "random_networks.png"
+    plotting.plot_random_networks(path, rows, title=f"{name}: widths at random")
     print(f"wrote {workdir / 'random_networks.json'}, random_networks.csv and random_networks.png")
     return found

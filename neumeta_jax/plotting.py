@@ -1,9 +1,14 @@
-"""Figures. Each has its numbers in a CSV or JSON file beside it."""
+"""Figures. Each has its numbers in a CSV or JSON file beside it.
 
-import csv
+All functions take the `path` of the PNG to write, which replaces an existing file once it is
+complete, as does the CSV beside it, and the figure's `title`. A `trained_range`, the smallest and
+the largest width ratio seen in training, is shaded; a `teacher_accuracy`, in [0, 1], is a dashed
+line.
+"""
+
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,8 @@ TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
 REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
 ENTRIES = ("#1f5fa8", "#c8501e", "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35")
+RATIO, HIDDEN = "kept hidden width (ratio)", "hidden width (channels)"
+MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
 CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
 
 
@@ -27,15 +34,7 @@ def plot_grid(
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
 ) -> None:
-    """Writes a PNG of accuracy against kept width (left) and against multiply-adds (right).
-
-    Args:
-        path: file to write; an existing one is replaced once the new one is complete.
-        rows: the grid.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded on the left.
-        teacher_accuracy: in [0, 1], drawn as a dashed line.
-    """
+    """Draws accuracy against kept width (left) and against multiply-adds (right)."""
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(9.5, 3.8)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -47,12 +46,10 @@ def plot_grid(
         _draw_teacher(axis, teacher_accuracy)
         _restrain(axis)
     left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    left.set_xlabel("kept hidden width (ratio)")
-    left.set_ylabel("top-1 accuracy (%)")
-    right.set_xlabel("multiply-adds (millions)")
+    left.set(xlabel=RATIO, ylabel=TOP_1)
+    right.set_xlabel(MACS)
     right.legend(loc="lower right", frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, title)
 
 
 def plot_against_macs(
@@ -63,17 +60,10 @@ def plot_against_macs(
     curves: Sequence[Curve] = (),
     singles: Sequence[Single] = (),
 ) -> None:
-    """Writes a PNG of accuracy against multiply-adds, with published results, and its numbers.
+    """Draws accuracy against multiply-adds, with published results (`published.references`).
 
     The CSV beside it has the columns name, width_ratio, num_macs, accuracy, trained, source; name
     is "this run" for the rows of the grid, whose source is empty, as is what does not apply.
-
-    Args:
-        path: file to write, ending in .png; an existing one is replaced once the new one is
-            complete, and so is the CSV.
-        rows: the grid.
-        title: figure title.
-        curves, singles: what to compare with, see `published.references`.
     """
     rows = sorted(rows, key=lambda row: row.num_macs)
     figure = _figure(6.4, 4.4)
@@ -113,15 +103,10 @@ def plot_against_macs(
                 color="0.25",
             )
         table += [(s.name, "", s.num_macs, s.accuracy, "", s.source) for s in singles]
-    _restrain(axis)
     axis.margins(x=0.08, y=0.1)  # room for the names of single networks
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
     header = ("name", "width_ratio", "num_macs", "accuracy", "trained", "source")
-    _save_csv(path, header, table)
+    _save(figure, path, title, [header, *table])
 
 
 def plot_sweep(
@@ -131,21 +116,11 @@ def plot_sweep(
     title: str,
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
-    interpolation: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Writes a PNG of accuracy over the width axis and its numbers.
+    """Draws accuracy over the width axis, of networks close enough to each other for a curve.
 
     The CSV beside it has the columns series, width_ratio, num_macs, accuracy, trained; series is
-    "generated", "teacher" or "linear interpolation".
-
-    Args:
-        path: as in `plot_against_macs`.
-        rows: the networks of the sweep, close enough to each other for a curve.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded.
-        teacher_accuracy: in [0, 1], drawn as a dashed line.
-        interpolation: (width ratio, accuracy in [0, 1]) of networks that interpolate between
-            others, drawn as a second dashed curve.
+    "generated" or "teacher".
     """
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(6.4, 4.2)
@@ -157,21 +132,12 @@ def plot_sweep(
     table: list[tuple] = [
         ("generated", r.width_ratio, r.num_macs, r.accuracy, r.trained) for r in rows
     ]
-    if interpolation:
-        x, y = zip(*sorted(interpolation), strict=True)
-        label = "linear interpolation"
-        axis.plot(x, [100 * a for a in y], "--", color="#4c8c4a", linewidth=1, label=label)
-        table += [(label, a, "", b, "") for a, b in zip(x, y, strict=True)]
     _draw_teacher(axis, teacher_accuracy)
     if teacher_accuracy is not None:
         table.append(("teacher", 1.0, "", teacher_accuracy, ""))
-    _restrain(axis)
-    axis.set_xlabel("kept hidden width (ratio)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    _save_csv(path, ("series", "width_ratio", "num_macs", "accuracy", "trained"), table)
+    _finish(figure, axis, xlabel=RATIO, ylabel=TOP_1)
+    header = ("series", "width_ratio", "num_macs", "accuracy", "trained")
+    _save(figure, path, title, [header, *table])
 
 
 def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
@@ -195,35 +161,16 @@ def plot_weight_slices(
     *,
     title: str,
     trained_range: tuple[float, float],
-    entries: Sequence[tuple[int, int, int]] | None = None,
 ) -> None:
-    """Writes a PNG of how conv2 of one block changes with its hidden width, and its numbers.
+    """Draws how conv2 of one block changes with its hidden width (`evaluation.weight_slices`).
 
-    Left: a few entries as curves. Right: the centre tap to output channel 0 as an image, hidden
+    Left: `default_entries` as curves. Right: the centre tap to output channel 0 as an image, hidden
     channel against width. What is masked is left blank. The CSV beside it has the columns block,
     panel ("curves" or "image"), width, out_channel, hidden_channel, tap (0 to 8, row by row),
-    value; the value of what is masked is empty.
-
-    Args:
-        path: as in `plot_against_macs`.
-        slices: the kernels, see `evaluation.weight_slices`.
-        title: figure title.
-        trained_range: smallest and largest width ratio seen in training, shaded on the left and
-            between dashed lines on the right.
-        entries: (out channel, hidden channel, tap) of the curves; default `default_entries`.
-
-    Raises:
-        ValueError: for an entry that the kernel does not have.
+    value; the value of what is masked is empty. The trained range lies between dashed lines on the
+    right.
     """
     widths, kernels = slices.widths, slices.kernels
-    entries = default_entries(slices) if entries is None else tuple(entries)
-    sizes = (kernels.shape[4], kernels.shape[3], 9)
-    for entry in entries:
-        if len(entry) != 3 or not all(0 <= n < size for n, size in zip(entry, sizes, strict=True)):
-            raise ValueError(
-                "Entries are (out channel, hidden channel, tap) from 0 on and below "
-                f"{sizes}, got {entry}."
-            )
     figure = _figure(10.5, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     low, high = (ratio * slices.full_width for ratio in trained_range)
@@ -235,16 +182,13 @@ def plot_weight_slices(
             shown = "" if np.isnan(value) else float(value)
             table.append((slices.block, panel, int(width), out, hidden, tap, shown))
 
-    for number, (out, hidden, tap) in enumerate(entries):
+    for number, (out, hidden, tap) in enumerate(default_entries(slices)):
         values = kernels[:, tap // 3, tap % 3, hidden, out]
         color = ENTRIES[number % len(ENTRIES)]
         label = f"out {out}, hidden {hidden}, tap {tap}"
         left.plot(widths, values, color=color, linewidth=1, marker=".", markersize=4, label=label)
         add("curves", values, out, hidden, tap)
-    _restrain(left)
-    left.set_xlabel("hidden width (channels)")
-    left.set_ylabel("weight of conv2")
-    _legend_below(figure, left, columns=3)
+    _finish(figure, left, xlabel=HIDDEN, ylabel="weight of conv2", columns=3)
 
     image = kernels[:, CENTER // 3, CENTER % 3, :, 0].T  # [hidden, widths]
     for hidden, values in enumerate(image):
@@ -266,13 +210,10 @@ def plot_weight_slices(
         right.axvline(bound, color="0.3", linestyle="--", linewidth=1)
     right.set_xlim(extent[:2])
     right.spines[["top", "right"]].set_visible(False)
-    right.set_xlabel("hidden width (channels)")
-    right.set_ylabel("hidden channel")
+    right.set(xlabel=HIDDEN, ylabel="hidden channel")
     figure.colorbar(shown, ax=right, extend="both", label="centre tap to output channel 0")
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
     header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
-    _save_csv(path, header, table)
+    _save(figure, path, title, [header, *table])
 
 
 _AXES = {
@@ -291,15 +232,13 @@ def plot_search(
     limit: float,
     winner: Sequence[int],
 ) -> None:
-    """Writes a PNG of all networks that a search has evaluated, and their numbers.
+    """Draws all networks that a search has evaluated.
 
     The CSV beside it has a column for each entry of the rows, a list with spaces between.
 
     Args:
-        path: as in `plot_against_macs`.
         rows: for each network "widths", "accuracy" in [0, 1], "uniform", "front" and what `column`
             names.
-        title: figure title.
         column: the horizontal axis, "num_macs", "num_params" or "latency_ms".
         limit: the budget, in the unit of the column.
         winner: the widths of the network that was chosen.
@@ -327,24 +266,17 @@ def plot_search(
     largest = max(row[column] for row in rows)
     if limit <= 1.5 * largest:  # else it would squeeze the points
         axis.axvline(scale * limit, color="0.3", linestyle="--", linewidth=1, label="budget")
-    _restrain(axis)
-    axis.set_xlabel(label)
-    axis.set_ylabel("validation accuracy (%)")
-    _legend_below(figure, axis, columns=5)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    _finish(figure, axis, xlabel=label, ylabel="validation accuracy (%)", columns=5)
+    _save(figure, path, title, storage.as_table(rows))
 
 
 def plot_random_networks(
     path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
 ) -> None:
-    """Writes a PNG of networks of random widths around the curve of uniform ones, and its numbers.
+    """Draws networks of random widths around the curve of uniform ones.
 
-    Args:
-        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
-        rows: for each network "series" ("uniform" or "random"), "num_macs", "accuracy" in [0, 1].
-        title: figure title.
+    `rows` have "series" ("uniform" or "random"), "num_macs" and "accuracy" in [0, 1]; the CSV has a
+    column for each of their entries.
     """
     figure = _figure(6.4, 4.2)
     axis = figure.subplots()
@@ -355,23 +287,15 @@ def plot_random_networks(
         some = sorted((r for r in rows if r["series"] == series), key=lambda row: row["num_macs"])
         x, y = [row["num_macs"] / 1e6 for row in some], [100 * row["accuracy"] for row in some]
         draw(x, y, label=series, **style)
-    _restrain(axis)
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
+    _save(figure, path, title, storage.as_table(rows))
 
 
 def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
-    """Writes a PNG of accuracy over width and depth, a heat map, and its numbers.
+    """Draws accuracy over width and depth, a heat map.
 
-    Args:
-        path: as in `plot_against_macs`; the CSV has a column for each entry of the rows.
-        rows: a network for each pair of "num_layers" and "width_ratio", with "accuracy" in [0, 1],
-            "num_macs" and "trained".
-        title: figure title.
+    `rows` hold a network for each pair of "num_layers" and "width_ratio", with "accuracy" in
+    [0, 1], "num_macs" and "trained"; the CSV has a column for each of their entries.
     """
     depths = sorted({row["num_layers"] for row in rows}, reverse=True)
     ratios = sorted({row["width_ratio"] for row in rows})
@@ -397,12 +321,9 @@ def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, t
     axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
     unseen = any(not row["trained"] for row in rows)
-    axis.set_xlabel("kept hidden width (ratio)" + ("; * never trained" if unseen else ""))
-    axis.set_ylabel("layers")
-    figure.colorbar(image, ax=axis, label="top-1 accuracy (%)")
-    figure.suptitle(title + ", multiply-adds", fontsize=10)
-    _save(figure, path)
-    save_table(path, rows)
+    axis.set(xlabel=RATIO + ("; * never trained" if unseen else ""), ylabel="layers")
+    figure.colorbar(image, ax=axis, label=TOP_1)
+    _save(figure, path, title + ", multiply-adds", storage.as_table(rows))
 
 
 def plot_comparison(
@@ -412,12 +333,10 @@ def plot_comparison(
     title: str,
     references: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Writes a PNG of accuracy against multiply-adds, a curve for each method.
+    """Draws accuracy against multiply-adds, a curve for each method.
 
     Args:
-        path: as in `plot_against_macs`.
         series: by method, (multiply-adds, accuracy in percent) of each size.
-        title: figure title.
         references: published results by name, (multiply-adds, accuracies in percent), in gray.
     """
     figure = _figure(7.2, 5.2)
@@ -438,12 +357,8 @@ def plot_comparison(
         style = {"color": "0.55", "marker": "osD^"[number % 4], "markersize": 4, "linewidth": 1}
         sizes = [size / 1e6 for size in x]
         axis.plot(sizes, y, linestyle="--", label=f"{name} (published, full length)", **style)
-    _restrain(axis)
-    axis.set_xlabel("multiply-adds (millions)")
-    axis.set_ylabel("test top-1 accuracy (%)")
-    _legend_below(figure, axis)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _finish(figure, axis, xlabel=MACS, ylabel="test top-1 accuracy (%)")
+    _save(figure, path, title)
 
 
 # --- what the figures share ------------------------------------------------------------------
@@ -485,8 +400,10 @@ def _restrain(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_below(figure, axis, *, columns: int = 0) -> None:
-    """The legend of `axis` below all axes, where it covers no point whatever the curves do."""
+def _finish(figure, axis, *, xlabel: str, ylabel: str, columns: int = 0) -> None:
+    """Labels, and a legend below all axes, where it covers no point whatever the curves do."""
+    _restrain(axis)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     handles, labels = axis.get_legend_handles_labels()
     columns = columns or (3 if len(labels) <= 3 else 2)
     figure.legend(
@@ -494,23 +411,12 @@ def _legend_below(figure, axis, *, columns: int = 0) -> None:
     )
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def _save(
+    figure, path: str | os.PathLike, title: str, table: Sequence[Sequence[Any]] | None = None
+) -> None:
+    """Writes the PNG and, beside it, a table whose first row is its header, each whole."""
+    figure.suptitle(title, fontsize=10)
     with storage.replacing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
-
-
-def save_table(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of equal keys as a CSV, beside a figure or alone; lists with blanks between."""
-    names = list(rows[0])
-    table = [
-        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
-        for row in rows
-    ]
-    _save_csv(path, names, table)
-
-
-def _save_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """Writes the table beside the figure `path`, whole or not at all."""
-    path = pathlib.Path(path).with_suffix(".csv")
-    with storage.replacing(path) as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    if table:
+        storage.write_csv(pathlib.Path(path).with_suffix(".csv"), table)

@@ -166,9 +166,14 @@ def read_comparisons(root: pathlib.Path) -> list[Comparison]:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A Markdown table whose first `left` columns are words and the others numbers."""
+def table(rows: Sequence[Mapping[str, str]], *, left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are words and the others numbers.
+
+    Each row has its cells by the names of the columns; the first one has all of them.
+    """
+    header = list(rows[0])
     rule = ["---"] * left + ["---:"] * (len(header) - left)
+    lines = [[row.get(name, "") for name in header] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
@@ -182,25 +187,14 @@ def _compression(ratio: float) -> str:
     return f"{100 * (1 - ratio):.4g} %"
 
 
-def _megabytes(number: float) -> str:
-    return f"{number / 1e6:.2f} MB"
-
-
 def accuracy_table(comparison: Comparison, *, variants: int | None = None) -> str:
     """Test accuracy of every method, best first, and of what is published, marked as such.
 
     Args:
         variants: how many of a method, the best ones; all without.
     """
-    ratios = comparison.methods[0].ratios
-    header = (
-        "test top-1 at compression",
-        *map(_compression, ratios),
-        "stored",
-        "sizes between",
-        "a change of size needs",
-    )
-    lines = []
+    first, ratios = "test top-1 at compression", comparison.methods[0].ratios
+    rows = []
     shown = collections.Counter()
     for method in comparison.methods:
         row = method.one
@@ -208,58 +202,46 @@ def accuracy_table(comparison: Comparison, *, variants: int | None = None) -> st
         if variants is not None and shown[row["method"]] > variants:
             continue
         images = row["switch_images"]
-        lines.append(
-            (
-                method.name,
-                *(_accuracy(method.accuracies(ratio)) for ratio in ratios),
-                _megabytes(row["storage_bytes"]),
-                "yes" if row["continuous"] else "no",
-                f"{images:,} images" if images else "no data",
-            )
+        rows.append(
+            {
+                first: method.name,
+                **{_compression(ratio): _accuracy(method.accuracies(ratio)) for ratio in ratios},
+                "stored": f"{row['storage_bytes'] / 1e6:.2f} MB",
+                "sizes between": "yes" if row["continuous"] else "no",
+                "a change of size needs": f"{images:,} images" if images else "no data",
+            }
         )
     curves, singles = comparison.references
-    for curve in curves:
-        found = dict(zip(curve.width_ratios, curve.accuracies, strict=True))
-        cells = [f"{100 * found[r]:.2f}" if r in found else "" for r in ratios]
-        lines.append((f"*published, not at this budget:* {curve.name}", *cells, "", "", ""))
-    for single in singles:
-        if single.name == comparison.network:
-            cells = [f"{100 * single.accuracy:.2f}" if r == 1 else "" for r in ratios]
-            name = f"*published, not at this budget:* {single.name} trained in full (the teacher)"
-            lines.append((name, *cells, "", "", ""))
-    return table(header, lines)
+    references = [(c.name, dict(zip(c.width_ratios, c.accuracies, strict=True))) for c in curves]
+    references += [
+        (f"{single.name} trained in full (the teacher)", {1.0: single.accuracy})
+        for single in singles
+        if single.name == comparison.network
+    ]
+    for name, found in references:
+        cells = {_compression(r): f"{100 * found[r]:.2f}" for r in ratios if r in found}
+        rows.append({first: f"*published, not at this budget:* {name}", **cells})
+    return table(rows)
 
 
 def cost_table(comparison: Comparison) -> str:
     """What every method took; means over seeds."""
-    header = (
-        "method",
-        "seeds",
-        "images drawn",
-        "network passes (images)",
-        "multiply-adds of training (T)",
-        "wall-clock",
-        "a change of size (s)",
-        "commit",
-        "device",
+    return table(
+        [
+            {
+                "method": method.name,
+                "seeds": ", ".join(str(row["seed"]) for row in method.rows),
+                "images drawn": f"{max(size['images'] for size in method.one['sizes']):,}",
+                "network passes (images)": f"{method.one['network_passes']:,}",
+                "multiply-adds of training (T)": f"{method.one['training_macs'] / 1e12:.2f}",
+                "wall-clock": format_seconds(method.average("wall_seconds")),
+                "a change of size (s)": f"{method.average('switch_seconds'):.3g}",
+                "commit": ", ".join(dict.fromkeys(str(row["commit"]) for row in method.rows)),
+                "device": ", ".join(dict.fromkeys(row["device"] for row in method.rows)),
+            }
+            for method in comparison.methods
+        ]
     )
-    lines = []
-    for method in comparison.methods:
-        row = method.one
-        lines.append(
-            (
-                method.name,
-                ", ".join(str(row["seed"]) for row in method.rows),
-                f"{max(size['images'] for size in row['sizes']):,}",
-                f"{row['network_passes']:,}",
-                f"{row['training_macs'] / 1e12:.2f}",
-                format_seconds(method.average("wall_seconds")),
-                f"{method.average('switch_seconds'):.3g}",
-                ", ".join(dict.fromkeys(str(row["commit"]) for row in method.rows)),
-                ", ".join(dict.fromkeys(row["device"] for row in method.rows)),
-            )
-        )
-    return table(header, lines)
 
 
 def commands(comparison: Comparison) -> str:
@@ -279,13 +261,6 @@ def overview_table(root: pathlib.Path) -> str:
     Runs on width and depth have a line more for each number of skipped blocks in depths.json, and
     runs that were evaluated in 8 bits one for that.
     """
-    header = (
-        "data, network",
-        "one INR, trained on",
-        *(f"{_compression(ratio)}" for ratio in RATIOS),
-        "INR parameters",
-        "files",
-    )
     lines = []
     for path in sorted(root.rglob("grid.json")):
         grid = _read(path, ("dataset", "split", "trained_range", "num_inr_params", "rows"))
@@ -302,13 +277,13 @@ def overview_table(root: pathlib.Path) -> str:
         size = f"{grid['num_inr_params']:,}"
 
         def add(text, rows, field="accuracy", *, name=name, size=size, folder=folder):
-            found = {row["width_ratio"]: row for row in rows}
-            cells = []
-            for ratio in RATIOS:
-                row = found.get(ratio)
-                mark = "" if row is None or row["trained"] else " (never trained)"
-                cells.append("" if row is None else f"{100 * row[field]:.2f}{mark}")
-            lines.append((name, text, *cells, size, f"[{folder}]({folder})"))
+            cells = dict.fromkeys(map(_compression, RATIOS), "")
+            for row in rows:
+                mark = "" if row["trained"] else " (never trained)"
+                if row["width_ratio"] in RATIOS:
+                    cells[_compression(row["width_ratio"])] = f"{100 * row[field]:.2f}{mark}"
+            line = {"data, network": name, "one INR, trained on": text, **cells}
+            lines.append({**line, "INR parameters": size, "files": f"[{folder}]({folder})"})
 
         add(trained, grid["rows"])
         depths = path.with_name("depths.json")
@@ -322,7 +297,7 @@ def overview_table(root: pathlib.Path) -> str:
         rows = [row for row in grid["rows"] if row.get("int8_accuracy") is not None]
         if rows:
             add("the same, weights in 8 bits", rows, "int8_accuracy")
-    return table(header, lines, left=2) if lines else ""
+    return table(lines, left=2) if lines else ""
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -409,27 +384,17 @@ def write_figure(path: pathlib.Path, comparison: Comparison) -> None:
             },
         },
     )
-    plotting.save_table(
-        path,
-        [
-            {
-                "method": row["method"],
-                "variant": row["variant"],
-                "seed": row["seed"],
-                **{name: size[name] for name in ("width_ratio", "num_params", "num_macs")},
-                **{name: size[name] for name in ("images", "validation", "test")},
-            }
-            for method in comparison.methods
-            for row in method.rows
-            for size in row["sizes"]
-        ],
-    )
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    with storage.replacing(path) as partial:
-        partial.write_text(text)
-    print(f"wrote {path}")
+    rows = [
+        {
+            **{name: row[name] for name in ("method", "variant", "seed")},
+            **{name: size[name] for name in ("width_ratio", "num_params", "num_macs")},
+            **{name: size[name] for name in ("images", "validation", "test")},
+        }
+        for method in comparison.methods
+        for row in method.rows
+        for size in row["sizes"]
+    ]
+    storage.write_csv(path.with_suffix(".csv"), storage.as_table(rows))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -452,9 +417,11 @@ def main(argv: Sequence[str]) -> None:
         readme = replace_block(args.readme, block)
     for comparison in comparisons:
         write_figure(out.parent / f"{comparison.stem}.png", comparison)
-    write_text(out, report(args.results, comparisons))
-    if readme is not None:
-        write_text(args.readme, readme)
+    texts = {out: report(args.results, comparisons), args.readme: readme}
+    for path, text in texts.items():
+        if text is not None:
+            storage.write_text(path, text)
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

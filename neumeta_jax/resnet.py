@@ -109,15 +109,8 @@ class _BatchNormBlock(nn.Module):
 def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     """Logits of the folded network.
 
-    The computation runs in the type of `images`; logits are float32.
-
-    Args:
-        spec: the network's shapes.
-        params: a folded tree; kernels HWIO.
-        images: normalised, float[batch, size, size, channels].
-
-    Returns:
-        float32[batch, classes].
+    `params` is a folded tree, kernels HWIO; images are normalised, float[batch, size, size,
+    channels]. The computation runs in their type; logits are float32[batch, classes].
     """
     x = _relu(_affine(images, params["stem"]))
     for block in spec.blocks:
@@ -179,11 +172,8 @@ def hidden_moments(
 
         M = E[(h, 1) (h, 1)^T]    over images and pixels
 
-    Args:
-        spec: the network's shapes.
-        params: a folded tree.
-        images: normalised, float[batch, size, size, channels].
-        blocks: positions in `spec.blocks`.
+    `images` are normalised, float[batch, size, size, channels], `blocks` positions in
+    `spec.blocks`.
 
     Returns:
         float32[hidden_width + 1, hidden_width + 1] by block name; the last row holds the means.
@@ -246,6 +236,15 @@ def param_shapes(spec: ResNetSpec) -> Params:
     return tree
 
 
+def abstract_params(spec: ResNetSpec) -> Params:
+    """The folded tree of `spec` with a float32 `jax.ShapeDtypeStruct` as each leaf."""
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        param_shapes(spec),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
 def init_variables(key: jax.Array, spec: ResNetSpec) -> Params:
     """Fresh linen variables {"params", "batch_stats"}: He-normal kernels, identity batch norm."""
     dummy = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
@@ -254,12 +253,7 @@ def init_variables(key: jax.Array, spec: ResNetSpec) -> Params:
 
 def init_params(key: jax.Array, spec: ResNetSpec) -> Params:
     """A folded tree at random: He-normal kernels, zero biases."""
-    shapes = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        param_shapes(spec),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return _draw(key, shapes)
+    return _draw(key, abstract_params(spec))
 
 
 def _draw(key: jax.Array, shapes: Mapping) -> Params:
@@ -385,6 +379,20 @@ def mask_params(
     return masked
 
 
+def take_hidden(layers: Mapping, index: Any) -> Params:
+    """A block's layers, folded or linen ones, with the hidden channels `index`.
+
+    `index` is a slice or an array of positions.
+    """
+    taken = {
+        name: jax.tree.map(lambda x: x[..., index], layers[name])
+        for name in ("conv1", "bn1")
+        if name in layers
+    }
+    conv2 = {**layers["conv2"], "kernel": layers["conv2"]["kernel"][:, :, index]}
+    return {**layers, **taken, "conv2": conv2}
+
+
 def slice_params(
     spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: Sequence[int]
 ) -> tuple[ResNetSpec, Params]:
@@ -407,16 +415,6 @@ def slice_params(
         layers = sliced.pop(block.name)
         if width == 0:
             continue
-        sliced[block.name] = {
-            **layers,
-            "conv1": {
-                "kernel": layers["conv1"]["kernel"][..., :width],
-                "bias": layers["conv1"]["bias"][:width],
-            },
-            "conv2": {
-                "kernel": layers["conv2"]["kernel"][:, :, :width, :],
-                "bias": layers["conv2"]["bias"],
-            },
-        }
+        sliced[block.name] = take_hidden(layers, slice(width))
     order = param_shapes(small)
     return small, {name: sliced[name] for name in order}

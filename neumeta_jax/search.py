@@ -50,6 +50,7 @@ from neumeta_jax import (
     experiment as lab,
     plotting,
     resnet,
+    storage,
     timing,
 )
 from neumeta_jax.architecture import ResNetSpec, morph
@@ -102,6 +103,11 @@ class Space:
     @property
     def size(self) -> int:
         return math.prod(len(choices) for choices in self.choices)
+
+    @property
+    def lowest(self) -> list[int]:
+        """The gene of each block that does not skip it, where that is a choice."""
+        return [int(choices[0] == 0 and len(choices) > 1) for choices in self.choices]
 
 
 def make_space(
@@ -181,7 +187,7 @@ def shallow_networks(
             architecture.without_last(space.spec, space.blocks, widths, number)
             for widths in uniform
         )
-        fitting = [w for w in shorter if all(cost.allows(space.genes(w)) for cost in costs)]
+        fitting = [widths for widths in shorter if _fits(space, costs, widths)]
         fitting.sort(key=lambda widths: -macs.total(space.genes(widths)))
         found += fitting[:NUM_SHALLOW]
     return found
@@ -213,6 +219,10 @@ class Cost:
         return self.limit is None or self.total(genes) <= self.limit
 
 
+def _fits(space: Space, costs: Sequence[Cost], widths: Widths) -> bool:
+    return all(cost.allows(space.genes(widths)) for cost in costs)
+
+
 def count_cost(space: Space, name: str, limit: float | None) -> Cost:
     """The cost "macs" (multiply-adds of an image) or "params" (parameters), exactly."""
     attribute = f"num_{name}"
@@ -239,9 +249,8 @@ def measure_latency(spec: ResNetSpec, *, batch: int, dtype: str, seconds: float 
     """
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda shape: jnp.asarray(0.05 * rng.normal(size=shape), jnp.float32),
-        resnet.param_shapes(spec),
-        is_leaf=lambda x: isinstance(x, tuple),
+        lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), jnp.float32),
+        resnet.abstract_params(spec),
     )
     images = jnp.ones((batch, spec.image_size, spec.image_size, spec.channels), dtype)
     network = jax.jit(lambda params, images: resnet.apply(spec, params, images))
@@ -256,10 +265,7 @@ def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], 
     others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
     of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
 
-    Args:
-        space: the networks.
-        limit: in milliseconds.
-        measure: milliseconds of the network of these widths.
+    `limit` is in milliseconds, as is what `measure` returns for a network's widths.
     """
     largest = [choices[-1] for choices in space.choices]
     whole = measure(tuple(largest))
@@ -322,135 +328,115 @@ class Candidate(NamedTuple):
     generation: int
 
 
-def first_population(
-    space: Space, costs: Sequence[Cost], uniform: Sequence[Widths], size: int, seed: int
-) -> list[Widths]:
-    """The uniform networks, shallow ones, and at least half of `size` at random, within budgets."""
-    rng = np.random.default_rng([seed, 0])
-    allowed = [w for w in uniform if all(cost.allows(space.genes(w)) for cost in costs)]
-    if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
-        picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
-        allowed = [allowed[n] for n in picked]
-    population = dict.fromkeys([*allowed, *shallow_networks(space, costs, uniform)])
-    wanted = len(population) + max(size - len(population), size // 2)
-    _add(population, wanted, (), lambda: _random_genes(space, costs, rng), space)
-    return list(population)
+@dataclasses.dataclass(frozen=True)
+class _Evolution:
+    """Proposes populations of `size` networks within the budgets; depends on its arguments alone.
 
-
-def next_population(
-    space: Space,
-    costs: Sequence[Cost],
-    archive: Sequence[Candidate],
-    size: int,
-    seed: int,
-    generation: int,
-) -> list[Widths]:
-    """Up to `size` networks that were not evaluated yet; fewer only where hardly any are left.
-
-    Depends on `archive`, `seed` and `generation` alone.
+    A population of a generation has a random generator of its own.
     """
-    rng = np.random.default_rng([seed, generation])
-    macs = count_cost(space, "macs", None)
-    ranked = sorted(archive, key=lambda c: (-c.accuracy, macs.total(space.genes(c.widths))))
-    parents = [space.genes(c.widths) for c in ranked[: max(2, round(PARENTS * size))]]
-    axis = next((cost for cost in costs if cost.limit is not None), costs[0])
-    genes_of = [space.genes(candidate.widths) for candidate in archive]
-    amounts = [axis.total(genes) for genes in genes_of]
-    on_front = pareto_front(amounts, [candidate.accuracy for candidate in archive])
-    front = [genes for genes, on in zip(genes_of, on_front, strict=True) if on]
 
-    def child() -> list[int]:
-        if rng.random() < FRONT_RATE:
-            genes = _mutated(space, front[rng.integers(len(front))], rng)
-            return _within(space, costs, genes, rng, fill=False)
-        first = parents[rng.integers(len(parents))]
-        if rng.random() < 0.5:
-            genes = _mutated(space, first, rng)
-        else:
-            second = parents[rng.integers(len(parents))]
-            genes = [int(rng.choice(pair)) for pair in zip(first, second, strict=True)]
-        return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+    space: Space
+    costs: Sequence[Cost]
+    size: int
+    seed: int
 
-    population: dict[Widths, None] = {}
-    seen = {candidate.widths for candidate in archive}
-    _add(population, size, seen, child, space)
-    # Parents that are all alike have few children.
-    _add(population, size, seen, lambda: _random_genes(space, costs, rng), space)
-    return list(population)
+    def first(self, uniform: Sequence[Widths]) -> list[Widths]:
+        """The uniform networks, shallow ones, and at least half of `size` at random."""
+        rng = np.random.default_rng([self.seed, 0])
+        allowed = [widths for widths in uniform if _fits(self.space, self.costs, widths)]
+        if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
+            picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
+            allowed = [allowed[n] for n in picked]
+        shallow = shallow_networks(self.space, self.costs, uniform)
+        population = dict.fromkeys([*allowed, *shallow])
+        wanted = len(population) + max(self.size - len(population), self.size // 2)
+        self._add(population, wanted, (), lambda: self._random(rng))
+        return list(population)
 
+    def next(self, archive: Sequence[Candidate], generation: int) -> list[Widths]:
+        """Up to `size` networks that are not in the archive; fewer only where few are left."""
+        space, rng = self.space, np.random.default_rng([self.seed, generation])
+        macs = count_cost(space, "macs", None)
+        ranked = sorted(archive, key=lambda c: (-c.accuracy, macs.total(space.genes(c.widths))))
+        parents = [space.genes(c.widths) for c in ranked[: max(2, round(PARENTS * self.size))]]
+        axis = next((cost for cost in self.costs if cost.limit is not None), self.costs[0])
+        genes_of = [space.genes(candidate.widths) for candidate in archive]
+        amounts = [axis.total(genes) for genes in genes_of]
+        on_front = pareto_front(amounts, [candidate.accuracy for candidate in archive])
+        front = [genes for genes, on in zip(genes_of, on_front, strict=True) if on]
 
-def _add(
-    population: dict[Widths, None],
-    size: int,
-    seen: Collection[Widths],
-    draw: Callable[[], list[int]],
-    space: Space,
-) -> None:
-    """Draws until `population` has `size` networks, or nearly all draws were seen before."""
-    for _ in range(50 * size):
-        if len(population) >= size:
-            break
-        widths = space.widths(draw())
-        if widths not in seen:
-            population[widths] = None
+        def child() -> list[int]:
+            if rng.random() < FRONT_RATE:
+                genes = self._mutated(front[rng.integers(len(front))], rng)
+                return self._within(genes, rng, fill=False)
+            first = parents[rng.integers(len(parents))]
+            if rng.random() < 0.5:
+                genes = self._mutated(first, rng)
+            else:
+                second = parents[rng.integers(len(parents))]
+                genes = [int(rng.choice(pair)) for pair in zip(first, second, strict=True)]
+            return self._within(genes, rng, fill=rng.random() < 0.5)
 
+        population: dict[Widths, None] = {}
+        seen = {candidate.widths for candidate in archive}
+        self._add(population, self.size, seen, child)
+        # Parents that are all alike have few children.
+        self._add(population, self.size, seen, lambda: self._random(rng))
+        return list(population)
 
-def _random_genes(space: Space, costs: Sequence[Cost], rng: np.random.Generator) -> list[int]:
-    genes = []
-    for choices in space.choices:
-        first = int(choices[0] == 0 and len(choices) > 1)
-        skipped = first and rng.random() < SKIP_RATE
-        genes.append(0 if skipped else int(rng.integers(first, len(choices))))
-    return _within(space, costs, genes, rng, fill=rng.random() < 0.5)
+    def _add(self, population, size, seen, draw) -> None:
+        """Draws until `population` has `size` networks, or nearly all draws were seen before."""
+        for _ in range(50 * size):
+            if len(population) >= size:
+                break
+            widths = self.space.widths(draw())
+            if widths not in seen:
+                population[widths] = None
 
+    def _random(self, rng: np.random.Generator) -> list[int]:
+        genes = []
+        for choices, first in zip(self.space.choices, self.space.lowest, strict=True):
+            skipped = first and rng.random() < SKIP_RATE
+            genes.append(0 if skipped else int(rng.integers(first, len(choices))))
+        return self._within(genes, rng, fill=rng.random() < 0.5)
 
-def _mutated(space: Space, genes: Sequence[int], rng: np.random.Generator) -> list[int]:
-    chosen = rng.random(len(genes)) < MUTATED_BLOCKS
-    chosen[rng.integers(len(genes))] = True
-    result = list(genes)
-    for position in np.flatnonzero(chosen):
-        choices = space.choices[position]
-        first = int(choices[0] == 0 and len(choices) > 1)
-        if first and (result[position] == 0 or rng.random() < SKIP_RATE):
-            skipped = result[position] != 0
-            result[position] = 0 if skipped else int(rng.integers(first, len(choices)))
-            continue
-        step = rng.normal() * MUTATION_STEP * len(choices)
-        step = math.copysign(max(1, round(abs(step))), step)
-        result[position] = int(np.clip(result[position] + step, first, len(choices) - 1))
-    return result
+    def _mutated(self, genes: Sequence[int], rng: np.random.Generator) -> list[int]:
+        chosen = rng.random(len(genes)) < MUTATED_BLOCKS
+        chosen[rng.integers(len(genes))] = True
+        result = list(genes)
+        for position in np.flatnonzero(chosen):
+            choices, first = self.space.choices[position], self.space.lowest[position]
+            if first and (result[position] == 0 or rng.random() < SKIP_RATE):
+                skipped = result[position] != 0
+                result[position] = 0 if skipped else int(rng.integers(first, len(choices)))
+                continue
+            step = rng.normal() * MUTATION_STEP * len(choices)
+            step = math.copysign(max(1, round(abs(step))), step)
+            result[position] = int(np.clip(result[position] + step, first, len(choices) - 1))
+        return result
 
+    def _within(self, genes: Sequence[int], rng: np.random.Generator, *, fill: bool) -> list[int]:
+        """`genes` narrowed step by step until they keep the budgets, then widened if `fill`.
 
-def _within(
-    space: Space,
-    costs: Sequence[Cost],
-    genes: Sequence[int],
-    rng: np.random.Generator,
-    *,
-    fill: bool,
-) -> list[int]:
-    """`genes` narrowed step by step until they keep the budgets, then widened if `fill`.
-
-    Blocks are skipped only where narrowing all others is not enough.
-    """
-    genes = list(genes)
-    lowest = [int(c[0] == 0 and len(c) > 1) for c in space.choices]
-    while not all(cost.allows(genes) for cost in costs):
-        free = [b for b, gene in enumerate(genes) if gene > lowest[b]]
-        free = free or [b for b, gene in enumerate(genes) if gene > 0]
-        if not free:
-            break  # the smallest network, see check_budgets
-        genes[free[rng.integers(len(free))]] -= 1
-    if fill:
-        free = [b for b, gene in enumerate(genes) if lowest[b] <= gene < len(space.choices[b]) - 1]
+        Blocks are skipped only where narrowing all others is not enough.
+        """
+        genes, lowest = list(genes), self.space.lowest
+        highest = [len(choices) - 1 for choices in self.space.choices]
+        while not all(cost.allows(genes) for cost in self.costs):
+            free = [b for b, gene in enumerate(genes) if gene > lowest[b]]
+            free = free or [b for b, gene in enumerate(genes) if gene > 0]
+            if not free:
+                break  # the smallest network, see check_budgets
+            genes[free[rng.integers(len(free))]] -= 1
+        free = [b for b, gene in enumerate(genes) if fill and lowest[b] <= gene < highest[b]]
         while free:
             position = free[rng.integers(len(free))]
             genes[position] += 1
-            allowed = all(cost.allows(genes) for cost in costs)
+            allowed = all(cost.allows(genes) for cost in self.costs)
             genes[position] -= not allowed
-            if not allowed or genes[position] == len(space.choices[position]) - 1:
+            if not allowed or genes[position] == highest[position]:
                 free.remove(position)
-    return genes
+        return genes
 
 
 def evolve(
@@ -477,13 +463,13 @@ def evolve(
         archive: what an earlier call has evaluated, in its order; the search goes on from there.
         on_generation: called with all networks so far after each population; False ends the search.
     """
-    archive = list(archive)
+    archive, evolution = list(archive), _Evolution(space, costs, population, seed)
     generation = archive[-1].generation + 1 if archive else 0
     while len(archive) < num_candidates:
         if generation:
-            proposed = next_population(space, costs, archive, population, seed, generation)
+            proposed = evolution.next(archive, generation)
         else:
-            proposed = first_population(space, costs, uniform, population, seed)
+            proposed = evolution.first(uniform)
         proposed = proposed[: num_candidates - len(archive)]
         if not proposed:
             break
@@ -527,12 +513,8 @@ def add_containers(
     Widths of containers are multiples of a quarter of the full width, so that later populations
     fit into them too. The first is the largest network, which holds all.
 
-    Args:
-        space: the networks.
-        containers: those that there are.
-        widths: of the population.
-        macs_per_container: multiply-adds of one image that take as long as compiling a shape,
-            divided by the number of images.
+    `macs_per_container` are the multiply-adds of one image that take as long as compiling a shape,
+    divided by the number of images.
     """
     spec, blocks = space.spec, space.blocks
     largest = np.array([choices[-1] for choices in space.choices])
@@ -592,7 +574,7 @@ class Record:
         fields["archive"] = [candidate._asdict() for candidate in self.archive]
         for name in ("latencies", "validation", "test"):
             fields[name] = [[widths, value] for widths, value in fields[name].items()]
-        lab.write_json(path, fields)
+        storage.write_json(path, fields)
 
 
 def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
@@ -650,44 +632,26 @@ def _table(space: Space, costs: Sequence[Cost], uniform: Collection[Widths], rec
 # --- the command -----------------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    def number(name, default, text):
-        flags.DEFINE_float(name, default, text, flag_values=values)
-
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
-
-    def string(name, text):
-        flags.DEFINE_string(name, "", text, flag_values=values)
-
-    def switch(name, default, text):
-        flags.DEFINE_bool(name, default, text, flag_values=values)
-
-    string("workdir", "A work directory of train.py.")
-    string("out", "The folder to write into; default: search in the work directory.")
-    number("max_macs", None, "Budget: multiply-adds of one image, such as 30e6.")
-    number("max_params", None, "Budget: parameters of the dense network.")
-    number("max_latency_ms", None, "Budget: milliseconds of the dense network on this device.")
-    integer("latency_batch", 1, "Images of the pass whose latency counts.")
-    number("min_ratio", None, "Smallest width ratio of a block; default: the smallest trained.")
-    number("max_ratio", None, "Largest width ratio of a block; default: the largest trained.")
-    integer("width_multiple", 1, "Hidden widths are multiples of this, such as 8.")
-    switch("depth", False, "Blocks may be skipped, those that keep the shape of the stream.")
-    integer("num_candidates", 1000, "Networks to evaluate.")
-    integer("population", 50, "Networks between two selections.")
-    integer("num_images", 2000, "Of the validation split, for each candidate.")
-    integer("seed", 0, "Of the search.")
-    number("time_limit", None, "Minutes after which the search ends with what it has.")
-    switch("test", True, "Evaluate the winner and the best uniform network on the test split.")
-    integer("num_samples", None, "Noisy weight samples to average; default: the config's.")
-    flags.DEFINE_enum(
-        "strategy",
-        "auto",
-        evaluation.STRATEGIES,
-        "How networks are evaluated, as in eval.py.",
-        flag_values=values,
-    )
-    string("data_dir", "Where the data lies, if no longer where the run found it.")
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "out": (str, "", "The folder to write into; default: search in the work directory."),
+    "max_macs": (float, None, "Budget: multiply-adds of one image, such as 30e6."),
+    "max_params": (float, None, "Budget: parameters of the dense network."),
+    "max_latency_ms": (float, None, "Budget: milliseconds of the dense network on this device."),
+    "latency_batch": (int, 1, "Images of the pass whose latency counts."),
+    "min_ratio": (float, None, "Smallest width ratio of a block; default: the smallest trained."),
+    "max_ratio": (float, None, "Largest width ratio of a block; default: the largest trained."),
+    "width_multiple": (int, 1, "Hidden widths are multiples of this, such as 8."),
+    "depth": (bool, False, "Blocks may be skipped, those that keep the shape of the stream."),
+    "num_candidates": (int, 1000, "Networks to evaluate."),
+    "population": (int, 50, "Networks between two selections."),
+    "num_images": (int, 2000, "Of the validation split, for each candidate."),
+    "seed": (int, 0, "Of the search."),
+    "time_limit": (float, None, "Minutes after which the search ends with what it has."),
+    "test": (bool, True, "Evaluate the winner and the best uniform network on the test split."),
+    **evaluation.SAMPLE_FLAGS,
+    **command_line.DATA_DIR,
+}
 
 
 BUDGETS = ("max_macs", "max_params", "max_latency_ms")
@@ -705,25 +669,18 @@ def _check_options(options: flags.FlagValues) -> None:
     for name, value in limits.items():
         if not 0 < value < math.inf:
             raise UsageError(f"--{name} must be above 0 and finite, got {value:g}.")
-    positive = ("latency_batch", "num_candidates", "num_images")
-    for name, least in (*((name, 1) for name in positive), ("population", 2), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UsageError(f"--{name} must be at least {least}, got {getattr(options, name)}.")
-    if options.num_samples is not None and options.num_samples < 1:
-        raise UsageError(f"--num_samples must be at least 1, got {options.num_samples}.")
+    least = {"latency_batch": 1, "num_candidates": 1, "num_images": 1, "num_samples": 1}
+    command_line.check_at_least(options, **least, population=2, seed=0)
 
 
 def main(argv: Sequence[str]) -> None:
-    config, options = command_line.parse(argv, define_flags, config_required=False)
+    config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
     lab.enable_compilation_cache()
-    workdir = pathlib.Path(options.workdir)
-    saved = lab.read_config(workdir)
-    if config:
-        lab.check_same_config(workdir, config)
-    hypernetwork, params, _ = checkpoint.load_inr(workdir)
-    low, high = saved["train"]["min_width_ratio"], saved["train"]["max_width_ratio"]
+    opened = lab.open_run(config, options)
+    hypernetwork, recipe = opened.hypernetwork, opened.config["train"]
+    low, high = recipe["min_width_ratio"], recipe["max_width_ratio"]
     low = low if options.min_ratio is None else options.min_ratio
     high = high if options.max_ratio is None else options.max_ratio
     space = make_space(
@@ -736,27 +693,24 @@ def main(argv: Sequence[str]) -> None:
     )
     counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
     check_budgets(space, counted)
-    if options.data_dir:
-        saved["data"]["dir"] = options.data_dir
-    dataset, splits = lab.load_data(saved)
-    experiment = lab.from_config(saved, dataset)
-    lab.check_same_family(experiment, hypernetwork)
+    experiment, splits = opened.load()
     lab.evaluation_split(splits, "validation")
 
-    num_samples = options.num_samples or experiment.eval_samples
+    num_samples = options.num_samples or experiment.evaluation.num_samples
     settings = {name: getattr(options, name) for name in (*BUDGETS, "width_multiple", "depth")}
     settings |= {"min_ratio": low, "max_ratio": high, "num_samples": num_samples}
     settings |= {name: getattr(options, name) for name in ("population", "num_images", "seed")}
     if options.max_latency_ms is not None:
         settings["latency_batch"] = options.latency_batch
-    settings["inr"] = lab.file_digest(workdir / checkpoint.INR_FILE)
-    out = pathlib.Path(options.out or workdir / "search")
+    settings["inr"] = lab.file_digest(opened.workdir / checkpoint.INR_FILE)
+    out = pathlib.Path(options.out or opened.workdir / "search")
     with lab.locked(out, name="The folder of --out"):
         record = read_record(out / STATE_FILE, settings)
         if record.strategy == "auto":
             record.strategy = options.strategy
         try:
-            _search(out, experiment, params, splits, space, counted, record, (low, high), options)
+            network = experiment, opened.params, splits
+            _search(out, *network, space, counted, record, (low, high), options)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped after {len(record.archive)} candidates; the same command continues."
@@ -805,25 +759,13 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
         print(f"continuing after {len(record.archive)} candidates")
 
     mesh = evaluation.device_mesh()
-    batch_size = experiment.eval_batch_size
+    batch_size = experiment.evaluation.batch_size
     if platform == "cpu":
         batch_size = _CPU_BATCH_SIZE * (1 if mesh is None else mesh.size)
 
-    def accuracies(widths, images, labels, **options):
-        result = evaluation.evaluate_grid(
-            experiment.hypernetwork,
-            params,
-            np.array(widths, np.int32),
-            images,
-            labels,
-            experiment.preprocessing,
-            batch_size=batch_size,
-            mesh=mesh,
-            num_samples=record.settings["num_samples"],
-            key=lab.phase_key(experiment, 3) if record.settings["num_samples"] > 1 else None,
-            **options,
-        )
-        return result.accuracy.tolist(), result.strategy
+    family = experiment.hypernetwork, params
+    shared = {"batch_size": batch_size, "mesh": mesh}
+    shared |= experiment.noise(record.settings["num_samples"])
 
     def evaluate(widths):
         record.containers = add_containers(
@@ -832,14 +774,30 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
             widths,
             macs_per_container=evaluation.compilation_macs(platform) / num_images,
         )
-        found, record.strategy = accuracies(
-            widths,
+        result = evaluation.evaluate_grid(
+            *family,
+            np.array(widths, np.int32),
             images[:num_images],
             labels[:num_images],
+            experiment.preprocessing,
             containers=record.containers,
             strategy=record.strategy,
+            **shared,
         )
-        return found
+        record.strategy = result.strategy
+        return result.accuracy.tolist()
+
+    def complete(known, widths, split):
+        """Adds the accuracies of `widths` on an entire split to `known`."""
+        missing = [row for row in dict.fromkeys(widths) if row not in known]
+        if missing:
+            images, labels = lab.evaluation_split(splits, split)
+            print(f"{len(missing)} networks on all {len(labels)} {split} images", flush=True)
+            options = {**shared, "strategy": "loop" if len(missing) == 1 else record.strategy}
+            evaluation.Evaluator(
+                *family, images, labels, experiment.preprocessing, options=options, known=known
+            ).evaluate(missing)
+            record.write(state)
 
     started, before, first = time.perf_counter(), record.seconds, len(record.archive)
 
@@ -888,12 +846,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     together = list(dict.fromkeys([*finalists, *uniform_finalists]))
     if num_images == len(labels):
         record.validation |= {c.widths: c.accuracy for c in record.archive if c.widths in together}
-    missing = [widths for widths in together if widths not in record.validation]
-    if missing:
-        print(f"{len(missing)} finalists on all {len(labels)} validation images", flush=True)
-        found, _ = accuracies(missing, images, labels, strategy=record.strategy)
-        record.validation |= dict(zip(missing, found, strict=True))
-        record.write(state)
+    complete(record.validation, together, "validation")
 
     def best(some):
         return min(some, key=lambda w: (-record.validation[w], costs[0].total(space.genes(w)), w))
@@ -902,16 +855,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     if uniform_finalists:
         winners["uniform"] = best(uniform_finalists)
     if options.test:
-        unread = [w for w in dict.fromkeys(winners.values()) if w not in record.test]
-        if unread:
-            found, _ = accuracies(
-                unread,
-                splits.test_images,
-                splits.test_labels,
-                strategy="loop" if len(unread) == 1 else record.strategy,
-            )
-            record.test |= dict(zip(unread, found, strict=True))
-            record.write(state)
+        complete(record.test, winners.values(), "test")
     _write(out, experiment, space, costs, uniform, record, winners, options)
 
 
@@ -944,9 +888,9 @@ def _write(out, experiment, space, costs, uniform, record, winners, options) -> 
     best |= {**described["searched"], **shared, "uniform": None}
     if "uniform" in winners:
         best["uniform"] = {"widths": list(winners["uniform"]), **described["uniform"]}
-    lab.write_json(out / "best.json", best)
+    storage.write_json(out / "best.json", best)
     front = {"front_over": axis.name, "best": list(winners["searched"]), **shared, "rows": rows}
-    lab.write_json(out / "pareto.json", front)
+    storage.write_json(out / "pareto.json", front)
     plotting.plot_search(
         out / "pareto.png",
         rows,

@@ -105,15 +105,8 @@ def _member(params: Mapping, clique: Clique, path: Path, axis: int) -> np.ndarra
 def channel_rows(params: Mapping, clique: Clique) -> np.ndarray:
     """All weights that touch a channel, one row per channel.
 
-    Args:
-        params: a folded tree.
-        clique: one of `cliques(spec)`.
-
     Returns:
-        float64[size, features].
-
-    Raises:
-        ValueError: if `params` lacks a tensor of the clique or has it at another width.
+        float64[size, features], in the order of the members of `clique`.
     """
     rows = []
     for path, axis in clique.members:
@@ -234,16 +227,7 @@ def permute(params: Params, clique: Clique, order: np.ndarray) -> Params:
 
     The network computes the same function (up to the rounding of sums in another order).
 
-    Args:
-        params: a folded tree.
-        clique: one of `cliques(spec)`.
-        order: int[size], a permutation.
-
-    Returns:
-        The tree, with JAX arrays as leaves.
-
-    Raises:
-        ValueError: if `order` is not a permutation, or the clique does not fit `params`.
+    `order` is int[size], a permutation. The leaves are JAX arrays.
     """
     order = np.asarray(order)
     if not np.array_equal(np.sort(order, axis=None), np.arange(clique.size)) or order.ndim != 1:
@@ -270,16 +254,9 @@ def smooth(params: Params, spec: ResNetSpec) -> tuple[Params, dict[str, np.ndarr
 
     approximately, by `shortest_hamiltonian_path`. `total_variation` never rises.
 
-    Args:
-        params: a folded tree.
-        spec: the shapes of `params`.
-
     Returns:
         The permuted tree, and the order of each clique by name: new channel k is channel
         `order[k]` of `params`. Where no shorter path was found this is 0, 1, 2, ...
-
-    Raises:
-        ValueError: if `params` and `spec` do not fit, or a weight is not finite.
     """
     orders = {}
     smoothed = params
@@ -340,12 +317,8 @@ def by_importance(
 ) -> tuple[Params, dict[str, np.ndarray]]:
     """The same function with the hidden channels of each block in `importance_order`.
 
-    A nested family, which keeps the first channels, then loses the least.
-
-    Args:
-        params: a folded tree.
-        spec: the shapes of `params`.
-        moments: by block name, see `resnet.hidden_moments`; blocks without are left as they are.
+    A nested family, which keeps the first channels, then loses the least. `moments` are those of
+    `resnet.hidden_moments`, by block name; blocks without are left as they are.
 
     Returns:
         The permuted tree, and the order of each reordered clique by name.

@@ -1,10 +1,13 @@
 """Writing files so that a fault of the disk is one sentence and costs nothing that was there."""
 
 import contextlib
+import csv
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import safetensors
 
@@ -14,12 +17,8 @@ class StorageError(OSError):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike, *, kept: str = "") -> Iterator[None]:
+def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turns a full disk, a read-only folder and the like into one sentence about `path`.
-
-    Args:
-        path: what is being written.
-        kept: what is safe all the same, for the sentence.
 
     Raises:
         StorageError: for an OSError, and for what safetensors makes of one.
@@ -27,11 +26,11 @@ def writing(path: str | os.PathLike, *, kept: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise refusal(path, error, kept=kept) from error
+        raise refusal(path, error) from error
 
 
 def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> StorageError:
-    """The StorageError for `error`, which writing `path` ended in."""
+    """The StorageError for `error`, which writing `path` ended in; `kept` is safe all the same."""
     lines = str(getattr(error, "strerror", None) or error).splitlines()
     reason = lines[0][:200] if lines else type(error).__name__
     if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore, at length
@@ -61,3 +60,27 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all, as the functions below."""
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_csv(path: str | os.PathLike, table: Iterable[Sequence]) -> None:
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows(table)
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Rows of equal keys for `write_csv`: their names first, lists with blanks between."""
+    names = list(rows[0]) if rows else []
+    return [names] + [
+        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
+        for row in rows
+    ]

@@ -502,6 +502,36 @@ def _head(tensors: Mapping[str, Any]) -> str:
     return next((name for name in _HEADS if f"{name}.weight" in tensors), _HEADS[0])
 
 
+Layer = tuple[tuple[str, ...], str, str, str, str, tuple[int, ...]]
+
+
+def layers(spec: ResNetSpec, tensors: Mapping[str, Any] | None = None) -> list[Layer]:
+    """The convolutions of `spec`, each with its batch norm.
+
+    `tensors` tells how shortcuts are called, else "downsample".
+
+    Returns:
+        Of each (path to its block or (), names of conv and norm in the linen tree, their names in
+        PyTorch, shape of the kernel, OIHW).
+    """
+    shape = (spec.stage_widths[0], spec.channels, 3, 3)
+    found: list[Layer] = [((), "stem", "stem_bn", "conv1", "bn1", shape)]
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue
+        path, prefix = (block.name,), f"layer{block.stage}.{block.index}"
+        widths = block.in_width, block.hidden_width, block.out_width
+        for n in (1, 2):
+            names = f"conv{n}", f"bn{n}", f"{prefix}.conv{n}", f"{prefix}.bn{n}"
+            found.append((path, *names, (widths[n], widths[n - 1], 3, 3)))
+        if block.projection:
+            names = [f"{prefix}.{name}" for name in _SHORTCUTS]
+            name = next((n for n in names if f"{n}.0.weight" in (tensors or ())), names[0])
+            shape = (block.out_width, block.in_width, 1, 1)
+            found.append((path, "shortcut", "shortcut_bn", f"{name}.0", f"{name}.1", shape))
+    return found
+
+
 class _Leaf(NamedTuple):
     """One array of the linen tree: where it lies, its PyTorch name, its shape in PyTorch."""
 
@@ -520,24 +550,8 @@ _NORM_LEAVES = (
 
 def _leaves(spec: ResNetSpec, tensors: Mapping[str, Any]) -> list[_Leaf]:
     """All arrays of the variables of `spec`; `tensors` tells how head and shortcuts are called."""
-    stem_shape = (spec.stage_widths[0], spec.channels, 3, 3)
-    layers: list[tuple[tuple[str, ...], str, str, str, str, tuple[int, ...]]]
-    layers = [((), "stem", "stem_bn", "conv1", "bn1", stem_shape)]
-    for block in spec.blocks:
-        if block.hidden_width == 0:
-            continue
-        path, prefix = (block.name,), f"layer{block.stage}.{block.index}"
-        shape1 = (block.hidden_width, block.in_width, 3, 3)
-        shape2 = (block.out_width, block.hidden_width, 3, 3)
-        layers.append((path, "conv1", "bn1", f"{prefix}.conv1", f"{prefix}.bn1", shape1))
-        layers.append((path, "conv2", "bn2", f"{prefix}.conv2", f"{prefix}.bn2", shape2))
-        if block.projection:
-            names = [f"{prefix}.{name}" for name in _SHORTCUTS]
-            name = next((name for name in names if f"{name}.0.weight" in tensors), names[0])
-            shape = (block.out_width, block.in_width, 1, 1)
-            layers.append((path, "shortcut", "shortcut_bn", f"{name}.0", f"{name}.1", shape))
     leaves = []
-    for path, conv, norm, torch_conv, torch_norm, shape in layers:
+    for path, conv, norm, torch_conv, torch_norm, shape in layers(spec, tensors):
         leaves.append(_Leaf(("params", *path, conv, "kernel"), f"{torch_conv}.weight", shape))
         for kind, leaf, torch_leaf in _NORM_LEAVES:
             name = f"{torch_norm}.{torch_leaf}"

@@ -245,16 +245,23 @@ def teacher_update(
             targets = y if y.ndim > 1 else jax.nn.one_hot(y, spec.num_classes)
             targets = optax.smooth_labels(targets, recipe.label_smoothing)
             loss = losses.cross_entropy(logits, targets)
-            return loss, (mutated["batch_stats"], losses.accuracy(logits, y))
+            return loss, (mutated["batch_stats"], {"accuracy": losses.accuracy(logits, y)})
 
-        params = state.params["params"]
-        (loss, (stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": optax.tree.norm(grads)}
-        return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
+        return sgd_step(optimizer, state, loss_fn)
 
     return update
+
+
+def sgd_step(
+    optimizer: optax.GradientTransformation, state: TrainState, loss_fn: Callable
+) -> tuple[TrainState, Metrics]:
+    """A step on linen variables; `loss_fn(params)` is the loss and (new statistics, metrics)."""
+    params = state.params["params"]
+    (loss, (stats, found)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    metrics = {"loss": loss, **found, "grad_norm": optax.tree.norm(grads)}
+    return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
 
 
 # --- INR -------------------------------------------------------------------------------------

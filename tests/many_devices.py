@@ -133,13 +133,12 @@ def main(folder):
             Checkpoints(folder / "checkpoints").save(NUM_STEPS, state)
     rows = [plain.full_widths, (2, 3), (0, 6)]
     pixels, labels = np.asarray(images.images), np.asarray(images.labels)
-    data = plain, params, rows, pixels, labels, tiny.PREPROCESSING
+    data = plain, params, pixels, labels, tiny.PREPROCESSING
     lowered["evaluated"] = []
     for options in ({}, {"mesh": None}):
-        known, comparison = {}, evaluation.Comparison()
-        evaluation.evaluate_missing(*data, known=known, comparison=comparison, **options)
-        found = comparison.found
-        lowered["evaluated"].append([[known[row], found[row].kl_divergence] for row in rows])
+        evaluator = evaluation.Evaluator(*data, options=options, comparison=evaluation.Comparison())
+        found = evaluator.evaluate(rows)
+        lowered["evaluated"].append([[row["accuracy"], row["kl_divergence"]] for row in found])
     mesh = evaluation.device_mesh()
     lowered["evaluated_on"] = mesh.shape["data"] if mesh else 1
     np.savez(folder / "states.npz", **states)

@@ -14,10 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STUB = """
 import json, pathlib, sys
 from neumeta_jax import command_line
-from absl import flags
-def define(values):
-    flags.DEFINE_string("workdir", "", "", flag_values=values)
-config, options = command_line.parse(sys.argv, define, config_required=True)
+flags = {"workdir": (str, "", "")}
+config, options = command_line.parse(sys.argv, flags, config_required=True)
 workdir = pathlib.Path(options.workdir)
 (workdir / "config.json").write_text(json.dumps(config))
 if config["train"]["distill_from"] == "full":

@@ -3,7 +3,6 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 
 from neumeta_jax import architecture, command_line
 from neumeta_jax.command_line import UsageError
@@ -39,13 +38,14 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def define(values):
-    flags.DEFINE_string("workdir", "", "Where the run lives.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Describe the run.", flag_values=values)
+FLAGS = {
+    "workdir": (str, "", "Where the run lives."),
+    "dry_run": (bool, False, "Describe the run."),
+}
 
 
 def parse(*args, config_required=True):
-    return command_line.parse(["train.py", *args], define, config_required=config_required)
+    return command_line.parse(["train.py", *args], FLAGS, config_required=config_required)
 
 
 def config_with(*args):
@@ -107,7 +107,7 @@ def test_overrides_without_a_config_are_refused():
 
 def test_an_unknown_preset_is_one_line(capsys):
     def main(argv):
-        command_line.parse(argv, define, config_required=True)
+        command_line.parse(argv, FLAGS, config_required=True)
 
     with pytest.raises(SystemExit) as stop:
         command_line.run(main, ["train.py", "--config=configs/a.py:fast"])
@@ -119,7 +119,7 @@ def test_an_unknown_preset_is_one_line_wherever_the_config_file_lies(tmp_path, c
     (tmp_path / "mine.py").write_text(CONFIG)
 
     def main(argv):
-        command_line.parse(argv, define, config_required=True)
+        command_line.parse(argv, FLAGS, config_required=True)
 
     with pytest.raises(SystemExit) as stop:
         command_line.run(main, ["train.py", "--config=mine.py:fast"])

@@ -99,7 +99,7 @@ def test_the_ablation_is_found_from_any_folder(tmp_path, monkeypatch):
     path = next(path for path in CONFIGS if path.stem == "ablation")
     config, _ = command_line.parse(
         ["train.py", f"--config={path}:nested", "--config.seed=3"],
-        lambda values: None,
+        {},
         config_required=True,
     )
     assert (config["inr"]["resampling"], config["seed"]) == ("nested", 3)

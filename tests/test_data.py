@@ -693,35 +693,6 @@ def test_epoch_order_is_a_permutation_that_depends_on_key_and_epoch_alone():
     assert all((first != other).any() for other in others)
 
 
-def test_batches_of_an_epoch_are_disjoint_and_drop_the_rest():
-    order = data.epoch_order(jax.random.key(0), 0, 11)
-    batches = jax.jit(data.batch_indices, static_argnums=2)
-    joined = jnp.concatenate([batches(order, step, 4) for step in range(2)])
-    np.testing.assert_array_equal(joined, order[:8])
-
-
-@pytest.mark.parametrize(("num_examples", "batch_size"), [(11, 4), (12, 4), (5, 5), (5, 1)])
-def test_epoch_of_counts_whole_batches(num_examples, batch_size):
-    pairs = [
-        (epoch, step) for epoch in range(3) for step in range(num_examples // batch_size)
-    ]  # fmt: skip
-    traced = jax.jit(data.epoch_of, static_argnums=(1, 2))
-    for step, pair in enumerate(pairs):
-        assert data.epoch_of(step, num_examples, batch_size) == pair
-        assert tuple(map(int, traced(step, num_examples, batch_size))) == pair
-
-
-@pytest.mark.parametrize("batch_size", [0, 6])
-def test_batch_size_without_a_batch_is_refused(batch_size):
-    for function in (
-        lambda: data.epoch_of(0, 5, batch_size),
-        lambda: data.batch_indices(jnp.arange(5), 0, batch_size),
-    ):
-        with pytest.raises(ValueError, match="training images") as error:
-            function()
-        assert_one_sentence(error, f"{batch_size=}", "5")
-
-
 # Augmentation
 
 augment = jax.jit(data.augment, static_argnames=("crop_padding", "flip"))

@@ -58,11 +58,18 @@ def labels(backbone, images):
     return np.where(np.arange(NUM_IMAGES) % 3, found, (found + 1) % 5).astype("int32")
 
 
-def grid(params, ratios, images, labels, **options):
-    options = {"trained_range": RANGE, "batch_size": 10, **options}
-    return evaluation.evaluate_ratios(
-        FAMILY, params, ratios, images, labels, PREPROCESSING, **options
+def grid(params, ratios, images, labels, *, known=None, comparison=None, on_row=None, **options):
+    evaluator = evaluation.Evaluator(
+        FAMILY,
+        params,
+        images,
+        labels,
+        PREPROCESSING,
+        options={"batch_size": 10, **options},
+        known={} if known is None else known,
+        comparison=comparison,
     )
+    return evaluator.rows(ratios, trained_range=RANGE, on_row=on_row)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +112,8 @@ def test_batch_norm_accuracy_is_that_of_the_folded_network(images):
     )
     folded = resnet.fold_batch_norm(variables)
     labels = (predictions(spec, folded, images) + (np.arange(NUM_IMAGES) % 3 == 0)) % 5
-    for accuracy, tree in (
-        (evaluation.batch_norm_accuracy, variables),
-        (evaluation.accuracy, folded),
-    ):
-        got = accuracy(spec, tree, images, labels, PREPROCESSING, batch_size=10)
+    for tree in (variables, folded):
+        got = evaluation.accuracy(spec, tree, images, labels, PREPROCESSING, batch_size=10)
         assert got == pytest.approx(15 / 23)
 
 
@@ -485,19 +489,14 @@ def test_every_strategy_lowers_for_accelerators(params, images, labels, strategy
     job = lower_job(strategy)
     data = evaluation._place(images, labels, 10, None)
     widths = jnp.asarray(WIDTHS[:1] if strategy == "loop" else WIDTHS[:2])
-    if strategy == "map":
-        programs = [
-            evaluation._generate_and_score_chunk.trace(job, params, widths, None, *data),
-        ]
-    else:
-        trees = jax.eval_shape(
-            lambda *args: evaluation._generate_chunk(job, *args), params, widths, None
-        )
-        correct = jnp.zeros((len(widths), 1), jnp.int32)
-        programs = [
-            evaluation._generate_chunk.trace(job, params, widths, None),
-            evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
-        ]
+    trees = jax.eval_shape(
+        lambda *args: evaluation._generate_chunk(job, *args), params, widths, None
+    )
+    correct = jnp.zeros((len(widths), 1), jnp.int32)
+    programs = [
+        evaluation._generate_chunk.trace(job, params, widths, None),
+        evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
+    ]
     for program in programs:
         lowered = program.lower(lowering_platforms=(platform,)).as_text()
         assert "func.func public @main" in lowered
@@ -585,16 +584,13 @@ def test_a_dip_needs_increasing_ratios_with_one_accuracy_each(ratios, accuracies
     assert is_one_sentence(error)
 
 
-@pytest.mark.parametrize("position", [0, -1])
-def test_weight_slices_are_the_kernels_of_the_dense_networks(params, position):
-    slices = evaluation.weight_slices(
-        FAMILY, params, position=position, smallest=0.25, largest=1.25
-    )
-    full = FAMILY.full_widths[position]
-    assert slices.block == SPEC.blocks[FAMILY.blocks[position]].name
-    assert slices.full_width == full
-    assert list(slices.widths) == list(range(1 if full == 4 else 2, (5 if full == 4 else 8) + 1))
-    for number in (0, len(slices.widths) - 1):  # below and beyond the full size
+def test_weight_slices_are_the_kernels_of_the_dense_networks(params):
+    slices = evaluation.weight_slices(FAMILY, params)
+    full = FAMILY.full_widths[-1]
+    assert slices.block == SPEC.blocks[FAMILY.blocks[-1]].name
+    assert slices.full_width == full == 6
+    assert list(slices.widths) == list(range(1, 9))
+    for number in (1, 6):  # below and beyond the full size
         width = slices.widths[number]
         _, tree = hyper.generate_dense(FAMILY, params, FAMILY.widths(width / full))
         wanted = tree[slices.block]["conv2"]["kernel"]
@@ -602,32 +598,6 @@ def test_weight_slices_are_the_kernels_of_the_dense_networks(params, position):
         np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)
         assert np.isnan(kernel[:, :, width:]).all()
     assert np.isfinite(slices.kernels[-1]).all()
-
-
-def test_weight_slices_reach_the_largest_ratio_allowed(params):
-    """There the width is rounded up and lies beyond 1.5 times the full one."""
-    odd = dataclasses.replace(SPEC, hidden_widths=(5,) * len(SPEC.hidden_widths))
-    family = dataclasses.replace(FAMILY, spec=odd)
-    backbone = resnet.init_params(jax.random.key(0), odd)
-    slices = evaluation.weight_slices(
-        family, hyper.init(jax.random.key(1), family, backbone), smallest=1.3, largest=1.5
-    )
-    assert list(slices.widths) == [7, 8]
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"position": 2}, "2 generated blocks, .* got 2"),
-        ({"position": -3}, "2 generated blocks, .* got -3"),
-        ({"largest": 1.6}, r"\(0, 1.5\], got 1.6"),
-        ({"smallest": 1.0, "largest": 0.5}, "got 1.0 and 0.5"),
-    ],
-)
-def test_weight_slices_that_do_not_exist_are_refused(params, options, match):
-    with pytest.raises(ValueError, match=match) as error:
-        evaluation.weight_slices(FAMILY, params, **options)
-    assert "\n" not in str(error.value)
 
 
 # --- what is written -------------------------------------------------------------------------
@@ -670,9 +640,9 @@ def test_grid_csv_holds_the_same_rows(tmp_path, rows):
 
 
 def test_the_table_has_one_line_per_row(rows):
-    lines = evaluation.format_table(rows).splitlines()
-    assert len(lines) == 1 + len(rows)
-    for line, row in zip(lines[1:], rows, strict=True):
+    for row in rows:
+        line = evaluation.format_row(row)
+        assert len(line.rsplit("  ", 1)[0]) == len(evaluation.TABLE_HEADER.rsplit("  ", 1)[0])
         assert f"{row.num_params:,}" in line and f"{100 * row.accuracy:.2f}" in line
         assert line.endswith("trained" if row.trained else "unseen")
 

@@ -368,7 +368,7 @@ def config():
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         found, _ = command_line.parse(
-            ["train.py", "--config=configs/digits.py:smoke"], lambda _: None, config_required=True
+            ["train.py", "--config=configs/digits.py:smoke"], {}, config_required=True
         )
     return json.loads(json.dumps(found))
 
@@ -412,7 +412,7 @@ def test_overrides_of_any_kind_make_a_config_or_one_line(config, monkeypatch):
         arguments = ["train.py", "--config=configs/digits.py", f"--config.{name}={value}"]
         arguments += [["--what"], ["extra"], ["--config"]][n % 3] if n % 9 == 0 else []
         parse = functools.partial(command_line.parse, config_required=True)
-        ends[attempt("override", parse, arguments, lambda _: None)] += 1
+        ends[attempt("override", parse, arguments, {})] += 1
     assert ends["loaded"] > 20 and ends["refused"] > 60, ends
 
 

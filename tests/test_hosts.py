@@ -204,7 +204,7 @@ def test_a_run_begun_on_one_device_is_continued_on_two(config, reference, tmp_pa
 
 def options(*args):
     values = flags.FlagValues()
-    hosts.define_flags(values)
+    command_line.define(values, hosts.FLAGS)
     values(["train.py", *args])
     return values
 

@@ -113,8 +113,7 @@ def test_accuracy_against_macs_has_the_run_and_the_published_results_in_its_csv(
 
 
 @pytest.mark.parametrize("teacher_accuracy", [None, 0.71])
-@pytest.mark.parametrize("interpolation", [(), ((1.0, 0.5), (0.5, 0.4))])
-def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy, interpolation):
+def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy):
     rows = made_up_rows(RESNET20, [1.0, 0.3, 0.5])
     plotting.plot_sweep(
         tmp_path / "sweep.png",
@@ -122,7 +121,6 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy, inter
         title="x",
         trained_range=(0.5, 1.0),
         teacher_accuracy=teacher_accuracy,
-        interpolation=interpolation,
     )
     assert_written(tmp_path, "sweep")
     lines = read_csv(tmp_path / "sweep.csv")
@@ -132,8 +130,6 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy, inter
         point = float(line["width_ratio"]), float(line["accuracy"])
         found.setdefault(line["series"], []).append(point)
     wanted = {"generated": [(row.width_ratio, row.accuracy) for row in (rows[1], rows[2], rows[0])]}
-    if interpolation:
-        wanted["linear interpolation"] = [(0.5, 0.4), (1.0, 0.5)]
     if teacher_accuracy:
         wanted["teacher"] = [(1.0, 0.71)]
     assert found == wanted
@@ -142,11 +138,10 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy, inter
 # --- weights ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entries", [None, [(2, 4, 8), (0, 0, 4)]])
-def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path, entries):
+def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path):
     slices = made_up_slices()
     plotting.plot_weight_slices(
-        tmp_path / "weights.png", slices, title="x", trained_range=(0.5, 1.0), entries=entries
+        tmp_path / "weights.png", slices, title="x", trained_range=(0.5, 1.0)
     )
     assert_written(tmp_path, "weights")
     lines = read_csv(tmp_path / "weights.csv")
@@ -161,7 +156,7 @@ def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path, entries):
     ]
     curves = [line for line in lines if line["panel"] == "curves"]
     image = [line for line in lines if line["panel"] == "image"]
-    assert len(curves) == 5 * len(entries or range(6)) and len(image) == 5 * 6
+    assert len(curves) == 5 * 6 and len(image) == 5 * 6
     assert {(line["out_channel"], line["tap"]) for line in image} == {("0", "4")}
     for line in lines:
         width, out, hidden, tap = (
@@ -172,19 +167,6 @@ def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path, entries):
         else:
             wanted = slices.kernels[width - 2, tap // 3, tap % 3, hidden, out]
             assert np.float32(line["value"]) == wanted
-
-
-@pytest.mark.parametrize("entry", [(3, 0, 0), (0, 6, 0), (0, 0, 9), (-1, 0, 0), (0, 0)])
-def test_an_entry_that_the_kernel_does_not_have_is_refused(tmp_path, entry):
-    with pytest.raises(ValueError, match=r"below \(3, 6, 9\), got") as error:
-        plotting.plot_weight_slices(
-            tmp_path / "w.png",
-            made_up_slices(),
-            title="x",
-            trained_range=(0.5, 1.0),
-            entries=[entry],
-        )
-    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
 def test_default_entries_differ_and_lie_within_the_kernel():

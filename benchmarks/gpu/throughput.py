@@ -61,7 +61,7 @@ def experiment_of(batch_size: int, size: Size):
     fields = {"network.depth": size.depth, "train.batch_size": batch_size}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     flags = ["", f"--config={ROOT}/configs/resnet56.py:depth", *flags]
-    config, _ = command_line.parse(flags, lambda values: None, config_required=True)
+    config, _ = command_line.parse(flags, {}, config_required=True)
     rng = np.random.default_rng(0)
 
     def draw(number):
