@@ -79,7 +79,7 @@ def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, ki
 
 def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
     backbone = tiny.random_backbone(tiny.SPEC)
-    family, tree = tiny.with_depth_term(backbone)
+    family, tree = tiny.DEEP, tiny.init(tiny.DEEP, backbone, alpha=1.0, from_backbone=True)
     spoiled = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree["depth"])
     found = locate(
         {**tree, "depth": spoiled},
