@@ -98,11 +98,11 @@ def assert_same_logits(found, wanted):
 
 @contextlib.contextmanager
 def refused(words, error=ValueError):
-    """Passes if an `error` of one line that the pattern `words` matches is raised within."""
+    """Passes if an `error` of one sentence in which the pattern `words` is is raised within."""
     with pytest.raises(error, match=words) as caught:
         yield
     message = str(caught.value)
-    assert "\n" not in message and message.endswith(".")
+    assert "\n" not in message and ". " not in message and message.endswith(".")
 
 
 def load_module(path):
