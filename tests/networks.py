@@ -137,3 +137,17 @@ def call(module, *args):
             except SystemExit as stop:
                 status = stop.code
     return status, out.getvalue(), err.getvalue()
+
+
+def run(module, *args):
+    """What a command prints that does what it should."""
+    status, out, err = call(module, *args)
+    assert status == 0, err
+    return out
+
+
+def assert_refuses(words, module, *args):
+    """That a command ends with one line that holds `words`."""
+    status, _, err = call(module, *args)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert words in err, err

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import ROOT, call, load_module, random_pixels, refused
+from networks import ROOT, assert_refuses, load_module, random_pixels, refused, run
 
 from neumeta_jax import (
     architecture,
@@ -355,8 +355,7 @@ def compiled_once(monkeypatch):
     monkeypatch.setattr(training, "chunked", functools.cache(training.chunked))
 
 
-def run(preset, place, workdir, *args, error=None, **config):
-    """What a row prints; with `error`, the line of a refusal that must hold it."""
+def arguments(preset, place, workdir, *args, **config):
     chosen = {
         "data.dir": place / "tiny.npz",
         "data.name": "tiny",
@@ -374,14 +373,7 @@ def run(preset, place, workdir, *args, error=None, **config):
         "checkpoint_every": 2,
     } | {name.replace("__", "."): value for name, value in config.items()}
     flags = [f"--config.{name}={value}" for name, value in chosen.items()]
-    flags += [f"--config={ROOT / CONFIG}:{preset}", f"--workdir={workdir}", *args]
-    status, out, err = call(baselines, *flags)
-    if error is None:
-        assert status == 0, err
-        return out
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    assert error in err, err
-    return err
+    return [f"--config={ROOT / CONFIG}:{preset}", f"--workdir={workdir}", *flags, *args]
 
 
 def read(workdir):
@@ -395,7 +387,7 @@ switch_seconds wall_seconds command commit device versions"""
 
 def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run("slimmable", place, whole)
+    run(baselines, *arguments("slimmable", place, whole))
     save, saves = checkpoint.Checkpoints.save, []
 
     class KilledError(BaseException):
@@ -409,9 +401,9 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", dying)
         with pytest.raises(KilledError):
-            run("slimmable", place, killed)
+            run(baselines, *arguments("slimmable", place, killed))
     assert saves == [2]
-    assert "continuing from step 2 of 4" in run("slimmable", place, killed)
+    assert "continuing from step 2 of 4" in run(baselines, *arguments("slimmable", place, killed))
     fresh = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
     recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
     template = TrainState(fresh, training.sgd_optimizer(recipe, 4).init(fresh["params"]))
@@ -445,7 +437,10 @@ def norm_channels(spec):
 
 
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):
-    out = run("pruning", place, tmp_path, '--config.baseline.criteria=("random","l1")')
+    out = run(
+        baselines,
+        *arguments("pruning", place, tmp_path, '--config.baseline.criteria=("random","l1")'),
+    )
     names = ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
     rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
@@ -478,11 +473,11 @@ def test_a_trial_reads_no_test_image_and_leaves_the_row_to_the_run_after_it(
         return of(splits, name)
 
     monkeypatch.setattr(lab, "evaluation_split", split_of)
-    out = run("pruning_finetuned", place, tmp_path, "--trial")
+    out = run(baselines, *arguments("pruning_finetuned", place, tmp_path, "--trial"))
     assert set(read_splits) == {"validation"}
     assert out.count("   validation ") == 2 and "test" not in out
     assert not (tmp_path / "row.json").exists()
-    run("pruning_finetuned", place, tmp_path)
+    run(baselines, *arguments("pruning_finetuned", place, tmp_path))
     assert set(read_splits) == {"validation", "test"}
     line = next(x for x in out.splitlines() if x.startswith("width 0.5"))
     assert f"validation {read(tmp_path)['sizes'][1]['validation']:6.2f} %" in line
@@ -506,7 +501,7 @@ ALONE = {"teacher__file": "", "baseline__width_ratios": "(1.0,)"}  # needs no te
     ],
 )
 def test_a_row_says_what_its_method_needs(place, tmp_path, preset, config, images, wanted):
-    run(preset, place, tmp_path, "--budget=0.5", **config)
+    run(baselines, *arguments(preset, place, tmp_path, "--budget=0.5", **config))
     row = read(tmp_path)
     assert [line["images"] for line in row["sizes"]] == images
     assert row["budget_images"] == images[-1]
@@ -543,12 +538,12 @@ def test_skip_init_is_part_of_htty_alone(name, alpha):
     ],
 )
 def test_what_no_row_could_use_is_refused(place, tmp_path, args, error):
-    run("slimmable", place, tmp_path / "run", *args, error=error)
+    assert_refuses(error, baselines, *arguments("slimmable", place, tmp_path / "run", *args))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_row_needs_a_work_directory_and_the_section_of_its_config(place, tmp_path):
-    run("slimmable", place, "", error="--workdir=DIR is required")
+    assert_refuses("--workdir=DIR is required", baselines, *arguments("slimmable", place, ""))
     with refused("must have a section baseline", UsageError):
         baselines.section({"seed": 0})
     with refused(r"takes \['method'.*got \['image',", UsageError):

@@ -1,14 +1,13 @@
 """The search: what it proposes, finds, keeps and refuses; the command on a tiny work directory."""
 
 import collections
-import contextlib
 import csv
 import itertools
 import json
 
 import numpy as np
 import pytest
-from networks import call, refused, write_workdir
+from networks import assert_refuses, call, refused, run, write_workdir
 
 from neumeta_jax import (
     checkpoint,
@@ -272,44 +271,26 @@ BUDGET = 200_000
 OPTIONS = ("--num_candidates=40", "--population=12", "--num_images=40")
 
 
-@contextlib.contextmanager
-def recording():
-    """The first image, the number of images and the networks of each call of evaluate_grid."""
+@pytest.fixture(scope="module")
+def finished(workdir, tmp_path_factory):
+    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted.
+
+    Of each call the first image, the number of images and the networks.
+    """
     evaluate_grid, calls = evaluation.evaluate_grid, []
 
     def record(hypernetwork, params, widths, images, *args, **options):
         calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
         return evaluate_grid(hypernetwork, params, widths, images, *args, **options)
 
+    folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate_grid", record)
-        yield calls
+        return folder, run(search, *arguments(workdir, folder)), calls
 
 
-@pytest.fixture
-def recorded():
-    with recording() as calls:
-        yield calls
-
-
-@pytest.fixture(scope="module")
-def finished(workdir, tmp_path_factory):
-    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("finished")
-    with recording() as calls:
-        return folder, run(workdir, folder), calls
-
-
-def start(workdir, out, *args):
-    """(exit status, standard output, standard error) of a search within a budget."""
-    args = (f"--out={out}", f"--max_macs={BUDGET}", *OPTIONS, *args)
-    return call(search, f"--workdir={workdir}", *args)
-
-
-def run(*args):
-    status, printed, err = start(*args)
-    assert status == 0, err
-    return printed
+def arguments(workdir, out, *more, budget=f"--max_macs={BUDGET}"):
+    return (f"--workdir={workdir}", f"--out={out}", budget, *OPTIONS, *more)
 
 
 def read(folder, name="best.json"):
@@ -319,12 +300,11 @@ def read(folder, name="best.json"):
 def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
     out, file = tmp_path / "search", tmp_path / "file"
     with lab.locked(out):
-        status, _, err = start(workdir, out)
-    assert status == 2 and f"Another process is using {out}" in err and err.count("\n") == 1
+        assert_refuses(f"Another process is using {out}", search, *arguments(workdir, out))
     assert not (out / search.STATE_FILE).exists()
     file.write_text("")
-    status, _, err = start(workdir, file)
-    assert status == 2 and "must be writable, but File exists; choose another" in err
+    words = "must be writable, but File exists; choose another"
+    assert_refuses(words, search, *arguments(workdir, file))
 
 
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
@@ -362,26 +342,20 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
 
 
 def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
-    workdir, tmp_path, finished, recorded
+    workdir, tmp_path, finished, monkeypatch
 ):
-    run(workdir, tmp_path, "--notest", "--time_limit=1e-9")
-    part = read(tmp_path, "pareto.json")
-    assert len(part["rows"]) < 40
-    printed = run(workdir, tmp_path, "--notest")
-    assert f"continuing after {len(part['rows'])} candidates" in printed
-    candidates, wanted = (
-        [
-            (row["widths"], row["accuracy"], row["generation"])
-            for row in read(folder, "pareto.json")["rows"]
-        ]
-        for folder in (tmp_path, finished[0])
-    )
-    assert candidates == wanted
+    args = arguments(workdir, tmp_path, "--notest")
+    run(search, *args, "--time_limit=1e-9")
+    part = len(read(tmp_path, "pareto.json")["rows"])
+    assert part < 40
+    assert f"continuing after {part} candidates" in run(search, *args)
+    found, wanted = (read(folder, "pareto.json")["rows"] for folder in (tmp_path, finished[0]))
+    for name in ("widths", "accuracy", "generation"):
+        assert [row[name] for row in found] == [row[name] for row in wanted]
     best = read(tmp_path)
     assert best["widths"] == read(finished[0])["widths"] and "test_accuracy" not in best
-    recorded.clear()
-    run(workdir, tmp_path, "--notest")
-    assert recorded == []
+    monkeypatch.setattr(evaluation, "evaluate_grid", None)
+    run(search, *args)
 
 
 def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
@@ -389,7 +363,7 @@ def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "evaluate_grid", interrupted)
-    status, _, err = start(workdir, tmp_path)
+    status, _, err = call(search, *arguments(workdir, tmp_path))
     assert status == command_line.INTERRUPTED
     assert "stopped after 0 candidates; the same command continues" in err
 
@@ -407,16 +381,18 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
         return measure(widths, batch=4, dtype="float32")
 
     limit = (latency(0.5) + latency(1.0)) / 2
-    options = (f"--workdir={workdir}", "--latency_batch=4", "--notest", *OPTIONS)
-    status, _, err = call(search, *options, f"--out={tmp_path}", f"--max_latency_ms={limit}")
-    assert status == 0, err
+
+    def args(out, limit):
+        budget, more = f"--max_latency_ms={limit}", ("--latency_batch=4", "--notest")
+        return arguments(workdir, out, *more, budget=budget)
+
+    run(search, *args(tmp_path, limit))
     best = read(tmp_path)
     dense = morph(family.spec, family.blocks, best["widths"])
     assert best["latency_ms"] == pytest.approx(measure(dense, batch=4, dtype="float32"), abs=1e-3)
     assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
-    status, _, err = call(search, *options, f"--out={tmp_path / 'b'}", "--max_latency_ms=0.1")
-    assert status == 2 and err.count("\n") == 1
-    assert f"{latency(0.5):.3f} to {latency(1.0):.3f}" in err
+    words = f"{latency(0.5):.3f} to {latency(1.0):.3f}"
+    assert_refuses(words, search, *args(tmp_path / "b", 0.1))
 
 
 def test_a_measured_latency_is_a_time():
@@ -442,9 +418,7 @@ def test_a_measured_latency_is_a_time():
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
     monkeypatch.setattr(evaluation, "evaluate_grid", None)
-    status, _, err = call(search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert shown in err
+    assert_refuses(shown, search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
 
 
 def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path):
@@ -454,8 +428,8 @@ def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path)
     assert search.read_record(path, settings) == record
     with refused(r"seed \(saved 0, given 1\)", UsageError):
         search.read_record(path, {**settings, "seed": 1})
-    status, _, err = start(workdir, tmp_path)
-    assert status == 2 and f"max_macs (saved 1.0, given {BUDGET}.0)" in err
+    words = f"max_macs (saved 1.0, given {BUDGET}.0)"
+    assert_refuses(words, search, *arguments(workdir, tmp_path))
     path.write_text('{"archive": 3')
     with refused("damaged; remove it", UsageError):
         search.read_record(path, settings)
