@@ -437,10 +437,8 @@ def norm_channels(spec):
 
 
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):
-    out = run(
-        baselines,
-        *arguments("pruning", place, tmp_path, '--config.baseline.criteria=("random","l1")'),
-    )
+    criteria = '("random","l1")'
+    out = run(baselines, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
     names = ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
     rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))

@@ -135,23 +135,20 @@ def test_rows_hold_the_counts_and_the_accuracy_of_the_dense_networks_in_the_orde
     assert rows[2].num_params > SPEC.num_params > rows[1].num_params > rows[3].num_params
 
 
-def test_ratios_that_round_to_the_same_widths_are_evaluated_once():
+def test_networks_that_are_known_or_the_same_again_are_not_evaluated_again():
     ratios, known = [0.5, 0.51, 1.0, 1.01, 0.49], {}
+    half, full = (tuple(FAMILY.widths(ratio)) for ratio in (0.5, 1.0))
     found = grid(ratios, known=known)
-    assert set(known) == {tuple(FAMILY.widths(ratio)) for ratio in (0.5, 1.0)}
+    assert [row.widths for row in found] == [half, half, full, full, half]
     assert [row.width_ratio for row in found] == ratios
     assert [row.trained for row in found] == [True, True, True, False, False]
-    assert found[0].accuracy == found[1].accuracy == found[4].accuracy
-    assert found[2].accuracy == found[3].accuracy
-
-
-def test_what_is_known_is_not_evaluated_again():
-    half, full = (tuple(FAMILY.widths(ratio)) for ratio in (0.5, 1.0))
-    known = {half: 0.123}
-    found = grid([0.5, 1.0], known=known)
-    assert found[0].accuracy == 0.123
-    assert known[full] == found[1].accuracy != 0.123
-    assert grid([0.5, 1.0], images=IMAGES[:0], known=known) == found
+    assert [row.accuracy for row in found] == [known[row.widths] for row in found]
+    assert set(known) == {half, full}
+    partly = {half: 0.123}
+    again = grid([0.5, 1.0], known=partly)
+    assert [row.accuracy for row in again] == [0.123, known[full]]
+    assert partly[full] == known[full] != 0.123
+    assert grid([0.5, 1.0], images=IMAGES[:0], known=partly) == again
 
 
 @pytest.mark.parametrize("ratio", [0, 1.6, -0.5, float("nan")])

@@ -159,16 +159,12 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
     assert readme.read_text() == first
 
 
-def test_the_committed_report_is_that_of_the_committed_files():
+def test_the_committed_report_and_the_readmes_table_are_those_of_the_committed_files():
     comparisons = report.read_comparisons(RESULTS)
     text = report.report(RESULTS, comparisons)
     assert (RESULTS / "README.md").read_text() == text, "run python -m neumeta_jax.report"
-    for comparison in comparisons:
-        assert (RESULTS / f"{comparison.stem}.png").exists()
-
-
-def test_the_readmes_table_is_that_of_the_committed_files():
-    block = report.readme_block(RESULTS, report.read_comparisons(RESULTS), "results/")
+    assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in comparisons)
+    block = report.readme_block(RESULTS, comparisons, "results/")
     assert report.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
 
 
