@@ -98,7 +98,7 @@ def assert_same_logits(found, wanted):
 
 @contextlib.contextmanager
 def refused(words, error=ValueError):
-    """Passes if an `error` of one sentence in which the pattern `words` is is raised within."""
+    """Expects of its body an `error` whose message is one sentence that matches `words`."""
     with pytest.raises(error, match=words) as caught:
         yield
     message = str(caught.value)

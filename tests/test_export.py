@@ -201,41 +201,29 @@ def test_pytorch_loads_the_file_strictly_and_computes_the_same(tmp_path, name, m
 
 
 def run_onnx(model, images):
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(content, providers=providers)
     return session.run(["logits"], {"images": images.transpose(0, 3, 1, 2).copy()})[0]
 
 
-both_graphs = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "name, normalize", [("projection", False), ("projection", True), ("pad", False)]
 )
-
-
-@both_graphs
-def test_an_onnx_graph_computes_the_network_for_batches_of_any_size(name, normalize):
+def test_graphs_compute_the_network_for_batches_of_any_size(name, normalize):
     spec, params, normalization, pixels, images, wanted = network(name)
-    options = {"normalization": normalization if normalize else None, "dataset": "noise"}
-    model = export.to_onnx(spec, params, mean=normalization.mean, **options)
+    mean, images = list(normalization.mean), pixels if normalize else images
+    options = {"normalization": normalization if normalize else None}
+    model = export.to_onnx(spec, params, mean=mean, dataset="noise", **options)
     onnx.checker.check_model(model, full_check=True)
     assert [entry.version for entry in model.opset_import] == [export.ONNX_OPSET]
-    for size in (1, 5):
-        found = run_onnx(model, (pixels if normalize else images)[:size])
-        assert_same_logits(found, wanted[:size])
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert ResNetSpec.from_dict(metadata["network"]) == spec
-    assert metadata["mean"] == list(normalization.mean) and metadata["dataset"] == "noise"
-
-
-@both_graphs
-def test_a_stablehlo_artefact_computes_the_network_for_batches_of_any_size(name, normalize):
-    spec, params, normalization, pixels, images, wanted = network(name)
-    content = export.to_stablehlo(spec, params, normalization=normalization if normalize else None)
-    exported = jax.export.deserialize(bytearray(content))
+    assert metadata["mean"] == mean and metadata["dataset"] == "noise"
+    exported = jax.export.deserialize(bytearray(export.to_stablehlo(spec, params, **options)))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     for size in (1, 5):
-        found = exported.call((pixels if normalize else images)[:size])
-        assert_same_logits(found, wanted[:size])
+        assert_same_logits(run_onnx(model, images[:size]), wanted[:size])
+        assert_same_logits(exported.call(images[:size]), wanted[:size])
 
 
 # --- files -----------------------------------------------------------------------------------
