@@ -1,74 +1,65 @@
 """The baselines on networks of a few channels: their parts against references, their rows whole."""
 
-import contextlib
 import functools
-import importlib.util
-import io
 import json
 import math
-import pathlib
-import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import ROOT, assert_refuses, load_module, random_pixels, refused, run
 
 from neumeta_jax import (
     architecture,
     baselines,
     checkpoint,
-    command_line,
+    data,
     experiment as lab,
     losses,
     resnet,
+    teacher_import,
     training,
 )
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, widths_at
 from neumeta_jax.baselines import Baseline
+from neumeta_jax.command_line import UsageError
 from neumeta_jax.training import Preprocessing, TrainState
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "baselines.py"
+CONFIG = "configs/baselines.py"
+CONFIGS = load_module(CONFIG)
 SPEC = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
 BLOCKS = generated_blocks(SPEC, "all")
+NAMES = [SPEC.blocks[n].name for n in BLOCKS]
 RATIOS = (1.0, 0.5)
+HALF = widths_at(SPEC, BLOCKS, 0.5)
 PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=False)
 
 
-def load_config():
-    spec = importlib.util.spec_from_file_location("config_baselines", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ROWS = load_config().ROWS
+@functools.cache
+def teacher():
+    """Tensors under PyTorch's names, none of them one or zero by chance."""
+    rng, found = np.random.default_rng(0), {}
+    for layer in teacher_import.layers(SPEC):
+        scale = math.sqrt(2 / math.prod(layer.shape[1:]))
+        found[f"{layer.torch_conv}.weight"] = rng.normal(size=layer.shape, scale=scale)
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            low, high = (0.5, 1.5) if leaf in ("weight", "running_var") else (-0.3, 0.3)
+            found[f"{layer.torch_norm}.{leaf}"] = rng.uniform(low, high, layer.shape[0])
+    found["fc.weight"] = rng.normal(size=(5, 8), scale=0.5)
+    found["fc.bias"] = rng.uniform(-0.3, 0.3, 5)
+    return {name: np.float32(values) for name, values in found.items()}
 
 
 @functools.cache
-def variables(seed=0):
-    """Linen variables away from where they start, so that nothing is one or zero by chance."""
-    shapes = jax.eval_shape(functools.partial(resnet.init_variables, spec=SPEC), jax.random.key(0))
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            scale = math.sqrt(2 / math.prod(leaf.shape[:-1]))
-            return jnp.asarray(rng.normal(size=leaf.shape, scale=scale), jnp.float32)
-        low, high = (0.5, 1.5) if name in ("scale", "var") else (-0.3, 0.3)
-        return jnp.asarray(rng.uniform(low, high, leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def variables():
+    return jax.tree.map(jnp.asarray, teacher_import.to_variables(SPEC, teacher()))
 
 
-@functools.cache
 def images(number=24, seed=1):
-    rng = np.random.default_rng(seed)
-    shape = (number, SPEC.image_size, SPEC.image_size, SPEC.channels)
-    pictures = rng.integers(0, 256, shape, np.uint8)
-    return pictures, rng.integers(0, SPEC.num_classes, number).astype(np.int32)
+    labels = np.random.default_rng(seed + 10).integers(0, SPEC.num_classes, number)
+    return random_pixels(SPEC, number, seed), labels.astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -83,11 +74,21 @@ def logits(spec, tree, *, masks=None, train=False):
     return _logits(spec, tree, masks, train, images()[0])
 
 
+def masks_of(widths):
+    return {
+        name: jnp.arange(SPEC.blocks[n].hidden_width) < width
+        for n, name, width in zip(BLOCKS, NAMES, widths, strict=True)
+    }
+
+
+def slice_to(widths):
+    """(spec, variables) of the slice of these hidden widths."""
+    return baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
+
+
 def close(got, wanted, tolerance=1e-4):
-    got, wanted = jax.tree.leaves(got), jax.tree.leaves(wanted)
-    assert len(got) == len(wanted)
-    for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    wanted = jax.tree.unflatten(jax.tree.structure(got), jax.tree.leaves(wanted))
+    chex.assert_trees_all_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 def baseline(**fields):
@@ -100,25 +101,19 @@ def baseline(**fields):
 @pytest.mark.parametrize("train", [False, True])
 def test_a_masked_network_computes_what_the_sliced_one_does(train):
     widths = (3, 4, 5)
-    small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
-    masks = {
-        SPEC.blocks[n].name: jnp.arange(SPEC.blocks[n].hidden_width) < width
-        for n, width in zip(BLOCKS, widths, strict=True)
-    }
-    masked = logits(SPEC, variables(), masks=masks, train=train)
-    close(masked, logits(small, sliced, train=train))
+    masked = logits(SPEC, variables(), masks=masks_of(widths), train=train)
+    close(masked, logits(*slice_to(widths), train=train))
     assert np.abs(masked - logits(SPEC, variables(), train=train)).max() > 0.01
 
 
 def test_masked_channels_get_no_gradient():
-    name = SPEC.blocks[BLOCKS[0]].name
-    masks = {name: jnp.array([1.0, 1.0, 0.0, 0.0])}
+    masks = {NAMES[0]: jnp.array([1.0, 1.0, 0.0, 0.0])}
 
     def loss(params):
         tree = {**variables(), "params": params}
         return losses.cross_entropy(logits(SPEC, tree, masks=masks, train=True), images()[1])
 
-    layers = jax.jit(jax.grad(loss))(variables()["params"])[name]
+    layers = jax.jit(jax.grad(loss))(variables()["params"])[NAMES[0]]
     kept = np.abs(layers["conv1"]["kernel"]).max(axis=(0, 1, 2)) > 0
     assert kept.tolist() == [True, True, False, False]
 
@@ -128,16 +123,13 @@ def test_reordering_channels_does_not_change_the_function():
     orders = {n: rng.permutation(SPEC.blocks[n].hidden_width) for n in BLOCKS}
     moved = baselines.reorder(SPEC, variables(), orders)
     close(logits(SPEC, moved), logits(SPEC, variables()))
-    name = SPEC.blocks[BLOCKS[1]].name
-    assert not np.array_equal(
-        moved["params"][name]["conv1"]["kernel"], variables()["params"][name]["conv1"]["kernel"]
-    )
+    kernels = [tree["params"][NAMES[1]]["conv1"]["kernel"] for tree in (moved, variables())]
+    assert not np.array_equal(*kernels)
 
 
 def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
-    widths = widths_at(SPEC, BLOCKS, 0.5)
-    small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
-    spec, wanted = resnet.slice_params(SPEC, resnet.fold_batch_norm(variables()), BLOCKS, widths)
+    small, sliced = slice_to(HALF)
+    spec, wanted = resnet.slice_params(SPEC, resnet.fold_batch_norm(variables()), BLOCKS, HALF)
     assert small == spec
     close(resnet.fold_batch_norm(sliced), wanted, 1e-6)
 
@@ -145,19 +137,22 @@ def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
 def test_switches_start_at_the_sliced_network_and_have_batch_norm_of_their_own():
     made = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
     made = jax.tree.map(lambda x: x, made)  # dicts of its own, to be changed below
+
+    def switch(ratio):
+        return baselines.switch(SPEC, made, BLOCKS, ratio)
+
     for ratio in RATIOS:
-        widths = widths_at(SPEC, BLOCKS, ratio)
-        small, wanted = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
-        spec, found = baselines.switch(SPEC, made, BLOCKS, ratio)
+        small, wanted = slice_to(widths_at(SPEC, BLOCKS, ratio))
+        spec, found = switch(ratio)
         assert spec == small
         close(logits(spec, found), logits(small, wanted), 1e-6)
     # What one switch is changed to, the other does not see; a shared kernel both see.
-    before = {r: logits(*baselines.switch(SPEC, made, BLOCKS, r)) for r in RATIOS}
+    full, half = (logits(*switch(ratio)) for ratio in RATIOS)
     made["params"]["norms"]["0.5"]["stem_bn"]["bias"] += 1.0
-    assert np.array_equal(before[1.0], logits(*baselines.switch(SPEC, made, BLOCKS, 1.0)))
-    assert not np.allclose(before[0.5], logits(*baselines.switch(SPEC, made, BLOCKS, 0.5)))
+    assert np.array_equal(full, logits(*switch(1.0)))
+    assert not np.allclose(half, logits(*switch(0.5)))
     made["params"]["shared"]["head"]["bias"] += 1.0
-    close(logits(*baselines.switch(SPEC, made, BLOCKS, 1.0)), before[1.0] + 1.0)
+    close(logits(*switch(1.0)), full + 1.0)
 
 
 def test_splitting_off_batch_norm_and_joining_it_again_changes_nothing():
@@ -165,9 +160,7 @@ def test_splitting_off_batch_norm_and_joining_it_again_changes_nothing():
     kernels = {p[-1].key for p, _ in jax.tree.leaves_with_path(rest)}
     assert kernels == {"kernel", "bias"} and "bias" not in rest["stem"]
     assert {p[-1].key for p, _ in jax.tree.leaves_with_path(norms)} == {"scale", "bias"}
-    joined = baselines.join_norms(rest, norms)
-    assert jax.tree.structure(joined) == jax.tree.structure(variables()["params"])
-    close(joined, variables()["params"], 0)
+    chex.assert_trees_all_equal(baselines.join_norms(rest, norms), variables()["params"])
 
 
 def test_a_slimmable_step_sees_each_width_with_statistics_of_its_own():
@@ -181,8 +174,7 @@ def test_a_slimmable_step_sees_each_width_with_statistics_of_its_own():
         batch = baselines.recalibrate(spec, tree, images()[0], PLAIN)["batch_stats"]
         wanted = 0.9 * before + 0.1 * batch["stem_bn"]["mean"]
         close(stats[str(ratio)]["stem_bn"]["mean"], wanted)
-        shapes = [jax.tree.map(jnp.shape, s) for s in (stats[str(ratio)], batch)]
-        assert shapes[0] == shapes[1]
+        chex.assert_trees_all_equal_shapes(stats[str(ratio)], batch)
 
 
 def test_a_sandwich_step_sees_the_full_the_smallest_and_random_widths_between():
@@ -191,30 +183,23 @@ def test_a_sandwich_step_sees_the_full_the_smallest_and_random_widths_between():
     found, _ = forward(variables(), x, jax.random.key(0))
     assert len(found) == 3
     close(found[0], logits(SPEC, variables(), train=True))
-    widths = widths_at(SPEC, BLOCKS, 0.5)
-    small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
-    close(found[1], logits(small, sliced, train=True))
+    close(found[1], logits(*slice_to(HALF), train=True))
     ratio = 0.5 + 0.5 * jax.random.uniform(jax.random.key(0), (1,))[0]
-    masks = {
-        SPEC.blocks[n].name: jnp.arange(SPEC.blocks[n].hidden_width) < width
-        for n, width in zip(BLOCKS, widths_at(SPEC, BLOCKS, float(ratio)), strict=True)
-    }
+    masks = masks_of(widths_at(SPEC, BLOCKS, float(ratio)))
     close(found[2], logits(SPEC, variables(), masks=masks, train=True))
     assert np.abs(found[2] - forward(variables(), x, jax.random.key(1))[0][2]).max() > 1e-3
 
 
 def test_recalibrated_statistics_are_those_of_the_images():
-    widths = widths_at(SPEC, BLOCKS, 0.5)
-    small, sliced = baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
+    small, sliced = slice_to(HALF)
     pictures, _ = images()
     found = baselines.recalibrate(small, sliced, pictures, PLAIN, batch_size=100)
-    stem = sliced["params"]["stem"]["kernel"]
-    x = jax.lax.conv_general_dilated(
-        PLAIN.evaluate(pictures), stem, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    stem, layout = sliced["params"]["stem"]["kernel"], ("NHWC", "HWIO", "NHWC")
+    x = PLAIN.evaluate(pictures)
+    x = jax.lax.conv_general_dilated(x, stem, (1, 1), "SAME", dimension_numbers=layout)
     x = np.asarray(x, np.float64)
-    close(found["batch_stats"]["stem_bn"]["mean"], x.mean(axis=(0, 1, 2)))
-    close(found["batch_stats"]["stem_bn"]["var"], x.var(axis=(0, 1, 2)))
+    wanted = {"mean": x.mean(axis=(0, 1, 2)), "var": x.var(axis=(0, 1, 2))}
+    close(found["batch_stats"]["stem_bn"], wanted)
     # With them the network at evaluation normalises as in training: every layer's are right.
     close(logits(small, found), logits(small, sliced, train=True), 1e-3)
     # Over several batches the first layer's are still those of all images.
@@ -223,10 +208,8 @@ def test_recalibrated_statistics_are_those_of_the_images():
 
 
 def test_taylor_importance_is_the_squared_sum_of_gradient_times_weight():
-    pictures, labels = images()
-    found = baselines.taylor_importance(
-        SPEC, variables(), BLOCKS, pictures, labels, PLAIN, batch_size=12
-    )
+    given, labels = (SPEC, variables(), BLOCKS, *images(), PLAIN), images()[1]
+    found = baselines.taylor_importance(*given, batch_size=12)
 
     def loss(params, start):
         tree = {**variables(), "params": params}
@@ -235,28 +218,27 @@ def test_taylor_importance_is_the_squared_sum_of_gradient_times_weight():
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     grads = [gradient(variables()["params"], start) for start in (0, 12)]
-    for n in BLOCKS:
-        name = SPEC.blocks[n].name
+    for name in NAMES:
         kernel = np.asarray(variables()["params"][name]["conv2"]["kernel"], np.float64)
         products = [np.asarray(g[name]["conv2"]["kernel"]) * kernel for g in grads]
         wanted = np.mean([p.sum(axis=(0, 1, 3)) ** 2 for p in products], axis=0)
         np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-9)
-        assert len(set(np.argsort(wanted))) == SPEC.blocks[n].hidden_width
 
 
-def test_norm_criteria_order_channels_by_the_norms_of_their_filters():
-    experiment = experiment_of()
+def test_criteria_order_channels_by_the_norms_of_their_filters_or_at_random():
+    def order(criterion):
+        return baselines.channel_order(experiment_of(), variables(), *images(), criterion)
+
     for criterion, power in (("l1", 1), ("l2", 2)):
-        orders = baselines.channel_order(experiment, variables(), *images(), criterion)
-        for n in BLOCKS:
+        for n, of_block in order(criterion).items():
             kernel = variables()["params"][SPEC.blocks[n].name]["conv1"]["kernel"]
-            norms = (np.abs(kernel) ** power).sum(axis=(0, 1, 2))[orders[n]]
+            norms = (np.abs(kernel) ** power).sum(axis=(0, 1, 2))[of_block]
             assert np.all(np.diff(norms) <= 0)
-    by_chance = baselines.channel_order(experiment, variables(), *images(), "random")
-    again = baselines.channel_order(experiment, variables(), *images(), "random")
-    for n in BLOCKS:
-        assert sorted(by_chance[n]) == list(range(SPEC.blocks[n].hidden_width))
-        assert by_chance[n].tolist() == again[n].tolist()
+    by_chance = order("random")
+    assert {n: sorted(by_chance[n]) for n in by_chance} == {
+        n: list(range(SPEC.blocks[n].hidden_width)) for n in BLOCKS
+    }
+    chex.assert_trees_all_equal(by_chance, order("random"))
 
 
 def test_in_place_distillation_gives_the_full_network_labels_and_the_others_its_answers():
@@ -287,53 +269,45 @@ def test_in_place_distillation_gives_the_full_network_labels_and_the_others_its_
 
 
 def experiment_of(preset="ours", **overrides):
-    config = load_config().get_config(preset)
+    config = CONFIGS.get_config(preset)
     config.data.name = "tiny"
     config.network.depth, config.network.stage_widths = 8, (4, 6, 8)
     config.generated = "all"
     for name, value in overrides.items():
         section, field = name.split("__")
         config[section][field] = value
-    pictures, labels = images()
-    dataset = baselines.data.make_dataset(
-        "tiny", pictures, labels, pictures, labels, num_classes=SPEC.num_classes
-    )
+    dataset = data.make_dataset("tiny", *images(), *images(), num_classes=SPEC.num_classes)
     return lab.from_config(config.to_dict(), dataset)
-
-
-def test_every_row_sees_the_same_number_of_images_at_each_size():
-    num_images = 45_000
-    for name in ROWS:
-        for preset in (name, f"{name}_resnet56"):
-            config = load_config().get_config(preset).to_dict()
-            resolved = baselines.within_budget(config, 2.0, num_images)
-            row = baselines.section(resolved)
-            assert row.images == 100_000
-            if row.method != "inr":
-                assert abs(row.images_seen - row.images) <= row.batch_size
-                continue
-            config = {**resolved, "data": {**resolved["data"], "name": "cifar100"}}
-            experiment = lab.from_config(config, stand_in())
-            cost = baselines.inr_cost(experiment, num_images)
-            phases = training.phases(
-                experiment.hypernetwork, experiment.recipe, num_images=num_images
-            )
-            # Each phase is a whole number of steps.
-            rounding = 0.5 * len(phases) * experiment.recipe.images_per_step
-            assert abs(cost.images - row.images) <= rounding, (preset, cost.images)
 
 
 @functools.cache
 def stand_in():
-    pictures = np.zeros((4, 32, 32, 3), np.uint8)
-    labels = np.arange(4, dtype=np.int32)
-    return baselines.data.make_dataset("cifar100", pictures, labels, pictures, labels)
+    split = np.zeros((4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32)
+    return data.make_dataset("cifar100", *split, *split)
+
+
+@pytest.mark.parametrize("preset", [name + of for name in CONFIGS.ROWS for of in ("", "_resnet56")])
+def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
+    num_images = 45_000
+    resolved = baselines.within_budget(CONFIGS.get_config(preset).to_dict(), 2.0, num_images)
+    row = baselines.section(resolved)
+    assert row.images == 100_000
+    if row.method != "inr":
+        assert abs(row.images_seen - row.images) <= row.batch_size
+        return
+    config = {**resolved, "data": {**resolved["data"], "name": "cifar100"}}
+    experiment = lab.from_config(config, stand_in())
+    recipe = experiment.recipe
+    phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
+    # Each phase is a whole number of steps.
+    rounding = 0.5 * len(phases) * recipe.images_per_step
+    assert abs(baselines.inr_cost(experiment, num_images).images - row.images) <= rounding
 
 
 def test_costs_are_passes_of_the_networks_that_are_trained():
     experiment = experiment_of()
     full = SPEC.num_macs
-    half = architecture.morph(SPEC, BLOCKS, widths_at(SPEC, BLOCKS, 0.5)).num_macs
+    half = architecture.morph(SPEC, BLOCKS, HALF).num_macs
 
     def cost(method, **fields):
         row = baseline(method=method, images=640, batch_size=32, **fields)
@@ -352,15 +326,12 @@ def test_costs_are_passes_of_the_networks_that_are_trained():
     assert cost("pruning").macs == 0
 
 
-def test_an_inr_whose_sizes_have_images_of_their_own_counts_each():
-    shared = experiment_of(train__epochs=40.0, train__batch_size=4, train__micro_batch=0)
-    cost = baselines.inr_cost(shared, 24)
-    assert (cost.images, cost.network_passes) == (960, 960 * 3)
-    separate = experiment_of(
-        train__epochs=40.0, train__batch_size=4, train__micro_batch=0, train__share_images=False
-    )
-    cost = baselines.inr_cost(separate, 24)
-    assert (cost.images, cost.network_passes, cost.teacher_passes) == (960, 960, 960)
+@pytest.mark.parametrize("share, passes", [(True, 960 * 3), (False, 960)])
+def test_an_inr_whose_sizes_have_images_of_their_own_counts_each(share, passes):
+    chosen = {"epochs": 40.0, "batch_size": 4, "micro_batch": 0, "share_images": share}
+    experiment = experiment_of(**{f"train__{name}": value for name, value in chosen.items()})
+    cost = baselines.inr_cost(experiment, 24)
+    assert (cost.images, cost.network_passes, cost.teacher_passes) == (960, passes, 960)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -370,39 +341,11 @@ def test_an_inr_whose_sizes_have_images_of_their_own_counts_each():
 def place(tmp_path_factory):
     """A folder with a data set and a teacher of a few channels under PyTorch's names."""
     folder = tmp_path_factory.mktemp("baselines")
-    pictures, labels = images(96, 4)
-    test_pictures, test_labels = images(20, 5)
-    np.savez(
-        folder / "tiny.npz",
-        train_images=pictures,
-        train_labels=labels,
-        test_images=test_pictures,
-        test_labels=test_labels,
-    )
-    found = {}
-
-    def put(torch_name, layers, stats, conv, norm_name):
-        bn = f"{torch_name[1]}"
-        found[f"{torch_name[0]}.weight"] = np.transpose(layers[conv]["kernel"], (3, 2, 0, 1))
-        found[f"{bn}.weight"] = layers[norm_name]["scale"]
-        found[f"{bn}.bias"] = layers[norm_name]["bias"]
-        found[f"{bn}.running_mean"] = stats[norm_name]["mean"]
-        found[f"{bn}.running_var"] = stats[norm_name]["var"]
-
-    params, stats = variables()["params"], variables()["batch_stats"]
-    put(("conv1", "bn1"), params, stats, "stem", "stem_bn")
-    for block in SPEC.blocks:
-        name = f"layer{block.stage}.{block.index}"
-        layers, of_block = params[block.name], stats[block.name]
-        for number in (1, 2):
-            names = (f"{name}.conv{number}", f"{name}.bn{number}")
-            put(names, layers, of_block, f"conv{number}", f"bn{number}")
-        if block.projection:
-            names = (f"{name}.downsample.0", f"{name}.downsample.1")
-            put(names, layers, of_block, "shortcut", "shortcut_bn")
-    found["fc.weight"] = np.transpose(params["head"]["kernel"])
-    found["fc.bias"] = params["head"]["bias"]
-    np.savez(folder / "teacher.npz", **{k: np.asarray(v, np.float32) for k, v in found.items()})
+    splits = {"train": images(96, 4), "test": images(20, 5)}
+    tiny = {f"{name}_images": pictures for name, (pictures, _) in splits.items()}
+    tiny |= {f"{name}_labels": labels for name, (_, labels) in splits.items()}
+    np.savez(folder / "tiny.npz", **tiny)
+    np.savez(folder / "teacher.npz", **teacher())
     return folder
 
 
@@ -412,61 +355,39 @@ def compiled_once(monkeypatch):
     monkeypatch.setattr(training, "chunked", functools.cache(training.chunked))
 
 
-def call(preset, place, workdir, *args, teacher=True, images=64, ratios="(1.0,0.5)", error=None):
-    """What a row prints; with `error`, the line of a refusal that must hold it."""
-    argv = [
-        "baselines.py",
-        f"--config={CONFIG}:{preset}",
-        f"--workdir={workdir}",
-        f"--config.data.dir={place / 'tiny.npz'}",
-        "--config.data.name=tiny",
-        "--config.data.num_validation=16",
-        "--config.data.crop_padding=1",
-        "--config.network.depth=8",
-        "--config.generated=all",
-        "--config.network.stage_widths=(4,6,8)",
-        f"--config.baseline.images={images}",
-        "--config.baseline.batch_size=16",
-        f"--config.baseline.width_ratios={ratios}",
-        "--config.baseline.calibration_images=32",
-        "--config.log_every=2",
-        "--config.checkpoint_every=2",
-        *([f"--config.teacher.file={place / 'teacher.npz'}"] if teacher else []),
-        *args,
-    ]
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        patch.setattr(lab, "quiet_logging", lambda: None)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                command_line.run(baselines.main, argv)
-            except SystemExit as stop:
-                status = stop.code
-    if error is None:
-        assert status == 0, err.getvalue()
-        return out.getvalue()
-    text = err.getvalue()
-    assert status == 2 and text.startswith("error: ") and text.count("\n") == 1, text
-    assert error in text, text
-    return text
+def arguments(preset, place, workdir, *args, **config):
+    chosen = {
+        "data.dir": place / "tiny.npz",
+        "data.name": "tiny",
+        "data.num_validation": 16,
+        "data.crop_padding": 1,
+        "teacher.file": place / "teacher.npz",
+        "network.depth": 8,
+        "network.stage_widths": "(4,6,8)",
+        "generated": "all",
+        "baseline.images": 64,
+        "baseline.batch_size": 16,
+        "baseline.width_ratios": "(1.0,0.5)",
+        "baseline.calibration_images": 32,
+        "log_every": 2,
+        "checkpoint_every": 2,
+    } | {name.replace("__", "."): value for name, value in config.items()}
+    flags = [f"--config.{name}={value}" for name, value in chosen.items()]
+    return [f"--config={ROOT / CONFIG}:{preset}", f"--workdir={workdir}", *flags, *args]
 
 
 def read(workdir):
     return json.loads((workdir / "row.json").read_text())
 
 
-FIELDS = {
-    *("method", "variant", "source", "seed", "dataset", "network", "teacher", "budget_images"),
-    *("sizes", "network_passes", "teacher_passes", "training_macs", "calibration_images"),
-    *("storage_bytes", "continuous", "switch_images", "switch_seconds", "wall_seconds"),
-    *("command", "commit", "device", "versions"),
-}
+FIELDS = """method variant source seed dataset network teacher budget_images sizes network_passes
+teacher_passes training_macs calibration_images storage_bytes continuous switch_images
+switch_seconds wall_seconds command commit device versions"""
 
 
 def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    call("slimmable", place, whole)
+    run(baselines, *arguments("slimmable", place, whole))
     save, saves = checkpoint.Checkpoints.save, []
 
     class KilledError(BaseException):
@@ -480,25 +401,20 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", dying)
         with pytest.raises(KilledError):
-            call("slimmable", place, killed)
+            run(baselines, *arguments("slimmable", place, killed))
     assert saves == [2]
-    assert "continuing from step 2 of 4" in call("slimmable", place, killed)
+    assert "continuing from step 2 of 4" in run(baselines, *arguments("slimmable", place, killed))
+    fresh = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
+    recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
+    template = TrainState(fresh, training.sgd_optimizer(recipe, 4).init(fresh["params"]))
     ends = []
     for workdir in (whole, killed):
-        saved = checkpoint.Checkpoints(workdir / "checkpoints" / "slimmable")
-        fresh = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
-        recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
-        optimizer = training.sgd_optimizer(recipe, 4)
-        template = TrainState(fresh, optimizer.init(fresh["params"]))
-        step, state = saved.restore(template)
-        assert step == 4
-        ends.append(state)
-    for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    rows = [read(workdir) for workdir in (whole, killed)]
-    assert rows[0]["sizes"] == rows[1]["sizes"]
-    row = rows[0]
-    assert set(row) == FIELDS
+        saved = checkpoint.Checkpoints(workdir / "checkpoints" / "slimmable").restore(template)
+        ends.append(jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), saved))
+    assert saved[0] == 4 and ends[0] == ends[1]
+    row = read(whole)
+    assert row["sizes"] == read(killed)["sizes"]
+    assert set(row) == set(FIELDS.split())
     assert (row["method"], row["variant"]) == ("slimmable, 4 widths", "")
     assert (row["budget_images"], row["network_passes"]) == (64, 128)
     assert [line["images"] for line in row["sizes"]] == [64, 64]
@@ -520,19 +436,11 @@ def norm_channels(spec):
         yield block.out_width if block.projection else 0
 
 
-def test_a_universally_slimmable_row_needs_images_for_a_change_of_size(place, tmp_path):
-    call("universally_slimmable", place, tmp_path / "run", "--budget=0.5")
-    row = read(tmp_path / "run")
-    assert (row["budget_images"], row["network_passes"]) == (32, 32 * 4)
-    assert (row["continuous"], row["switch_images"], row["calibration_images"]) == (True, 32, 32)
-
-
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):
-    out = call("pruning", place, tmp_path, '--config.baseline.criteria=("random","l1")')
-    rows = {
-        name: read(tmp_path / name)
-        for name in ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
-    }
+    criteria = '("random","l1")'
+    out = run(baselines, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
+    names = ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
+    rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
     assert rows[""]["variant"] == "taylor, statistics recalibrated"
     whole = float((tmp_path / "seconds").read_text())
@@ -547,62 +455,69 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     order = baselines.channel_order(experiment, variables(), *images(96, 4), "l1")
     moved = baselines.reorder(SPEC, variables(), order)
     small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3, 4))
-    mean, std = baselines.data.channel_statistics(images(96, 4)[0])
-    x = baselines.data.normalize(images(20, 5)[0], mean, std)
-    found = np.argmax(resnet.ResNet(small).apply(tree, x), axis=-1) == images(20, 5)[1]
+    pictures, labels = images(20, 5)
+    x = data.normalize(pictures, *data.channel_statistics(images(96, 4)[0]))
+    found = np.argmax(resnet.ResNet(small).apply(tree, x), axis=-1) == labels
     assert rows["l1"]["sizes"][1]["test"] == pytest.approx(100 * found.mean())
-
-
-def test_finetuning_leaves_the_full_size_as_it_is_and_trains_the_others(place, tmp_path):
-    call("pruning_finetuned_distilled", place, tmp_path)
-    row = read(tmp_path)
-    assert [line["images"] for line in row["sizes"]] == [0, 64]
-    assert (row["network_passes"], row["teacher_passes"]) == (64, 64)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["width_0.5"]
 
 
 def test_a_trial_reads_no_test_image_and_leaves_the_row_to_the_run_after_it(
     place, tmp_path, monkeypatch
 ):
     read_splits = []
-    split_of = baselines.lab.evaluation_split
-    monkeypatch.setattr(
-        baselines.lab,
-        "evaluation_split",
-        lambda splits, name: read_splits.append(name) or split_of(splits, name),
-    )
-    out = call("pruning_finetuned", place, tmp_path, "--trial")
+
+    def split_of(splits, name, of=lab.evaluation_split):
+        read_splits.append(name)
+        return of(splits, name)
+
+    monkeypatch.setattr(lab, "evaluation_split", split_of)
+    out = run(baselines, *arguments("pruning_finetuned", place, tmp_path, "--trial"))
     assert set(read_splits) == {"validation"}
     assert out.count("   validation ") == 2 and "test" not in out
     assert not (tmp_path / "row.json").exists()
-    call("pruning_finetuned", place, tmp_path)
+    run(baselines, *arguments("pruning_finetuned", place, tmp_path))
     assert set(read_splits) == {"validation", "test"}
     line = next(x for x in out.splitlines() if x.startswith("width 0.5"))
     assert f"validation {read(tmp_path)['sizes'][1]['validation']:6.2f} %" in line
 
 
-def test_individual_networks_need_no_teacher(place, tmp_path):
-    call("individual", place, tmp_path, teacher=False, ratios="(1.0,)")
-    row = read(tmp_path)
-    assert [line["images"] for line in row["sizes"]] == [64]
-    assert row["teacher"] is None and row["network_passes"] == 64
-    assert row["storage_bytes"] == 4 * sum(line["num_params"] for line in row["sizes"])
+INR = {"train__optimizer": "adamw", "train__num_random_sizes": 1, "train__micro_batch": 0}
+INR |= {"eval__progress_images": 8, "eval__progress_ratios": "(1.0,)", "baseline__images": 192}
+ALONE = {"teacher__file": "", "baseline__width_ratios": "(1.0,)"}  # needs no teacher
 
 
-def test_an_inr_runs_within_the_same_budget(place, tmp_path):
-    args = ["train.optimizer=adamw", "train.num_random_sizes=1", "train.micro_batch=0"]
-    args += ["eval.progress_images=8", "eval.progress_ratios=(1.0,)"]
-    call("ours", place, tmp_path, *[f"--config.{arg}" for arg in args], images=96)
+@pytest.mark.parametrize(
+    "preset, config, images, wanted",
+    [
+        # It needs images for a change of size.
+        ("universally_slimmable", {}, [32, 32], (32 * 4, 0, True, 32)),
+        # The full size stays as it is.
+        ("pruning_finetuned_distilled", {}, [0, 32], (32, 32, False, 0)),
+        ("individual", ALONE, [32], (32, 0, False, 0)),
+        # 80 training images, 32 in a step, which both sizes see.
+        ("ours", INR, [96, 96], (96 * 2, 96, True, 0)),
+    ],
+)
+def test_a_row_says_what_its_method_needs(place, tmp_path, preset, config, images, wanted):
+    run(baselines, *arguments(preset, place, tmp_path, "--budget=0.5", **config))
     row = read(tmp_path)
-    # 80 training images, 32 in a step, which both sizes see.
-    assert (row["budget_images"], row["sizes"][0]["images"]) == (96, 96)
-    assert row["network_passes"] == 96 * 2 and row["continuous"] and row["switch_images"] == 0
-    assert (tmp_path / checkpoint.INR_FILE).exists()
+    assert [line["images"] for line in row["sizes"]] == images
+    assert row["budget_images"] == images[-1]
+    names = ("network_passes", "teacher_passes", "continuous", "switch_images")
+    assert tuple(row[name] for name in names) == wanted
+    assert (row["teacher"] is None) == (preset == "individual")
+    if preset == "universally_slimmable":
+        assert row["calibration_images"] == 32
+    if preset == "individual":
+        assert row["storage_bytes"] == 4 * SPEC.num_params
+    if preset == "pruning_finetuned_distilled":
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["width_0.5"]
+    assert (tmp_path / checkpoint.INR_FILE).exists() == (preset == "ours")
 
 
 @pytest.mark.parametrize("name, alpha", [("neumeta", 1), ("neumeta_fitted", 1), ("htty", 0)])
 def test_skip_init_is_part_of_htty_alone(name, alpha):
-    train = load_config().get_config(name).train
+    train = CONFIGS.get_config(name).train
     assert train.alpha_init == alpha and (train.alpha_learning_rate > 0) == (alpha == 0)
 
 
@@ -621,15 +536,15 @@ def test_skip_init_is_part_of_htty_alone(name, alpha):
     ],
 )
 def test_what_no_row_could_use_is_refused(place, tmp_path, args, error):
-    call("slimmable", place, tmp_path / "run", *args, error=error)
+    assert_refuses(error, baselines, *arguments("slimmable", place, tmp_path / "run", *args))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_row_needs_a_work_directory_and_the_section_of_its_config(place, tmp_path):
-    call("slimmable", place, "", error="--workdir=DIR is required")
-    with pytest.raises(command_line.UsageError, match="must have a section baseline"):
+    assert_refuses("--workdir=DIR is required", baselines, *arguments("slimmable", place, ""))
+    with refused("must have a section baseline", UsageError):
         baselines.section({"seed": 0})
-    with pytest.raises(command_line.UsageError, match=r"takes \['method'.*got \['image',"):
+    with refused(r"takes \['method'.*got \['image',", UsageError):
         baselines.section({"baseline": {"method": "pruning", "title": "x", "image": 3}})
-    with pytest.raises(command_line.UsageError, match="one by one; use 'teacher'"):
+    with refused("one by one; use 'teacher'", UsageError):
         baseline(method="individual", distill_from="full")

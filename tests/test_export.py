@@ -1,28 +1,35 @@
 """Exported files: that they compute what the network does, and what is refused."""
 
-import contextlib
-import functools
 import importlib.util
 import io
 import json
 import pathlib
 import pickletools
-import sys
 import zipfile
 
 import chex
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import safetensors.numpy
+from networks import (
+    assert_refuses,
+    assert_same_logits,
+    both_shortcuts,
+    load_module,
+    logits_of,
+    network,
+    no_litert,
+    refused,
+    run,
+    write_workdir,
+)
 
 from neumeta_jax import (
     checkpoint,
-    command_line,
     data,
     experiment as lab,
     export,
@@ -33,65 +40,19 @@ from neumeta_jax import (
     teacher_import,
 )
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, morph
-from neumeta_jax.export import Normalization
+from neumeta_jax.command_line import UsageError
 from neumeta_jax.inr import Grid
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-NETWORKS = {
-    "projection": ResNetSpec((4, 6, 8), (3, 0, 6, 5, 2, 7), num_classes=5, image_size=8),
-    # Odd sizes and odd numbers of added channels, where sides could be mixed up.
-    "pad": ResNetSpec((3, 4, 7), (2, 3, 4), 4, image_size=9, channels=2, shortcut="pad"),
-}
-both_shortcuts = pytest.mark.parametrize("name", NETWORKS)
-no_litert = pytest.mark.skipif(
-    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed"
-)
 written_formats = pytest.mark.parametrize(
     "format", [*export.FORMATS[:-1], pytest.param("litert", marks=no_litert)]
 )
+SPEC, PARAMS, NORMALIZATION, PIXELS, IMAGES, LOGITS = network("projection")
+STATE = export.to_state_dict(SPEC, PARAMS)
 
 
-def network(name):
-    """(spec, folded tree, normalisation, uint8 images) of a small network at random."""
-    spec, rng = NETWORKS[name], np.random.default_rng(0)
-
-    def leaf(shape):
-        fan_in = np.prod(shape[:-1])
-        return (rng.normal(size=shape) * (2 / fan_in) ** 0.5).astype(np.float32)
-
-    params = jax.tree.map(leaf, resnet.param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
-    mean = tuple(rng.uniform(0.3, 0.6, spec.channels).round(3).tolist())
-    std = tuple(rng.uniform(0.2, 0.4, spec.channels).round(3).tolist())
-    shape = (5, spec.image_size, spec.image_size, spec.channels)
-    return spec, params, Normalization(mean, std), rng.integers(0, 256, shape).astype(np.uint8)
-
-
-def reference(name):
-    """(normalised images, the network's logits) as NumPy arrays."""
-    spec, params, normalization, images = network(name)
-    normalised = data.normalize(jnp.asarray(images), *normalization)
-    return np.asarray(normalised), np.asarray(compiled(spec)(params, normalised))
-
-
-@functools.cache
-def compiled(spec):
-    """Op by op it would compile every operation alone."""
-    return jax.jit(lambda params, images: resnet.apply(spec, params, images))
-
-
-def assert_equal(got, wanted):
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
-    chex.assert_trees_all_equal(got, wanted)
-
-
-def assert_close(found, wanted):
-    assert found.dtype == np.float32 and found.shape == wanted.shape
-    assert export.compare(found, wanted).error < 1e-5
-
-
-def is_one_sentence(error):
-    message = str(error.value)
-    return "\n" not in message and message.endswith(".") and ". " not in message
+def write(path, format, *, params=PARAMS, images=PIXELS, **options):
+    options = {"normalization": NORMALIZATION, **options}
+    return export.export(path, SPEC, params, images, format=format, **options)
 
 
 # --- safetensors -----------------------------------------------------------------------------
@@ -99,56 +60,52 @@ def is_one_sentence(error):
 
 @both_shortcuts
 def test_a_safetensors_file_holds_all_that_it_takes_to_run_the_network(tmp_path, name):
-    spec, params, normalization, images = network(name)
+    spec, params, normalization, pixels, _, logits = network(name)
     path = tmp_path / "net.safetensors"
     export.save_safetensors(path, spec, params, normalization=normalization, dataset="noise")
     found_spec, found, info = export.load_safetensors(path)
     assert found_spec == spec
-    assert_equal(found, params)
+    chex.assert_trees_all_equal(found, params, strict=True)
     assert info["dataset"] == "noise"
-    normalised = data.normalize(jnp.asarray(images), info["mean"], info["std"])
-    assert_close(np.asarray(compiled(found_spec)(found, normalised)), reference(name)[1])
+    images = data.normalize(pixels, info["mean"], info["std"])
+    assert_same_logits(logits_of(found_spec, found, images), logits)
 
 
-def without(tree, *path):
-    copy = dict(tree)
-    if len(path) == 1:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = without(copy[path[0]], *path[1:])
-    return copy
+def without(tree, name):
+    return {key: value for key, value in tree.items() if key != name}
 
 
 @pytest.mark.parametrize(
     "damage, match",
     [
-        (lambda p, i: (without(p, "stem", "bias"), i), "stem/bias has the shape None"),
+        (
+            lambda p, i: (p | {"stem": without(p["stem"], "bias")}, i),
+            "stem/bias has the shape None",
+        ),
         (lambda p, i: ({**p, "more": np.ones(2, np.float32)}, i), "more has the shape"),
         (lambda p, i: (jax.tree.map(lambda x: x[..., :1], p), i), "is needed"),
         (lambda p, i: (jax.tree.map(lambda x: x.astype(np.float16), p), i), "float32 tensors"),
         (lambda p, i: (p, {**i, "mean": [0.5]}), "mean and a std for each of 3 channels"),
-        (lambda p, i: (p, without(i, "std")), "lacks ['std']"),
+        (lambda p, i: (p, without(i, "std")), "lacks ..std.."),
         (lambda p, i: (p, {**i, "network": {"depth": 20}}), "A ResNetSpec has the fields"),
         (
-            lambda p, i: (p, {**i, "network": {**i["network"], "stage_widths": "abc"}}),
+            lambda p, i: (p, i | {"network": i["network"] | {"stage_widths": "abc"}}),
             "holds no usable network",
         ),
     ],
 )
 def test_a_safetensors_file_that_does_not_fit_its_spec_is_refused(tmp_path, damage, match):
-    spec, params, normalization, _ = network("projection")
-    header = {"network": spec.to_dict(), **normalization._asdict()}
+    header = {"network": SPEC.to_dict(), **NORMALIZATION._asdict()}
     path = tmp_path / "net.safetensors"
-    checkpoint.save_tree(path, *damage(params, header))
-    with pytest.raises(ValueError) as error:
+    checkpoint.save_tree(path, *damage(PARAMS, header))
+    with pytest.raises(ValueError, match=match) as error:
         export.load_safetensors(path)
-    assert match in str(error.value) and str(path) in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.safetensors") as error:
+    with refused("gone.safetensors", FileNotFoundError):
         export.load_safetensors(tmp_path / "gone.safetensors")
-    assert is_one_sentence(error)
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -156,68 +113,54 @@ def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
 
 @both_shortcuts
 def test_a_state_dict_reads_back_to_the_same_bits(tmp_path, name):
-    spec, params, _, _ = network(name)
+    spec, params, *_ = network(name)
     path = tmp_path / "net.pt"
     path.write_bytes(export.to_torch(export.to_state_dict(spec, params)))
     tensors = teacher_import.read_tensors(path)
     assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
-    assert_equal(resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors)), params)
-
-
-def test_the_exported_batch_norm_divides_by_exactly_one_in_float32():
-    state = export.to_state_dict(*network("projection")[:2])
-    variance = state["bn1.running_var"]
-    assert variance.dtype == np.float32
-    assert np.all(np.sqrt(variance + np.float32(1e-5)) == np.float32(1))
-    assert np.all(state["bn1.weight"] == 1) and np.all(state["bn1.running_mean"] == 0)
+    folded = resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
+    chex.assert_trees_all_equal(folded, params, strict=True)
 
 
 def test_a_state_dict_has_the_names_and_order_of_the_stock_network():
-    state = export.to_state_dict(*network("projection")[:2])
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-    names = ["conv1.weight", *(f"bn1.{leaf}" for leaf in norm)]
-    assert list(state)[:6] == names
-    for conv in (1, 2):
-        names = [f"layer2.0.conv{conv}.weight", *(f"layer2.0.bn{conv}.{leaf}" for leaf in norm)]
-        assert [name for name in state if name in names] == names
-    names = ["layer2.0.downsample.0.weight", *(f"layer2.0.downsample.1.{leaf}" for leaf in norm)]
-    assert [name for name in state if "layer2.0.downsample" in name] == names
-    assert list(state)[-2:] == ["fc.weight", "fc.bias"]
-    assert not any(name.startswith("layer1.1.") for name in state)  # the skipped block
-    assert state["layer1.0.conv1.weight"].shape == (3, 4, 3, 3)
-    assert state["fc.weight"].shape == (5, 8)
-    assert state["bn1.num_batches_tracked"].shape == ()
-    assert state["bn1.num_batches_tracked"].dtype == np.int64
+    assert list(STATE)[:6] == ["conv1.weight", *(f"bn1.{leaf}" for leaf in norm)]
+    assert list(STATE)[-2:] == ["fc.weight", "fc.bias"]
+    for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("downsample.0", "downsample.1")):
+        names = [f"layer2.0.{conv}.weight", *(f"layer2.0.{bn}.{leaf}" for leaf in norm)]
+        parts = tuple(f"layer2.0.{part}." for part in (conv, bn))
+        assert [name for name in STATE if name.startswith(parts)] == names
+    assert not any(name.startswith("layer1.1.") for name in STATE)  # the skipped block
+    assert STATE["layer1.0.conv1.weight"].shape == (3, 4, 3, 3)
+    assert STATE["fc.weight"].shape == (5, 8)
+    assert STATE["bn1.num_batches_tracked"].shape == ()
+    assert STATE["bn1.num_batches_tracked"].dtype == np.int64
+    # Batch norm divides by exactly one in float32.
+    variance = STATE["bn1.running_var"]
+    assert variance.dtype == np.float32
+    assert np.all(np.sqrt(variance + np.float32(1e-5)) == np.float32(1))
+    assert np.all(STATE["bn1.weight"] == 1) and np.all(STATE["bn1.running_mean"] == 0)
 
 
-def test_a_pytorch_file_has_the_records_that_torch_save_writes():
-    state = export.to_state_dict(*network("projection")[:2])
-    content = export.to_torch(state)
+def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pickle():
+    content = export.to_torch(STATE)
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = [entry.filename for entry in archive.infolist()]
     assert names[0] == "archive/data.pkl"
-    assert set(names[1:]) == {
-        "archive/byteorder",
-        "archive/version",
-        *(f"archive/data/{key}" for key in range(len(state))),
-    }
+    records = [f"archive/data/{key}" for key in range(len(STATE))]
+    assert set(names[1:]) == {"archive/byteorder", "archive/version", *records}
     assert archive.read("archive/byteorder") == b"little"
     assert archive.read("archive/version") == b"3\n"
     assert archive.testzip() is None
-    for key, array in enumerate(state.values()):
-        entry = archive.getinfo(f"archive/data/{key}")
+    for record, array in zip(records, STATE.values(), strict=True):
+        entry = archive.getinfo(record)
         assert entry.compress_type == zipfile.ZIP_STORED and entry.flag_bits == 0
-        assert archive.read(entry) == array.tobytes()
         name_size, extra_size = np.frombuffer(content, "<u2", 2, entry.header_offset + 26)
         start = entry.header_offset + 30 + int(name_size) + int(extra_size)
         assert start % 64 == 0
-        assert content[start : start + array.nbytes] == array.tobytes()
-    assert export.to_torch(state) == content
-
-
-def test_the_pickle_of_a_pytorch_file_uses_few_opcodes_and_names():
-    content = export.to_torch(export.to_state_dict(*network("pad")[:2]))
-    pickled = zipfile.ZipFile(io.BytesIO(content)).read("archive/data.pkl")
+        assert archive.read(entry) == content[start : start + array.nbytes] == array.tobytes()
+    assert export.to_torch(STATE) == content
+    pickled = archive.read("archive/data.pkl")
     opcodes = list(pickletools.genops(pickled))
     pickletools.dis(pickled, io.StringIO())  # which checks the stack
     # All of them are known to PyTorch's weights_only reader.
@@ -234,7 +177,7 @@ def test_the_pickle_of_a_pytorch_file_uses_few_opcodes_and_names():
 
 
 def test_arrays_that_the_pytorch_format_has_no_name_for_are_refused():
-    with pytest.raises(ValueError, match="weights must be float32 or int64, got float64"):
+    with refused("weights must be float32 or int64, got float64"):
         export.to_torch({"weights": np.zeros(3)})
 
 
@@ -242,127 +185,101 @@ def test_arrays_that_the_pytorch_format_has_no_name_for_are_refused():
 @pytest.mark.parametrize("mmap", [False, True])
 def test_pytorch_loads_the_file_strictly_and_computes_the_same(tmp_path, name, mmap):
     torch = pytest.importorskip("torch")
-    module_spec = importlib.util.spec_from_file_location(
-        "torch_resnet", ROOT / "examples" / "torch_resnet.py"
-    )
-    torch_resnet = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(torch_resnet)
-    spec, params, _, _ = network(name)
+    torch_resnet = load_module("examples/torch_resnet.py")
+    spec, params, _, _, images, wanted = network(name)
     path = tmp_path / "net.pt"
     path.write_bytes(export.to_torch(export.to_state_dict(spec, params)))
     loaded = torch.load(path, weights_only=True, mmap=mmap)
     for key, array in export.to_state_dict(spec, params).items():
         np.testing.assert_array_equal(loaded[key].numpy(), array)
-    images, wanted = reference(name)
     with torch.no_grad():
         logits = torch_resnet.load(path)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-    assert_close(logits.numpy(), wanted)
+    assert_same_logits(logits.numpy(), wanted)
 
 
 # --- graphs ----------------------------------------------------------------------------------
 
 
 def run_onnx(model, images):
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    content, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(content, providers=providers)
     return session.run(["logits"], {"images": images.transpose(0, 3, 1, 2).copy()})[0]
 
 
-@both_shortcuts
-def test_an_onnx_graph_computes_the_network_for_batches_of_any_size(name):
-    spec, params, normalization, _ = network(name)
-    model = export.to_onnx(spec, params, mean=normalization.mean, dataset="noise")
+@pytest.mark.parametrize(
+    "name, normalize", [("projection", False), ("projection", True), ("pad", False)]
+)
+def test_graphs_compute_the_network_for_batches_of_any_size(name, normalize):
+    spec, params, normalization, pixels, images, wanted = network(name)
+    mean, images = list(normalization.mean), pixels if normalize else images
+    options = {"normalization": normalization if normalize else None}
+    model = export.to_onnx(spec, params, mean=mean, dataset="noise", **options)
     onnx.checker.check_model(model, full_check=True)
     assert [entry.version for entry in model.opset_import] == [export.ONNX_OPSET]
-    images, wanted = reference(name)
-    for size in (1, 5):
-        assert_close(run_onnx(model, images[:size]), wanted[:size])
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert ResNetSpec.from_dict(metadata["network"]) == spec
-    assert metadata["mean"] == list(normalization.mean) and metadata["dataset"] == "noise"
-
-
-def test_an_onnx_graph_may_take_pixels():
-    spec, params, normalization, images = network("projection")
-    model = export.to_onnx(spec, params, normalization=normalization)
-    onnx.checker.check_model(model, full_check=True)
-    assert_close(run_onnx(model, images), reference("projection")[1])
-
-
-@pytest.mark.parametrize("name, normalize", [("projection", True), ("pad", False)])
-def test_a_stablehlo_artefact_computes_the_network_for_batches_of_any_size(name, normalize):
-    spec, params, normalization, pixels = network(name)
-    content = export.to_stablehlo(spec, params, normalization=normalization if normalize else None)
-    exported = jax.export.deserialize(bytearray(content))
+    assert metadata["mean"] == mean and metadata["dataset"] == "noise"
+    exported = jax.export.deserialize(bytearray(export.to_stablehlo(spec, params, **options)))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
-    images, wanted = reference(name)
-    images = pixels if normalize else images
     for size in (1, 5):
-        assert_close(np.asarray(exported.call(images[:size])), wanted[:size])
+        assert_same_logits(run_onnx(model, images[:size]), wanted[:size])
+        assert_same_logits(exported.call(images[:size]), wanted[:size])
 
 
 # --- files -----------------------------------------------------------------------------------
 
 
-@written_formats
-def test_an_export_writes_a_file_that_computes_the_same(tmp_path, format):
-    spec, params, normalization, images = network("projection")
-    path = tmp_path / "net"  # no suffix is needed
-    path.write_text("older")
-    found = export.export(path, spec, params, images, format=format, normalization=normalization)
-    assert found.error < 1e-5 and found.agreement == 1 and found.num_images == 5
-    assert [p.name for p in tmp_path.iterdir()] == ["net"]
-
-
-@written_formats
-def test_a_file_that_computes_something_else_does_not_take_its_name(tmp_path, format, monkeypatch):
-    spec, params, normalization, images = network("projection")
+@pytest.fixture
+def older(tmp_path):
+    """A file that is there already; no suffix is needed."""
     path = tmp_path / "net"
     path.write_text("older")
-    writer = {
-        "safetensors": "save_safetensors",
-        "torch": "to_state_dict",
-        "onnx": "to_onnx",
-        "stablehlo": "to_stablehlo",
-        "litert": "to_litert",
+    return path
+
+
+def assert_alone_and_as_before(path):
+    assert list(path.parent.iterdir()) == [path] and path.read_text() == "older"
+
+
+@written_formats
+def test_an_export_writes_a_file_that_computes_the_same(older, format):
+    found = write(older, format)
+    assert found.error < 1e-5 and found.agreement == 1 and found.num_images == 12
+    assert list(older.parent.iterdir()) == [older]
+
+
+@written_formats
+def test_a_file_that_computes_something_else_does_not_take_its_name(older, format, monkeypatch):
+    module, name, position = {
+        "safetensors": (export, "save_safetensors", 2),
+        "torch": (export, "to_state_dict", 1),
+        "onnx": (export, "to_onnx", 1),
+        "stablehlo": (export, "to_stablehlo", 1),
+        "litert": (litert, "to_litert", 1),
     }[format]
-    module = litert if format == "litert" else export
-    write = getattr(module, writer)
+    right = getattr(module, name)
 
     def wrong(*args, **options):
-        position = 2 if format == "safetensors" else 1
-        args = list(args)
-        stem = args[position]["stem"]
-        kernel = np.array(stem["kernel"])
-        kernel[0, 0, 0, 0] += 0.01
-        args[position] = {**args[position], "stem": {**stem, "kernel": kernel}}
-        return write(*args, **options)
+        params = jax.tree.map(np.array, args[position])
+        params["stem"]["kernel"][0, 0, 0, 1] += 0.01
+        return right(*args[:position], params, *args[position + 1 :], **options)
 
-    monkeypatch.setattr(module, writer, wrong)
+    monkeypatch.setattr(module, name, wrong)
     with pytest.raises(export.EquivalenceError, match="was not written") as error:
-        export.export(path, spec, params, images, format=format, normalization=normalization)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["net"]
-    assert path.read_text() == "older"
+        write(older, format)
+    assert str(older) in str(error.value) and "\n" not in str(error.value)
+    assert_alone_and_as_before(older)
 
 
 def test_a_network_that_is_not_finite_is_not_exported(tmp_path):
-    spec, params, normalization, images = network("projection")
-    params["head"] = {**params["head"], "bias": np.full(5, np.nan, np.float32)}
+    head = {**PARAMS["head"], "bias": np.full(5, np.nan, np.float32)}
     with pytest.raises(export.EquivalenceError):
-        export.export(
-            tmp_path / "net", spec, params, images, format="onnx", normalization=normalization
-        )
+        write(tmp_path / "net", "onnx", params={**PARAMS, "head": head})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("format", ["onnx", "safetensors"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, format):
-    spec, params, normalization, images = network("projection")
-    path = tmp_path / "net"
-    path.write_text("older")
-
+def test_a_write_that_fails_leaves_the_old_file(older, monkeypatch, format):
     def disk_full(self, content):
         with self.open("wb") as file:
             file.write(content[: len(content) // 2])
@@ -374,11 +291,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, format):
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", disk_full)
     monkeypatch.setattr(safetensors.numpy, "save_file", disk_full_too)
-    with pytest.raises(command_line.UsageError, match="No space left on device") as error:
-        export.export(path, spec, params, images, format=format, normalization=normalization)
-    assert is_one_sentence(error)
-    assert [p.name for p in tmp_path.iterdir()] == ["net"]
-    assert path.read_text() == "older"
+    with refused("No space left on device", UsageError):
+        write(older, format)
+    assert_alone_and_as_before(older)
 
 
 @pytest.mark.parametrize(
@@ -390,11 +305,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, format):
     ],
 )
 def test_an_export_that_cannot_be_is_refused(tmp_path, options, match):
-    spec, params, normalization, images = network("projection")
-    options = {"images": images, "normalization": normalization, **options}
-    with pytest.raises(ValueError, match=match) as error:
-        export.export(tmp_path / "net", spec, params, **options)
-    assert is_one_sentence(error)
+    with refused(match):
+        write(tmp_path / "net", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -404,9 +316,8 @@ def test_the_error_is_relative_to_the_largest_logit_of_each_image():
     result = export.compare(found, wanted)
     assert result.error == pytest.approx(1.1)
     assert result.agreement == 0.5 and result.num_images == 2
-    assert str(result) == (
-        "largest relative logit error 1.1e+00, top-1 agreement 50.00 % on 2 images"
-    )
+    wanted = "largest relative logit error 1.1e+00, top-1 agreement 50.00 % on 2 images"
+    assert str(result) == wanted
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -414,38 +325,7 @@ def test_the_error_is_relative_to_the_largest_logit_of_each_image():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A work directory with an INR of random values; what training leaves besides is not needed."""
-    path = tmp_path_factory.mktemp("export") / "run"
-    path.mkdir()
-    module_spec = importlib.util.spec_from_file_location("digits", ROOT / "configs" / "digits.py")
-    digits = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(digits)
-    config = digits.get_config("smoke").to_dict()
-    (path / "config.json").write_text(json.dumps(config))
-    family = lab.from_config(config, data.load_dataset("digits")).hypernetwork
-
-    def init(key):
-        return hyper.init(key, family, resnet.init_params(key, family.spec))
-
-    shapes = jax.eval_shape(init, jax.random.key(0, impl="unsafe_rbg"))
-    rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
-    checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
-    return path
-
-
-def call(*args):
-    """(exit status, standard output, standard error) of the command."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [export.__file__, *map(str, args)])
-        patch.setattr(lab, "quiet_logging", lambda: None)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                command_line.run(export.main)
-            except SystemExit as stop:
-                status = stop.code
-    return status, out.getvalue(), err.getvalue()
+    return write_workdir(tmp_path_factory.mktemp("export") / "run", depth=14)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +340,7 @@ def call(*args):
     ids=lambda options: options[0].split("=")[1],
 )
 def test_the_command_ends_with_an_equivalence_line(workdir, tmp_path, options):
-    status, out, err = call(f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
-    assert status == 0, err
+    out = run(export, f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
     last = out.splitlines()[-1]
     assert last.startswith("equivalence: largest relative logit error ")
     assert last.endswith("top-1 agreement 100.00 % on 144 images of the validation split of digits")
@@ -472,26 +351,15 @@ def test_the_command_ends_with_an_equivalence_line(workdir, tmp_path, options):
 def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_path):
     family, params, _ = checkpoint.load_inr(workdir)
     widths = (3, 5)
-    (tmp_path / "best.json").write_text(
-        json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5})
-    )
-    path = tmp_path / "net.safetensors"
-    status, _, err = call(
-        f"--workdir={workdir}",
-        f"--spec={tmp_path / 'best.json'}",
-        "--format=safetensors",
-        f"--out={path}",
-        "--num_images=10",
-    )
-    assert status == 0, err
+    best, path = tmp_path / "best.json", tmp_path / "net.safetensors"
+    best.write_text(json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5}))
+    args = (f"--workdir={workdir}", f"--spec={best}", f"--out={path}", "--format=safetensors")
+    run(export, *args, "--num_images=10")
     spec, tree, info = export.load_safetensors(path)
     assert spec == morph(family.spec, family.blocks, widths)
     wanted = jax.jit(lambda params: hyper.generate_dense(family, params, widths)[1])(params)
     wanted = {name: wanted[name] for name in tree}
-    for (place, x), (_, y) in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves_with_path(wanted), strict=True
-    ):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6, err_msg=str(place))
+    chex.assert_trees_all_close(tree, wanted, rtol=1e-4, atol=1e-6)
     assert info["dataset"] == "digits" and info["morph"]["widths"] == list(widths)
     assert (info["mean"], info["std"]) == ([0.3055], [0.376])
 
@@ -539,17 +407,10 @@ def nothing_runs(monkeypatch):
     ids=str,
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, nothing_runs, change, shown):
-    options = {
-        "workdir": workdir,
-        "width": 0.5,
-        "format": "onnx",
-        "out": tmp_path / "net",
-        **change,
-    }
+    options = {"workdir": workdir, "width": 0.5, "format": "onnx", "out": tmp_path / "net"}
+    options |= change
     args = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    status, _, err = call(*args)
-    assert status == 2
-    assert err.startswith("error: ") and err.count("\n") == 1 and shown in err, err
+    assert_refuses(shown, export, *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -564,34 +425,29 @@ def test_the_command_refuses_in_one_sentence(workdir, tmp_path, nothing_runs, ch
     ],
 )
 def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, format, package):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name.replace("_", "-") == package else find_spec(name),
-    )
-    status, _, err = call(
-        f"--workdir={workdir}", "--width=1", f"--format={format}", f"--out={tmp_path / 'net'}"
-    )
-    assert status == 2
-    assert f"{format} files need {package}; install them" in err and err.count("\n") == 1
+    def find_spec(name, find=importlib.util.find_spec):
+        return None if name.replace("_", "-") == package else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    args = (f"--workdir={workdir}", f"--format={format}", f"--out={tmp_path / 'net'}")
+    assert_refuses(f"{format} files need {package}; install them", export, *args, "--width=1")
 
 
 @pytest.mark.parametrize(
     "change, match",
     [
-        (lambda fields: "{", "must be JSON"),
-        (lambda fields: "[1, 2]", "lacks blocks, spec, widths"),
-        (lambda fields: without(fields, "blocks"), "lacks blocks"),
-        (lambda fields: {**fields, "blocks": [0, 1]}, r"blocks \[0, 1\] there, \[1, 3\] here"),
+        (lambda f: "{", "must be JSON"),
+        (lambda f: "[1, 2]", "lacks blocks, spec, widths"),
+        (lambda f: without(f, "blocks"), "lacks blocks"),
+        (lambda f: f | {"blocks": [0, 1]}, r"blocks \[0, 1\] there, \[1, 3\] here"),
         (
-            lambda fields: {**fields, "spec": {**fields["spec"], "num_classes": 100}},
+            lambda f: f | {"spec": f["spec"] | {"num_classes": 100}},
             "num_classes 100 there, 10 here",
         ),
-        (lambda fields: {**fields, "spec": None}, "other fields in its spec"),
-        (lambda fields: {**fields, "widths": [1.0, 2]}, "list of integers"),
-        (lambda fields: {**fields, "widths": [1, 2, 3]}, "2 generated blocks, got 3"),
-        (lambda fields: {**fields, "widths": [1, 99]}, "from 0 to 9, got 99"),
+        (lambda f: f | {"spec": None}, "other fields in its spec"),
+        (lambda f: f | {"widths": [1.0, 2]}, "list of integers"),
+        (lambda f: f | {"widths": [1, 2, 3]}, "2 generated blocks, got 3"),
+        (lambda f: f | {"widths": [1, 99]}, "from 0 to 9, got 99"),
     ],
 )
 def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
@@ -601,14 +457,13 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
     changed = change(morphs.morph_to_dict(family, (3, 4)))
     path = tmp_path / "best.json"
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    with pytest.raises(command_line.UsageError, match=match) as error:
+    with refused(match, UsageError):
         morphs.load_morph(path, family)
-    assert is_one_sentence(error)
 
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(2, 2, 2))
     family = hyper.Hypernetwork(spec, (0, 1, 2), Grid())
     assert morphs.check_widths(family, (0, 1, 1)) == (0, 1, 1)
-    with pytest.raises(ValueError, match="stage2_block0 takes hidden widths from 1 to 3, got 0"):
+    with refused("stage2_block0 takes hidden widths from 1 to 3, got 0"):
         morphs.check_widths(family, (0, 0, 1))

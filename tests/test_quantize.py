@@ -1,41 +1,25 @@
 """Weights in 8 bits: how far they are off, and that files hold them."""
 
-import importlib.util
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from networks import SPECS, no_litert, random_inr, random_params, random_pixels, refused
 
-from neumeta_jax import evaluation, export, hypernetwork as hyper, litert, quantize, resnet
-from neumeta_jax.architecture import ResNetSpec, cifar_resnet, generated_blocks
-from neumeta_jax.export import Normalization
+from neumeta_jax import evaluation, export, hypernetwork as hyper, quantize, resnet
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.inr import Grid
 from neumeta_jax.training import Preprocessing
 
-NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
-no_litert = pytest.mark.skipif(
-    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed"
-)
-weights_formats = pytest.mark.parametrize(
-    "format", [*export.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
-)
-SPEC = ResNetSpec((4, 6, 8), (3, 0, 6, 5, 2, 7), num_classes=5, image_size=8)
-
-
-def network(spec=SPEC):
-    """(folded tree at random with scales that differ from channel to channel, uint8 images)."""
-    rng = np.random.default_rng(0)
-
-    def leaf(shape):
-        fan_in = np.prod(shape[:-1])
-        values = rng.normal(size=shape) * (2 / fan_in) ** 0.5
-        return (values * rng.uniform(0.3, 1.5, shape[-1])).astype(np.float32)
-
-    params = jax.tree.map(leaf, resnet.param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
-    images = rng.integers(0, 256, (40, spec.image_size, spec.image_size, spec.channels))
-    return params, images.astype(np.uint8)
+NORMALIZATION = export.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+SPEC = SPECS["projection"]
+PARAMS = random_params(SPEC)
+IMAGES = random_pixels(SPEC, 40)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 5, 4), (7, 3)])
@@ -63,97 +47,66 @@ def test_a_channel_of_zeros_stays_one():
 
 
 def test_rounding_again_changes_nothing_and_biases_are_kept():
-    params, _ = network()
-    once = quantize.fake_quantize(params)
-    assert jax.tree.structure(once) == jax.tree.structure(params)
-    twice = quantize.fake_quantize(once)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), once, twice)
-    np.testing.assert_array_equal(once["stem"]["bias"], params["stem"]["bias"])
-    assert not np.array_equal(once["head"]["kernel"], params["head"]["kernel"])
+    once = quantize.fake_quantize(PARAMS)
+    chex.assert_trees_all_equal_structs(once, PARAMS)
+    chex.assert_trees_all_close(quantize.fake_quantize(once), once, rtol=1e-6)
+    np.testing.assert_array_equal(once["stem"]["bias"], PARAMS["stem"]["bias"])
+    assert not np.array_equal(once["head"]["kernel"], PARAMS["head"]["kernel"])
 
 
 def test_a_padded_network_rounds_as_the_dense_one_does():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
     blocks, widths = generated_blocks(spec), np.array([2, 5])
-    params, _ = network(spec)
+    params = random_params(spec)
     masked = quantize.fake_quantize(resnet.mask_params(spec, params, blocks, widths))
     dense = quantize.fake_quantize(resnet.slice_params(spec, params, blocks, widths)[1])
     sliced = resnet.slice_params(spec, masked, blocks, widths)[1]
-    jax.tree.map(np.testing.assert_array_equal, sliced, dense)
+    chex.assert_trees_all_equal(sliced, dense)
 
 
-@weights_formats
-def test_a_file_with_8_bit_weights_computes_what_the_rounded_network_does(tmp_path, format):
-    params, images = network()
-    path = tmp_path / "net"
+@pytest.mark.parametrize(
+    "format", [*export.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
+)
+def test_a_file_with_8_bit_weights_is_small_and_computes_what_the_rounded_network_does(
+    tmp_path, format
+):
+    spec = cifar_resnet(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
+    params, path = random_params(spec), tmp_path / "net"
     options = {"format": format, "normalization": NORMALIZATION}
-    found = export.export(path, SPEC, params, images, int8="weights", **options)
+    export.export(path, spec, params, IMAGES, **options)
+    large = path.stat().st_size
+    found = export.export(path, spec, params, IMAGES, int8="weights", **options)
     assert found.error < 1e-5 and found.agreement == 1
-    logits = export.logits_of_file(path, images, **options)
-    exact = export.network_logits(SPEC, params, images, NORMALIZATION)
+    logits = export.logits_of_file(path, IMAGES, **options)
+    exact = export.network_logits(spec, params, IMAGES, NORMALIZATION)
     assert 1e-4 < export.compare(logits, exact).error < 0.1  # it is the rounded one
+    assert large - path.stat().st_size > 2.7 * spec.num_params  # three bytes less for each weight
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
-@weights_formats
-def test_a_file_with_8_bit_weights_is_smaller(tmp_path, format):
-    spec = cifar_resnet(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
-    params, _ = network(spec)
-    sizes = []
-    for tree in (params, quantize.quantize(params)):
-        path = tmp_path / "net"
-        if format == "safetensors":
-            export.save_safetensors(path, spec, tree, normalization=NORMALIZATION)
-        elif format == "onnx":
-            path.write_bytes(export.to_onnx(spec, tree).SerializeToString())
-        elif format == "litert":
-            path.write_bytes(litert.to_litert(spec, tree))
-        else:
-            path.write_bytes(export.to_stablehlo(spec, tree))
-        sizes.append(path.stat().st_size)
-    assert sizes[0] - sizes[1] > 2.7 * spec.num_params  # three bytes less for each weight
-
-
-@pytest.mark.parametrize("change", ["no scale", "wrong scale"])
-def test_8_bit_weights_without_their_scales_are_refused(tmp_path, change):
-    tree = quantize.quantize(network()[0])
-    tree["stem"] = dict(tree["stem"])
-    if change == "no scale":
-        del tree["stem"]["scale"]
-    else:
-        tree["stem"]["scale"] = np.ones(3, np.float32)
+@pytest.mark.parametrize("scale", [{}, {"scale": np.ones(3, np.float32)}], ids=["no", "wrong"])
+def test_8_bit_weights_without_their_scales_are_refused(tmp_path, scale):
+    tree = quantize.quantize(PARAMS)
+    tree["stem"] = {k: v for k, v in tree["stem"].items() if k != "scale"} | scale
     path = tmp_path / "net.safetensors"
     export.save_safetensors(path, SPEC, tree, normalization=NORMALIZATION)
-    with pytest.raises(ValueError, match="net.safetensors"):
+    with refused("net.safetensors"):
         export.load_safetensors(path)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
-    import onnx
-
-    params, images = network()
     path = tmp_path / "net.onnx"
-    found = export.export(
-        path,
-        SPEC,
-        params,
-        images,
-        format="onnx",
-        normalization=NORMALIZATION,
-        normalize=normalize,
-        int8="full",
-        calibration=images,
-        dataset="noise",
-    )
+    options = {"format": "onnx", "normalization": NORMALIZATION, "normalize": normalize}
+    options |= {"int8": "full", "calibration": IMAGES, "dataset": "noise"}
+    found = export.export(path, SPEC, PARAMS, IMAGES, **options)
     assert 1e-3 < found.error < 0.2
     model = onnx.load(path)
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("QuantizeLinear") >= operators.count("Conv")
     kernels = [w for w in model.graph.initializer if w.data_type == onnx.TensorProto.INT8]
-    assert sum(np.prod(w.dims) for w in kernels if len(w.dims) == 4) == sum(
-        leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 4
-    )
+    wanted = [leaf.size for leaf in jax.tree.leaves(PARAMS) if leaf.ndim == 4]
+    assert sum(np.prod(w.dims) for w in kernels if len(w.dims) == 4) == sum(wanted)
     assert {p.key: p.value for p in model.metadata_props}["dataset"] == '"noise"'
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     one = np.zeros((1, 3, 8, 8), np.uint8 if normalize else np.float32)
@@ -166,45 +119,29 @@ def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
     [
         ({"format": "torch", "int8": "weights"}, "--int8=weights is for safetensors, onnx, stable"),
         ({"format": "stablehlo", "int8": "full"}, "is for onnx, litert, got stablehlo"),
-        (
-            {"format": "onnx", "int8": "half"},
-            "--int8 is one of weights, full or absent, got 'half'",
-        ),
+        ({"format": "onnx", "int8": "half"}, "is one of weights, full or absent, got 'half'"),
         ({"format": "onnx", "int8": "full"}, "needs calibration images"),
     ],
 )
 def test_an_int8_export_that_cannot_be_is_refused(tmp_path, options, match):
-    params, images = network()
-    with pytest.raises(ValueError, match=match) as error:
-        export.export(
-            tmp_path / "net", SPEC, params, images, normalization=NORMALIZATION, **options
-        )
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    path = tmp_path / "net"
+    with refused(match):
+        export.export(path, SPEC, PARAMS, IMAGES, normalization=NORMALIZATION, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(4, 4, 8), image_size=8)
     family = hyper.Hypernetwork(spec, (0, 2), Grid())
-    tree, images = network(spec)
-    shapes = jax.eval_shape(lambda key: hyper.init(key, family, tree), jax.random.key(0))
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.5).astype(np.float32), shapes)
+    params, sizes = random_inr(family, seed=5, scale=0.5), [(4, 8), (2, 5)]
     preprocessing = Preprocessing(*NORMALIZATION)
+    grid = functools.partial(evaluation.evaluate_grid, family, params)
     # Labels that the float32 network of full width gives, so that any rounding may show.
-    exact = evaluation.evaluate_grid(
-        family, params, [(4, 8)], images, np.zeros(40, int), preprocessing, predictions=True
-    )
+    unknown = np.zeros(len(IMAGES), int)
+    exact = grid(sizes[:1], IMAGES, unknown, preprocessing, predictions=True)
     labels = exact.predictions[0].astype(int)
-    found = evaluation.evaluate_grid(
-        family,
-        params,
-        [(4, 8), (2, 5)],
-        images,
-        labels,
-        preprocessing,
-        transform=quantize.fake_quantize,
-    )
-    for widths, accuracy in zip([(4, 8), (2, 5)], found.accuracy, strict=True):
+    found = grid(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
+    for widths, accuracy in zip(sizes, found.accuracy, strict=True):
         small, dense = hyper.generate_dense(family, params, widths)
-        logits = export.network_logits(small, quantize.quantize(dense), images, NORMALIZATION)
+        logits = export.network_logits(small, quantize.quantize(dense), IMAGES, NORMALIZATION)
         assert abs(accuracy - np.mean(logits.argmax(axis=1) == labels)) <= 1 / 40

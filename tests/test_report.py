@@ -1,15 +1,30 @@
 """The report is made of the files of runs and of nothing else."""
 
 import json
-import pathlib
 
-import pytest
+from networks import ROOT, refused
 from PIL import Image
 
-from neumeta_jax import command_line, report
+from neumeta_jax import report
+from neumeta_jax.command_line import UsageError
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+
+
+FIELDS = {
+    "source": "arXiv 0000.00000",
+    "dataset": "cifar100",
+    "network": "ResNet20",
+    "training_macs": 2_340_000_000_000,
+    "storage_bytes": 1_234_567,
+    "continuous": False,
+    "switch_images": 0,
+    "switch_seconds": 0.0123,
+    "wall_seconds": 65.0,
+    "command": "python -m x",
+    "commit": "abc",
+    "device": "1 x cpu",
+}
 
 
 def row(method="slimmable", *, variant="", seed=0, images=1000, accuracies=(60.0, 50.0), **fields):
@@ -26,27 +41,8 @@ def row(method="slimmable", *, variant="", seed=0, images=1000, accuracies=(60.0
         }
         for ratio, accuracy in zip((1.0, 0.5), accuracies, strict=True)
     ]
-    return {
-        "method": method,
-        "variant": variant,
-        "source": "arXiv 0000.00000",
-        "seed": seed,
-        "dataset": "cifar100",
-        "network": "ResNet20",
-        "budget_images": images,
-        "sizes": sizes,
-        "network_passes": 2 * images,
-        "training_macs": 2_340_000_000_000,
-        "storage_bytes": 1_234_567,
-        "continuous": False,
-        "switch_images": 0,
-        "switch_seconds": 0.0123,
-        "wall_seconds": 65.0,
-        "command": "python -m x",
-        "commit": "abc",
-        "device": "1 x cpu",
-        **fields,
-    }
+    found = {"method": method, "variant": variant, "seed": seed, "sizes": sizes}
+    return {**FIELDS, **found, "budget_images": images, "network_passes": 2 * images, **fields}
 
 
 def put(folder, name, content):
@@ -73,13 +69,8 @@ def test_seeds_are_averaged_and_the_best_method_comes_first(tmp_path):
     better = row("this project", variant="all", accuracies=(70.0, 65.0), continuous=True)
     put(tmp_path, "b/row.json", {**better, "switch_images": 2000})
     text = make(tmp_path)
-    assert cells(text, "slimmable")[:5] == [
-        "61.00 ± 1.00",
-        "50.00 ± 0.00",
-        "1.23 MB",
-        "no",
-        "no data",
-    ]
+    wanted = ["61.00 ± 1.00", "50.00 ± 0.00", "1.23 MB", "no", "no data"]
+    assert cells(text, "slimmable")[:5] == wanted
     assert cells(text, "this project (all)")[:2] == ["70.00", "65.00"]
     assert cells(text, "this project (all)")[3:] == ["yes", "2,000 images"]
     assert text.index("| this project (all) |") < text.index("| slimmable |")
@@ -98,29 +89,16 @@ def test_seeds_are_averaged_and_the_best_method_comes_first(tmp_path):
     assert f"({stem}.png)" in text
 
 
-def test_budgets_and_networks_are_not_mixed(tmp_path):
+def test_budgets_and_networks_are_not_mixed_but_a_row_that_trains_nothing_is_in_all(tmp_path):
     put(tmp_path, "a/row.json", row(images=1000))
     put(tmp_path, "b/row.json", row(images=2000))
-    put(tmp_path, "c/row.json", {**row(), "network": "ResNet56"})
+    put(tmp_path, "c/row.json", row(network="ResNet56"))
+    pruned = row("pruned", images=5000, network_passes=0, training_macs=0)
+    put(tmp_path, "d/row.json", pruned)
     text = make(tmp_path)
-    headings = [line for line in text.splitlines() if line.startswith("## Comparison")]
-    assert headings == [
-        "## Comparison: cifar100, ResNet20, 1,000 training images",
-        "## Comparison: cifar100, ResNet20, 2,000 training images",
-        "## Comparison: cifar100, ResNet56, 1,000 training images",
-    ]
     assert cells(text, "*published, not at this budget:* HTTY")[:2] == ["66.13", "66.10"]
-
-
-def test_a_row_that_trains_nothing_is_in_the_comparisons_of_all_budgets(tmp_path):
-    put(tmp_path, "a/row.json", row(images=1000))
-    put(tmp_path, "b/row.json", row(images=2000))
-    put(tmp_path, "c/row.json", {**row(), "network": "ResNet56"})
-    pruned = {"network_passes": 0, "training_macs": 0}
-    put(tmp_path, "d/row.json", row("pruned", images=5000, accuracies=(60.0, 10.0), **pruned))
-    text = make(tmp_path)
     parts = text.split("## Comparison: ")[1:]
-    assert [part.partition(" training images")[0] for part in parts] == [
+    assert [part.partition(" training images\n")[0] for part in parts] == [
         "cifar100, ResNet20, 1,000",
         "cifar100, ResNet20, 2,000",
         "cifar100, ResNet56, 1,000",
@@ -128,7 +106,7 @@ def test_a_row_that_trains_nothing_is_in_the_comparisons_of_all_budgets(tmp_path
     assert ["| pruned |" in part for part in parts] == [True, True, False]
     # Alone it has a comparison of its own.
     alone = tmp_path / "alone"
-    put(alone, "d/row.json", row("pruned", images=5000, **pruned))
+    put(alone, "d/row.json", pruned)
     assert "## Comparison: cifar100, ResNet20, 5,000 training images" in make(alone)
 
 
@@ -181,39 +159,34 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
     assert readme.read_text() == first
 
 
-def test_the_committed_report_is_that_of_the_committed_files():
+def test_the_committed_report_and_the_readmes_table_are_those_of_the_committed_files():
     comparisons = report.read_comparisons(RESULTS)
     text = report.report(RESULTS, comparisons)
     assert (RESULTS / "README.md").read_text() == text, "run python -m neumeta_jax.report"
-    for comparison in comparisons:
-        assert (RESULTS / f"{comparison.stem}.png").exists()
-
-
-def test_the_readmes_table_is_that_of_the_committed_files():
-    block = report.readme_block(RESULTS, report.read_comparisons(RESULTS), "results/")
+    assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in comparisons)
+    block = report.readme_block(RESULTS, comparisons, "results/")
     assert report.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
 
 
 def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):
-    def refused(words, *args):
-        with pytest.raises(command_line.UsageError, match=words):
-            make(tmp_path, *args)
+    def refuses(words, *args, folder=tmp_path):
+        with refused(words, UsageError):
+            make(folder, *args)
 
-    refused("must hold a row.json or grid.json")
-    with pytest.raises(command_line.UsageError, match="must be a folder"):
-        make(tmp_path / "nothing")
-    path = put(tmp_path, "a/row.json", "{")
-    refused("must be JSON")
-    path.write_text(json.dumps({k: v for k, v in row().items() if k != "sizes"}))
-    refused(r"lacks \['sizes'\]")
-    path.write_text(json.dumps(row()))
-    put(tmp_path, "b/row.json", row())
-    refused("must not be of one row, budget and seed")
+    refuses("must hold a row.json or grid.json")
+    refuses("must be a folder", folder=tmp_path / "nothing")
+    put(tmp_path, "a/row.json", "{")
+    refuses("must be JSON")
+    put(tmp_path, "a/row.json", {k: v for k, v in row().items() if k != "sizes"})
+    refuses(r"lacks \['sizes'\]")
+    put(tmp_path, "a/row.json", row())
+    second = put(tmp_path, "b/row.json", row())
+    refuses("must not be of one row, budget and seed")
     other = row("pruned")
     other["sizes"][1]["widths"] = [1, 2]
     put(tmp_path, "b/row.json", other)
-    refused("must be of the same sizes")
-    (tmp_path / "b/row.json").unlink()
+    refuses("must be of the same sizes")
+    second.unlink()
     readme = put(tmp_path, "top.md", f"{report.END}\n{report.BEGIN}\n")
-    refused("once each", f"--readme={readme}")
+    refuses("once each", f"--readme={readme}")
     assert not (tmp_path / "README.md").exists()

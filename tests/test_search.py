@@ -1,16 +1,13 @@
 """The search: what it proposes, finds, keeps and refuses; the command on a tiny work directory."""
 
-import contextlib
+import collections
 import csv
-import importlib.util
-import io
+import itertools
 import json
-import pathlib
-import sys
 
-import jax
 import numpy as np
 import pytest
+from networks import assert_refuses, call, refused, run, write_workdir
 
 from neumeta_jax import (
     checkpoint,
@@ -18,21 +15,20 @@ from neumeta_jax import (
     data,
     evaluation,
     experiment as lab,
-    hypernetwork as hyper,
     morphs,
-    resnet,
     search,
 )
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
+from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.search import Candidate
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = cifar_resnet(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
 BLOCKS = generated_blocks(SPEC)
-SPACE = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0)
-DEEP = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, depth=True)
-UNIFORM = search.uniform_networks(SPACE, low=0.25, high=1.0)
+RANGE = {"low": 0.25, "high": 1.0}
+SPACE = search.make_space(SPEC, BLOCKS, **RANGE)
+DEEP = search.make_space(SPEC, BLOCKS, **RANGE, depth=True)
+UNIFORM = search.uniform_networks(SPACE, **RANGE)
+SMALLEST, LARGEST = (2, 2, 3, 3, 4), (8, 8, 12, 12, 16)
 
 
 def costs(space=SPACE, *, macs=None, params=None):
@@ -54,40 +50,29 @@ def toy_accuracy(widths):
     return float(np.dot(gains, np.sqrt(shares)))
 
 
-class Counted:
-    """`toy_accuracy` of networks, with all that it was asked for."""
+def evolve(space=SPACE, *, limits=None, asked=None, **options):
+    """The archive; `asked` is extended by the networks that are evaluated."""
 
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, widths):
-        self.asked += widths
+    def evaluate(widths):
+        if asked is not None:
+            asked.extend(widths)
         return [toy_accuracy(row) for row in widths]
 
-
-def evolve(evaluate, space=SPACE, *, limits=None, **options):
     options = {"num_candidates": 300, "population": 20, "seed": 0, **options}
-    return search.evolve(space, limits or costs(space), UNIFORM, evaluate, **options)
-
-
-def is_one_sentence(error):
-    message = str(error.value)
-    return "\n" not in message and message.endswith(".")
+    uniform = search.uniform_networks(space, **RANGE)
+    return search.evolve(space, limits or costs(space), uniform, evaluate, **options)
 
 
 # --- networks and budgets --------------------------------------------------------------------
 
 
-def test_a_space_holds_every_width_of_the_range():
+def test_a_space_holds_every_width_of_the_range_or_its_multiples():
     assert SPACE.choices[0] == tuple(range(2, 9)) and SPACE.choices[4] == tuple(range(4, 17))
     assert SPACE.size == 7 * 7 * 10 * 10 * 13
     assert DEEP.choices[0] == (0, *range(2, 9))
-
-
-@pytest.mark.parametrize("multiple, wanted", [(4, (4, 8)), (8, (8,)), (3, (3, 6))])
-def test_multiples_lie_within_the_range(multiple, wanted):
-    space = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=multiple)
-    assert space.choices[0] == wanted
+    for multiple, wanted in ((4, (4, 8)), (8, (8,)), (3, (3, 6))):
+        space = search.make_space(SPEC, BLOCKS, **RANGE, multiple=multiple)
+        assert space.choices[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -100,23 +85,18 @@ def test_multiples_lie_within_the_range(multiple, wanted):
     ],
 )
 def test_a_space_that_cannot_be_is_refused(options, match):
-    with pytest.raises(ValueError, match=match) as error:
+    with refused(match):
         search.make_space(SPEC, BLOCKS, **options)
-    assert is_one_sentence(error)
 
 
 def test_the_uniform_networks_are_those_of_all_ratios():
-    wanted = {tuple(hyper_widths(ratio)) for ratio in np.linspace(0.25, 1, 2000)}
+    wanted = {widths_at(SPEC, BLOCKS, ratio) for ratio in np.linspace(0.25, 1, 2000)}
     assert set(UNIFORM) == wanted and len(UNIFORM) == len(wanted)
-    assert UNIFORM[0] == tuple(hyper_widths(0.25)) and UNIFORM[-1] == tuple(hyper_widths(1))
-    multiples = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=4, depth=True)
-    found = search.uniform_networks(multiples, low=0.25, high=1.0)
-    assert found[0] == (4, 4, 4, 4, 4) and found[-1] == (8, 8, 12, 12, 16)
+    assert UNIFORM[0] == SMALLEST and UNIFORM[-1] == LARGEST
+    multiples = search.make_space(SPEC, BLOCKS, **RANGE, multiple=4, depth=True)
+    found = search.uniform_networks(multiples, **RANGE)
+    assert found[0] == (4, 4, 4, 4, 4) and found[-1] == LARGEST
     assert all(width in (4, 8, 12, 16) for widths in found for width in widths)
-
-
-def hyper_widths(ratio):
-    return [int(np.floor(ratio * SPEC.hidden_widths[n] + 0.5)) for n in BLOCKS]
 
 
 @pytest.mark.parametrize("name", ["macs", "params"])
@@ -140,7 +120,7 @@ def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
 
     cost = search.latency_cost(DEEP, 40.0, measure)
     assert len(measured) < 25
-    for widths in ((8, 8, 12, 12, 16), (0, 2, 5, 0, 11), (2, 2, 3, 3, 4), (0, 0, 0, 0, 0)):
+    for widths in (LARGEST, (0, 2, 5, 0, 11), SMALLEST, (0, 0, 0, 0, 0)):
         assert cost.total(DEEP.genes(widths)) == pytest.approx(measure(widths))
 
 
@@ -154,14 +134,11 @@ def test_noisy_latencies_still_grow_with_the_width():
 @pytest.mark.parametrize("name", ["macs", "params"])
 def test_an_impossible_budget_says_what_is_possible(name):
     small, large = (
-        getattr(morph(SPEC, BLOCKS, widths), f"num_{name}")
-        for widths in ((2, 2, 3, 3, 4), (8, 8, 12, 12, 16))
+        getattr(morph(SPEC, BLOCKS, widths), f"num_{name}") for widths in (SMALLEST, LARGEST)
     )
     search.check_budgets(SPACE, costs(**{name: small}))
-    with pytest.raises(UsageError) as error:
+    with refused(f"--max_{name} .*{small:,} to {large:,}", UsageError):
         search.check_budgets(SPACE, costs(**{name: small - 1}))
-    assert is_one_sentence(error) and f"--max_{name} " in str(error.value)
-    assert f"{small:,} to {large:,}" in str(error.value)
 
 
 # --- evolution -------------------------------------------------------------------------------
@@ -170,31 +147,28 @@ def test_an_impossible_budget_says_what_is_possible(name):
 def test_the_best_network_under_a_budget_is_found():
     """Of all 63,700, found among 600."""
     limits = costs(macs=middle(SPACE, "macs"))
-    grids = np.meshgrid(*[range(len(c)) for c in SPACE.choices], indexing="ij")
-    genes = np.stack([grid.ravel() for grid in grids], axis=1)
-    tables = [np.array(table) for table in limits[0].tables]
-    total = limits[0].fixed + sum(t[genes[:, b]] for b, t in enumerate(tables))
-    best = max(toy_accuracy(SPACE.widths(row)) for row in genes[total <= limits[0].limit].tolist())
+    genes = itertools.product(*(range(len(choices)) for choices in SPACE.choices))
+    best = max(toy_accuracy(SPACE.widths(row)) for row in genes if limits[0].allows(row))
     uniform = max(toy_accuracy(w) for w in UNIFORM if limits[0].allows(SPACE.genes(w)))
     for seed in range(3):
-        archive = evolve(Counted(), limits=limits, num_candidates=600, seed=seed)
+        archive = evolve(limits=limits, num_candidates=600, seed=seed)
         found = max(candidate.accuracy for candidate in archive)
         assert found > uniform + 0.95 * (best - uniform)
 
 
 def test_no_network_is_evaluated_twice_and_the_seed_decides_which():
-    first, again, other = Counted(), Counted(), Counted()
-    archive = evolve(first)
-    evolve(again)
-    evolve(other, seed=1)
-    assert len(first.asked) == len(set(first.asked)) == len(archive) == 300
-    assert first.asked == again.asked != other.asked
+    first, again, other = [], [], []
+    archive = evolve(asked=first)
+    evolve(asked=again)
+    evolve(asked=other, seed=1)
+    assert len(first) == len(set(first)) == len(archive) == 300
+    assert first == again != other
 
 
 @pytest.mark.parametrize("space", [SPACE, DEEP], ids=["widths", "depth"])
 def test_every_candidate_keeps_every_budget(space):
     limits = costs(space, macs=middle(space, "macs", 0.4), params=middle(space, "params", 0.5))
-    archive = evolve(Counted(), space, limits=limits)
+    archive = evolve(space, limits=limits)
     for candidate in archive:
         dense = morph(SPEC, BLOCKS, candidate.widths)
         assert dense.num_macs <= limits[0].limit and dense.num_params <= limits[1].limit
@@ -206,7 +180,7 @@ def test_every_candidate_keeps_every_budget(space):
 
 def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
     limits = costs(macs=middle(SPACE, "macs"))
-    first = [c.widths for c in evolve(Counted(), limits=limits) if c.generation == 0]
+    first = [c.widths for c in evolve(limits=limits) if c.generation == 0]
     wanted = [w for w in UNIFORM if limits[0].allows(SPACE.genes(w))]
     assert 0 < len(wanted) < len(UNIFORM) and set(wanted) <= set(first)
     assert len(first) > len(wanted)
@@ -214,15 +188,14 @@ def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
 
 def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_population():
     limits = costs(DEEP, macs=middle(DEEP, "macs", 0.6))
-    first = [c.widths for c in evolve(Counted(), space=DEEP, limits=limits) if c.generation == 0]
+    first = [c.widths for c in evolve(DEEP, limits=limits) if c.generation == 0]
     shallow = search.shallow_networks(DEEP, limits, UNIFORM)
     assert set(shallow) <= set(first)
     assert shallow.pop() == (0, 0, 0, 0, 0)  # two blocks of each stage left out
     wanted = [(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM]
     macs = search.count_cost(DEEP, "macs", None)
-    amounts = sorted(
-        {macs.total(DEEP.genes(w)): w for w in wanted if limits[0].allows(DEEP.genes(w))}
-    )
+    amounts = {macs.total(DEEP.genes(w)) for w in wanted if limits[0].allows(DEEP.genes(w))}
+    amounts = sorted(amounts)
     found = [macs.total(DEEP.genes(w)) for w in shallow]
     assert set(shallow) <= set(wanted) and found == amounts[::-1][: search.NUM_SHALLOW]
     assert amounts[-1] < limits[0].limit
@@ -235,34 +208,28 @@ def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_bloc
     space = search.make_space(spec, blocks, low=1.0, high=1.0, depth=True)
     uniform = search.uniform_networks(space, low=1.0, high=1.0)
     found = search.shallow_networks(space, costs(space), uniform)
-    most = max(
-        sum(spec.blocks[n].stage == stage and spec.blocks[n].skippable for n in blocks)
-        for stage in (1, 2, 3)
-    )
+    most = collections.Counter(spec.blocks[n].stage for n in blocks).most_common(1)[0][1]
     assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
 
 
 def test_a_search_goes_on_from_what_it_has_evaluated():
-    whole = evolve(Counted())
+    whole = evolve()
     generations = []
 
     def stop(archive):
         generations.append(archive[-1].generation)
         return len(generations) < 3
 
-    part = evolve(Counted(), on_generation=stop)
+    part = evolve(on_generation=stop)
     assert generations == [0, 1, 2] and len(part) < len(whole)
-    rest = Counted()
-    assert evolve(rest, archive=part) == whole
-    assert rest.asked == [candidate.widths for candidate in whole[len(part) :]]
+    rest = []
+    assert evolve(asked=rest, archive=part) == whole
+    assert rest == [candidate.widths for candidate in whole[len(part) :]]
 
 
 def test_a_search_ends_when_every_network_was_evaluated():
-    space = search.make_space(SPEC, BLOCKS, low=0.25, high=1.0, multiple=8)
-    uniform = search.uniform_networks(space, low=0.25, high=1.0)
-    archive = search.evolve(
-        space, costs(space), uniform, Counted(), num_candidates=50, population=10, seed=0
-    )
+    space = search.make_space(SPEC, BLOCKS, **RANGE, multiple=8)
+    archive = evolve(space, num_candidates=50, population=10)
     assert {c.widths for c in archive} == {(8, 8, 8, 8, 8), (8, 8, 8, 8, 16)}
 
 
@@ -278,110 +245,59 @@ def test_later_populations_use_the_containers_of_earlier_ones():
     rng = np.random.default_rng(0)
     rows = [tuple(int(rng.choice(c[:4])) for c in SPACE.choices) for _ in range(40)]
     first = search.add_containers(SPACE, [], rows[:20], macs_per_container=1000)
-    assert first[0] == (8, 8, 12, 12, 16) and 1 < len(first) <= search.MAX_CONTAINERS
+    assert first[0] == LARGEST and 1 < len(first) <= search.MAX_CONTAINERS
     again = search.add_containers(SPACE, first, rows[:20], macs_per_container=1000)
     assert again == first
     assert search.add_containers(SPACE, [], rows[:20], macs_per_container=1e12) == first[:1]
-    for container in first:
-        assert all(
-            width % (full // 4) == 0 for width, full in zip(container, first[0], strict=True)
-        )
+    assert not np.any(np.array(first) % (np.array(LARGEST) // 4))
 
 
 # --- the command -----------------------------------------------------------------------------
 
 
-def load_config():
-    module_spec = importlib.util.spec_from_file_location("digits", ROOT / "configs" / "digits.py")
-    digits = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(digits)
-    return digits.get_config("smoke").to_dict()
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A work directory with an INR of random values; what training leaves besides is not needed."""
-    path = tmp_path_factory.mktemp("search") / "run"
-    path.mkdir()
-    config = load_config()
-    config["network"]["depth"] = 20
-    (path / "config.json").write_text(json.dumps(config))
-    family = lab.from_config(config, data.load_dataset("digits")).hypernetwork
-
-    def init(key):
-        return hyper.init(key, family, resnet.init_params(key, family.spec))
-
-    shapes = jax.eval_shape(init, jax.random.key(0, impl="unsafe_rbg"))
-    rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
-    checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
-    return path
-
-
-def call(*args):
-    """(exit status, standard output, standard error) of the command."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [search.__file__, *map(str, args)])
-        patch.setattr(lab, "quiet_logging", lambda: None)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                command_line.run(search.main)
-            except SystemExit as stop:
-                status = stop.code
-    return status, out.getvalue(), err.getvalue()
+    return write_workdir(tmp_path_factory.mktemp("search") / "run", depth=20)
 
 
 BUDGET = 200_000
 OPTIONS = ("--num_candidates=40", "--population=12", "--num_images=40")
 
 
-@contextlib.contextmanager
-def recording():
-    """The first image, the number of images and the networks of each call of evaluate_grid."""
+@pytest.fixture(scope="module")
+def finished(workdir, tmp_path_factory):
+    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted.
+
+    Of each call the first image, the number of images and the networks.
+    """
     evaluate_grid, calls = evaluation.evaluate_grid, []
 
     def record(hypernetwork, params, widths, images, *args, **options):
         calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
         return evaluate_grid(hypernetwork, params, widths, images, *args, **options)
 
+    folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "evaluate_grid", record)
-        yield calls
+        return folder, run(search, *arguments(workdir, folder)), calls
 
 
-@pytest.fixture
-def recorded():
-    with recording() as calls:
-        yield calls
+def arguments(workdir, out, *more, budget=f"--max_macs={BUDGET}"):
+    return (f"--workdir={workdir}", f"--out={out}", budget, *OPTIONS, *more)
 
 
-@pytest.fixture(scope="module")
-def finished(workdir, tmp_path_factory):
-    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("finished")
-    with recording() as calls:
-        return folder, run(workdir, folder), calls
-
-
-def run(workdir, out, *args):
-    status, printed, err = call(
-        f"--workdir={workdir}", f"--out={out}", f"--max_macs={BUDGET}", *OPTIONS, *args
-    )
-    assert status == 0, err
-    return printed
+def read(folder, name="best.json"):
+    return json.loads((folder / name).read_text())
 
 
 def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
-    out = tmp_path / "search"
-    arguments = (f"--workdir={workdir}", f"--out={out}", f"--max_macs={BUDGET}", *OPTIONS)
+    out, file = tmp_path / "search", tmp_path / "file"
     with lab.locked(out):
-        status, _, err = call(*arguments)
-    assert status == 2 and f"Another process is using {out}" in err and err.count("\n") == 1
+        assert_refuses(f"Another process is using {out}", search, *arguments(workdir, out))
     assert not (out / search.STATE_FILE).exists()
-    (tmp_path / "file").write_text("")
-    status, _, err = call(f"--out={tmp_path / 'file'}", *(a for a in arguments if "--out" not in a))
-    assert status == 2 and "must be writable, but File exists; choose another" in err
+    file.write_text("")
+    words = "must be writable, but File exists; choose another"
+    assert_refuses(words, search, *arguments(workdir, file))
 
 
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
@@ -390,7 +306,7 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     folder, printed, recorded = finished
     dataset = data.load_dataset("digits")
     tests = [call for call in recorded if call[0] == dataset.test_images[0].tobytes()]
-    best = json.loads((folder / "best.json").read_text())
+    best = read(folder)
     wanted = {tuple(best["widths"]), tuple(best["uniform"]["widths"])}
     assert len(tests) == 1 and set(tests[0][2]) == wanted
     assert tests[0][1] == len(dataset.test_images)
@@ -408,7 +324,7 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     assert best["validation_accuracy"] >= best["uniform"]["validation_accuracy"]
     for row in (best, best["uniform"]):
         assert f"test {100 * row['test_accuracy']:.2f} %" in printed
-    front = json.loads((folder / "pareto.json").read_text())
+    front = read(folder, "pareto.json")
     assert len(front["rows"]) == 40 and front["best"] == best["widths"]
     with (folder / "pareto.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
@@ -419,26 +335,20 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
 
 
 def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
-    workdir, tmp_path, finished, recorded
+    workdir, tmp_path, finished, monkeypatch
 ):
-    run(workdir, tmp_path, "--notest", "--time_limit=1e-9")
-    part = json.loads((tmp_path / "pareto.json").read_text())
-    assert len(part["rows"]) < 40
-    printed = run(workdir, tmp_path, "--notest")
-    assert f"continuing after {len(part['rows'])} candidates" in printed
-
-    def candidates(folder):
-        rows = json.loads((folder / "pareto.json").read_text())["rows"]
-        return [(row["widths"], row["accuracy"], row["generation"]) for row in rows]
-
-    assert candidates(tmp_path) == candidates(finished[0])
-    best, wanted = (
-        json.loads((path / "best.json").read_text()) for path in (tmp_path, finished[0])
-    )
-    assert best["widths"] == wanted["widths"] and "test_accuracy" not in best
-    recorded.clear()
-    run(workdir, tmp_path, "--notest")
-    assert recorded == []
+    args = arguments(workdir, tmp_path, "--notest")
+    run(search, *args, "--time_limit=1e-9")
+    part = len(read(tmp_path, "pareto.json")["rows"])
+    assert part < 40
+    assert f"continuing after {part} candidates" in run(search, *args)
+    found, wanted = (read(folder, "pareto.json")["rows"] for folder in (tmp_path, finished[0]))
+    for name in ("widths", "accuracy", "generation"):
+        assert [row[name] for row in found] == [row[name] for row in wanted]
+    best = read(tmp_path)
+    assert best["widths"] == read(finished[0])["widths"] and "test_accuracy" not in best
+    monkeypatch.setattr(evaluation, "evaluate_grid", None)
+    run(search, *args)
 
 
 def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
@@ -446,9 +356,7 @@ def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "evaluate_grid", interrupted)
-    status, _, err = call(
-        f"--workdir={workdir}", f"--out={tmp_path}", f"--max_macs={BUDGET}", *OPTIONS
-    )
+    status, _, err = call(search, *arguments(workdir, tmp_path))
     assert status == command_line.INTERRUPTED
     assert "stopped after 0 candidates; the same command continues" in err
 
@@ -466,16 +374,18 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
         return measure(widths, batch=4, dtype="float32")
 
     limit = (latency(0.5) + latency(1.0)) / 2
-    options = (f"--workdir={workdir}", "--latency_batch=4", "--notest", *OPTIONS)
-    status, _, err = call(*options, f"--out={tmp_path}", f"--max_latency_ms={limit}")
-    assert status == 0, err
-    best = json.loads((tmp_path / "best.json").read_text())
+
+    def args(out, limit):
+        budget, more = f"--max_latency_ms={limit}", ("--latency_batch=4", "--notest")
+        return arguments(workdir, out, *more, budget=budget)
+
+    run(search, *args(tmp_path, limit))
+    best = read(tmp_path)
     dense = morph(family.spec, family.blocks, best["widths"])
     assert best["latency_ms"] == pytest.approx(measure(dense, batch=4, dtype="float32"), abs=1e-3)
     assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
-    status, _, err = call(*options, f"--out={tmp_path / 'b'}", "--max_latency_ms=0.1")
-    assert status == 2 and err.count("\n") == 1
-    assert f"{latency(0.5):.3f} to {latency(1.0):.3f}" in err
+    words = f"{latency(0.5):.3f} to {latency(1.0):.3f}"
+    assert_refuses(words, search, *args(tmp_path / "b", 0.1))
 
 
 def test_a_measured_latency_is_a_time():
@@ -501,22 +411,18 @@ def test_a_measured_latency_is_a_time():
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
     monkeypatch.setattr(evaluation, "evaluate_grid", None)
-    status, _, err = call(f"--workdir={workdir}", f"--out={tmp_path}", *args)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert shown in err
+    assert_refuses(shown, search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
 
 
 def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path):
-    settings = {"max_macs": 1.0, "seed": 0}
+    settings, path = {"max_macs": 1.0, "seed": 0}, tmp_path / "candidates.json"
     record = search.Record(settings, [Candidate((1, 2), 0.5, 0)], validation={(1, 2): 0.25})
-    record.write(tmp_path / "candidates.json")
-    assert search.read_record(tmp_path / "candidates.json", settings) == record
-    with pytest.raises(UsageError, match=r"seed \(saved 0, given 1\)") as error:
-        search.read_record(tmp_path / "candidates.json", {**settings, "seed": 1})
-    assert is_one_sentence(error)
-    status, _, err = call(f"--workdir={workdir}", f"--out={tmp_path}", "--max_macs=3e5")
-    assert status == 2 and "max_macs (saved 1.0, given 300000.0)" in err
-    (tmp_path / "candidates.json").write_text('{"archive": 3')
-    with pytest.raises(UsageError, match="damaged; remove it") as error:
-        search.read_record(tmp_path / "candidates.json", settings)
-    assert is_one_sentence(error)
+    record.write(path)
+    assert search.read_record(path, settings) == record
+    with refused(r"seed \(saved 0, given 1\)", UsageError):
+        search.read_record(path, {**settings, "seed": 1})
+    words = f"max_macs (saved 1.0, given {BUDGET}.0)"
+    assert_refuses(words, search, *arguments(workdir, tmp_path))
+    path.write_text('{"archive": 3')
+    with refused("damaged; remove it", UsageError):
+        search.read_record(path, settings)

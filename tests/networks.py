@@ -1,0 +1,153 @@
+"""Small networks at random, refusals and commands: what the tests of several modules share."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from neumeta_jax import (
+    checkpoint,
+    command_line,
+    data,
+    experiment as lab,
+    export,
+    hypernetwork as hyper,
+    resnet,
+)
+from neumeta_jax.architecture import ResNetSpec
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SPECS = {
+    "projection": ResNetSpec((4, 6, 8), (3, 0, 6, 5, 2, 7), num_classes=5, image_size=8),
+    # Odd sizes and odd numbers of added channels, where sides could be mixed up.
+    "pad": ResNetSpec((3, 4, 7), (2, 3, 4), 4, image_size=9, channels=2, shortcut="pad"),
+}
+both_shortcuts = pytest.mark.parametrize("name", SPECS)
+no_litert = pytest.mark.skipif(
+    not importlib.util.find_spec("ai_edge_litert"), reason="ai-edge-litert is not installed"
+)
+
+
+def random_params(spec, seed=0):
+    """Every weight at random, biases included, with scales that differ between channels."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape):
+        values = rng.normal(size=shape) * (2 / np.prod(shape[:-1])) ** 0.5
+        return (values * rng.uniform(0.3, 1.5, shape[-1])).astype(np.float32)
+
+    return jax.tree.map(leaf, resnet.param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def random_pixels(spec, number, seed=0):
+    shape = (number, spec.image_size, spec.image_size, spec.channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def random_inr(family, *, seed, scale):
+    """The parameters of INRs, all of them at random."""
+
+    def init(key):
+        return hyper.init(key, family, resnet.init_params(key, family.spec))
+
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: rng.normal(size=x.shape, scale=scale).astype("f4"), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(spec, params, images):
+    return resnet.apply(spec, params, images)
+
+
+class Network(NamedTuple):
+    """A network, what it is given and what it answers."""
+
+    spec: ResNetSpec
+    params: Any
+    normalization: export.Normalization
+    pixels: np.ndarray
+    images: np.ndarray  # the pixels normalised
+    logits: np.ndarray
+
+
+@functools.cache
+def network(name):
+    """That of `SPECS` at random."""
+    spec, rng = SPECS[name], np.random.default_rng(1)
+    params, pixels = random_params(spec), random_pixels(spec, 12)
+    mean, std = rng.uniform(0.2, 0.6, (2, spec.channels)).round(3).tolist()
+    normalization = export.Normalization(tuple(mean), tuple(std))
+    images = np.asarray(data.normalize(jax.numpy.asarray(pixels), *normalization))
+    logits = np.asarray(logits_of(spec, params, images))
+    return Network(spec, params, normalization, pixels, images, logits)
+
+
+def assert_same_logits(found, wanted):
+    assert found.dtype == np.float32 and found.shape == wanted.shape
+    assert export.compare(found, np.asarray(wanted)).error < 1e-5
+
+
+@contextlib.contextmanager
+def refused(words, error=ValueError):
+    """Expects of its body an `error` whose message is one sentence that matches `words`."""
+    with pytest.raises(error, match=words) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and ". " not in message and message.endswith(".")
+
+
+def load_module(path):
+    """The module of a Python file, `path` from the root of the repository."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_workdir(path, *, depth):
+    """A work directory of the digits with an INR at random; no more of what training leaves."""
+    path.mkdir()
+    config = load_module("configs/digits.py").get_config("smoke").to_dict()
+    config["network"]["depth"] = depth
+    (path / "config.json").write_text(json.dumps(config))
+    family = lab.from_config(config, data.load_dataset("digits")).hypernetwork
+    params = random_inr(family, seed=3, scale=0.4)
+    checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
+    return path
+
+
+def call(module, *args):
+    """(exit status, standard output, standard error) of the command that a module is."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__file__, *map(str, args)])
+        patch.setattr(lab, "quiet_logging", lambda: None)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                command_line.run(module.main)
+            except SystemExit as stop:
+                status = stop.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def run(module, *args):
+    """What a command prints that does what it should."""
+    status, out, err = call(module, *args)
+    assert status == 0, err
+    return out
+
+
+def assert_refuses(words, module, *args):
+    """That a command ends with one line that holds `words`."""
+    status, _, err = call(module, *args)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert words in err, err
