@@ -151,8 +151,9 @@ def make_space(
 
 
 def _nearest(choices: Sequence[int], width: int) -> int:
-    """Of two as near the larger."""
-    return min(choices, key=lambda choice: (abs(choice - width), -choice))
+    """The choice that skips no block, if there is one; of two as near the larger."""
+    wide = [choice for choice in choices if choice] or choices
+    return min(wide, key=lambda choice: (abs(choice - width), -choice))
 
 
 def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
@@ -171,7 +172,7 @@ def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
     for ratio in sorted({low, high} | {step for step in steps if low < step < high}):
         widths = architecture.widths_at(space.spec, space.blocks, ratio)
         pairs = zip(space.choices, widths, strict=True)
-        found[tuple(_nearest([c for c in choices if c], width) for choices, width in pairs)] = None
+        found[tuple(_nearest(choices, width) for choices, width in pairs)] = None
     return list(found)
 
 
@@ -184,7 +185,9 @@ def shallow_networks(
     """
     stages = [space.spec.blocks[n].stage for n in space.blocks]
     skippable = collections.Counter(
-        stage for stage, choices in zip(stages, space.choices, strict=True) if choices[0] == 0
+        stage
+        for stage, choices in zip(stages, space.choices, strict=True)
+        if choices[0] == 0 and len(choices) > 1
     )
     macs = count_cost(space, "macs", None)
     found = []
@@ -193,6 +196,7 @@ def shallow_networks(
             architecture.without_last(space.spec, space.blocks, widths, number)
             for widths in uniform
         )
+        shorter = [row for row in shorter if all(map(tuple.__contains__, space.choices, row))]
         fitting = [widths for widths in shorter if _fits(space, costs, widths)]
         fitting.sort(key=lambda widths: -macs.total(space.genes(widths)))
         found += fitting[:NUM_SHALLOW]

@@ -75,6 +75,19 @@ def test_a_space_holds_every_width_of_the_range_or_its_multiples():
         assert space.choices[0] == wanted
 
 
+def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_costs():
+    space = DEEP.without((0, 3))
+    assert space.choices[0] == space.choices[3] == (0,) and space.choices[1] == DEEP.choices[1]
+    rows = search.uniform_networks(space, **RANGE)
+    assert rows and all(row[0] == row[3] == 0 < min(row[1], row[2], row[4]) for row in rows)
+    shallow = search.shallow_networks(space, costs(space), rows)
+    assert shallow and all(row[0] == row[3] == 0 for row in shallow)
+    plain = SPACE.without((0, 3))
+    assert search.shallow_networks(plain, costs(plain), rows) == []
+    cost = search.count_cost(space, "macs", None).total(space.genes(rows[-1]))
+    assert cost == morph(SPEC, BLOCKS, rows[-1]).num_macs
+
+
 @pytest.mark.parametrize(
     "options, match",
     [
