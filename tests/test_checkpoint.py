@@ -104,11 +104,10 @@ def test_files_that_are_truncated_or_of_another_program_or_not_there_are_refused
 # --- trained INRs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "inr",
-    [PerTensorMLP(4, 1, 1, noise_scale=0.5, noise_per="channel"), Grid(3, "nested", 0.25)],
-    ids=["mlp", "grid"],
-)
+MLP = PerTensorMLP(4, 1, 1, noise_scale=0.5, noise_per="channel")
+
+
+@pytest.mark.parametrize("inr", [MLP, Grid(3, "nested", 0.25)], ids=["mlp", "grid"])
 def test_a_saved_inr_generates_the_same_networks_bit_for_bit(tmp_path, inr):
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
     family = Hypernetwork(spec, generated_blocks(spec), inr)

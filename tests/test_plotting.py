@@ -156,14 +156,8 @@ def test_default_entries_differ_and_lie_within_the_kernel():
 
 def test_the_heat_map_of_width_and_depth_has_its_networks_in_its_csv(tmp_path):
     rows = [
-        {
-            "num_layers": layers,
-            "width_ratio": ratio,
-            "widths": [3, 0],
-            "num_macs": 1000 * layers,
-            "accuracy": ratio / 2,
-            "trained": layers == 20,
-        }
+        {"num_layers": layers, "width_ratio": ratio, "widths": [3, 0], "num_macs": 1000 * layers}
+        | {"accuracy": ratio / 2, "trained": layers == 20}
         for layers in (20, 14)
         for ratio in (1.0, 0.5)
     ]

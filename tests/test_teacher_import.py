@@ -4,7 +4,6 @@ No PyTorch is needed: the checkpoints are written here, with stand-ins under PyT
 """
 
 import collections
-import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -38,17 +37,6 @@ PLACES |= dict.fromkeys(["_rebuild_tensor_v2", "_rebuild_parameter"], "torch._ut
 STAND_INS = {name: type(name, (), {"__module__": module}) for name, module in PLACES.items()}
 
 
-@contextlib.contextmanager
-def fake_torch():
-    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    vars(torch).update(STAND_INS, _utils=utils)
-    vars(utils).update(STAND_INS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "torch", torch)
-        patch.setitem(sys.modules, "torch._utils", utils)
-        yield
-
-
 @dataclasses.dataclass(eq=False)
 class Storage:
     data: np.ndarray
@@ -66,10 +54,6 @@ def tensor(array):
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     strides = tuple(stride // array.itemsize for stride in array.strides)
     return rebuilt(Storage(array.reshape(-1)), 0, array.shape, strides)
-
-
-def parameter(array):
-    return Call(STAND_INS["_rebuild_parameter"], tensor(array), True, collections.OrderedDict())
 
 
 class _Pickler(pickle.Pickler):
@@ -107,8 +91,10 @@ def legacy_bytes(payload, storages=(), version=None):
 
 def torch_bytes(obj, *, legacy=False, protocol=2):
     stream = io.BytesIO()
-    with fake_torch():
-        pickler = _Pickler(stream, protocol, legacy)
+    pickler = _Pickler(stream, protocol, legacy)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("torch", "torch._utils"):
+            patch.setitem(sys.modules, module, types.SimpleNamespace(**STAND_INS))
         pickler.dump(obj)
     write = legacy_bytes if legacy else zip_bytes
     return write(stream.getvalue(), list(pickler.storages))
@@ -267,7 +253,9 @@ def test_compressed_npz_files_are_read(tmp_path):
 
 @both_formats
 def test_entries_that_are_no_tensors_are_left_out_and_not_unpickled(tmp_path, legacy):
-    saved = {"fc.bias": parameter(np.ones(2)), "epoch": 3, "note": "x", 7: tensor(np.ones(1))}
+    parameter = (tensor(np.ones(2)), True, collections.OrderedDict())
+    saved = {"fc.bias": Call(STAND_INS["_rebuild_parameter"], *parameter)}
+    saved |= {"epoch": 3, "note": "x", 7: tensor(np.ones(1))}
     assert_equal(read(tmp_path, torch_bytes(saved, legacy=legacy)), {"fc.bias": np.ones(2)})
     marker = tmp_path / "marker"
     objects = np.array([Call(os.system, f"touch {marker}")], object)
@@ -342,10 +330,10 @@ def test_large_files_and_many_views_of_one_storage_do_not_fill_the_memory(tmp_pa
 # Hostile files
 
 
-def _stack_global(module, name, arguments=b")"):
+def _stack_global(module, name):
     """A pickle of protocol 4 that calls `module.name`; names may have dots there."""
     parts = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
-    return b"\x80\x04" + b"".join(parts) + b"\x93" + arguments + b"R."
+    return b"\x80\x04" + b"".join(parts) + b"\x93)R."
 
 
 def doubled(times):
@@ -398,10 +386,8 @@ def hostile_pickles(marker):
     }
 
 
-REASONS = {
-    "os.system": r"teacher\.pt wants to call \w+\.system .*state_dict",
-    "control characters": "wants to call",
-}
+REASONS = {"os.system": r"teacher\.pt wants to call \w+\.system .*state_dict"}
+REASONS["control characters"] = "wants to call"
 
 
 @both_formats
@@ -419,9 +405,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, attack, legacy):
 
 @pytest.mark.parametrize("attack", ["os.system", "eval", "inst", "obj", "open"])
 def test_the_hostile_pickles_would_run_elsewhere(tmp_path, attack):
-    marker = tmp_path / "marker"
-    result = pickle.loads(hostile_pickles(marker)[attack])
-    assert marker.exists()
+    result = pickle.loads(hostile_pickles(tmp_path / "marker")[attack])
+    assert (tmp_path / "marker").exists()
     if hasattr(result, "close"):
         result.close()
 
@@ -468,7 +453,7 @@ def test_tensors_outside_their_storage_are_refused(tmp_path, legacy, offset, sha
 @both_formats
 @pytest.mark.parametrize("claimed", [5, 7, 10**12, -6, "6", 6.0])
 def test_storages_of_another_size_than_claimed_are_refused(tmp_path, legacy, claimed):
-    storage = Storage(np.arange(6, dtype="f4"), claimed=claimed)
+    storage = Storage(np.arange(6, dtype="f4"), claimed)
     with refused("truncated or corrupt"):
         read(tmp_path, torch_bytes({"fc.bias": rebuilt(storage, 0, (2,), (1,))}, legacy=legacy))
 
@@ -681,25 +666,22 @@ def cifar_images(shared):
     return ((images / 255 - mean) / std).astype(np.float32)
 
 
-TEACHERS = {20: "cifar100_resnet20.npz", 56: "cifar100_resnet56-f2eff4c8.pt"}
-
-
-@pytest.mark.parametrize("depth, num_params", [(20, 277_540), (56, 859_492)])
-def test_the_real_teachers_are_recognised(shared, depth, num_params):
-    spec, variables = teacher_import.load_teacher(shared / "weights" / TEACHERS[depth])
+@pytest.mark.parametrize(
+    "name, depth, num_params",
+    [("cifar100_resnet20.npz", 20, 277_540), ("cifar100_resnet56-f2eff4c8.pt", 56, 859_492)],
+)
+def test_the_real_teachers_are_recognised_and_give_the_logits_of_pytorch(
+    shared, request, name, depth, num_params
+):
+    spec, variables = teacher_import.load_teacher(shared / "weights" / name)
     assert spec == cifar_resnet(depth, num_classes=100)
     assert spec.num_params == num_params
     folded = resnet.fold_batch_norm(variables)
     assert sum(leaf.size for leaf in jax.tree.leaves(folded)) == num_params
-
-
-@pytest.mark.parametrize("depth", TEACHERS)
-def test_the_real_teachers_give_the_logits_of_pytorch(shared, cifar_images, depth):
-    spec, variables = teacher_import.load_teacher(shared / "weights" / TEACHERS[depth])
+    images = request.getfixturevalue("cifar_images")
     with np.load(shared / "weights" / "reference_logits.npz") as file:
         wanted = file[f"cifar100_resnet{depth}"][:32]
-    logits = jax.jit(resnet.ResNet(spec).apply)(variables, cifar_images)
+    logits = jax.jit(resnet.ResNet(spec).apply)(variables, images)
     np.testing.assert_allclose(logits, wanted, atol=1e-3)
-    folded = resnet.fold_batch_norm(variables)
-    logits = jax.jit(resnet.apply, static_argnums=0)(spec, folded, cifar_images)
+    logits = jax.jit(resnet.apply, static_argnums=0)(spec, folded, images)
     np.testing.assert_allclose(logits, wanted, atol=1e-3)
