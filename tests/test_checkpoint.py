@@ -49,13 +49,10 @@ def assert_holds(path):
     assert metadata == METADATA
 
 
-def test_a_saved_tree_comes_back_with_its_metadata(path):
+def test_a_saved_tree_comes_back_with_its_metadata_and_has_the_same_bytes_each_time(path):
+    """So that the digest that train.py prints tells whether two runs ended alike."""
     assert_holds(path)
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_same_tree_gives_the_same_bytes(path):
-    """So that the digest that train.py prints tells whether two runs ended alike."""
     content = path.read_bytes()
     for _ in range(7):
         checkpoint.save_tree(path, TREE, METADATA)
@@ -147,17 +144,15 @@ def state_of(value):
 TEMPLATE = jax.eval_shape(lambda: state_of(0))
 
 
-def checkpoints_in(folder):
-    """Checkpoints of steps 1 and 3."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    for step in (1, 3):
-        checkpoints.save(step, state_of(step))
-    return checkpoints
-
-
 @pytest.fixture
-def saved(tmp_path):
-    return checkpoints_in(tmp_path)
+def saved():
+    """Checkpoints of steps 1 and 3, in a folder that any user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder).chmod(0o755)
+        checkpoints = Checkpoints(pathlib.Path(folder) / "checkpoints")
+        for step in (1, 3):
+            checkpoints.save(step, state_of(step))
+        yield checkpoints
 
 
 def assert_restores(saved, step):
@@ -207,13 +202,9 @@ def test_the_newest_checkpoint_is_restored_and_runs_in_the_programs_of_a_fresh_o
     assert step._cache_size() == 1
 
 
-def test_nothing_saved_is_none(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "new")
-    assert checkpoints.steps() == []
-    assert checkpoints.restore(TEMPLATE) is None
-
-
-def test_only_the_newest_are_kept_and_complete_when_the_call_returns(saved):
+def test_only_the_newest_are_kept_and_complete_when_the_call_returns(saved, tmp_path):
+    nothing = Checkpoints(tmp_path / "new")
+    assert nothing.steps() == [] and nothing.restore(TEMPLATE) is None
     saved.save(4, state_of(4))
     state = state_of(10)
     saved.save(10, state)
@@ -327,19 +318,16 @@ def read_only(folder):
 
 
 @pytest.mark.parametrize("fault", ["File too large", "Permission denied"])
-def test_a_save_on_a_full_or_read_only_disk_says_so_and_keeps_the_last_checkpoint(fault):
-    with tempfile.TemporaryDirectory() as folder:
-        pathlib.Path(folder).chmod(0o755)
-        saved = checkpoints_in(pathlib.Path(folder))
-        disk = no_file_beyond(200) if "large" in fault else read_only(saved.directory)
-        words = saved.directory / "5", "the checkpoint of step 3 is kept"
-        with disk, refused(fault, *words, error=storage.StorageError):
-            saved.save(5, state_of(5))
-        assert saved.steps() == [1, 3]
-        assert_restores(saved, 3)
-        saved.save(5, state_of(5))  # once there is room
-        assert_restores(saved, 5)
-        assert not list(saved.directory.glob("*tmp*"))
+def test_a_save_on_a_full_or_read_only_disk_says_so_and_keeps_the_last_checkpoint(saved, fault):
+    disk = no_file_beyond(200) if "large" in fault else read_only(saved.directory)
+    words = saved.directory / "5", "the checkpoint of step 3 is kept"
+    with disk, refused(fault, *words, error=storage.StorageError):
+        saved.save(5, state_of(5))
+    assert saved.steps() == [1, 3]
+    assert_restores(saved, 3)
+    saved.save(5, state_of(5))  # once there is room
+    assert_restores(saved, 5)
+    assert not list(saved.directory.glob("*tmp*"))
 
 
 @pytest.mark.parametrize("size", [0, 100])

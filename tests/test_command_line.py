@@ -1,5 +1,6 @@
 import pathlib
 import re
+import shlex
 import sys
 
 import numpy as np
@@ -58,10 +59,6 @@ def parse(*args, config_required=True):
     return command_line.parse(["train.py", *args], FLAGS, config_required=config_required)
 
 
-def config_with(*args):
-    return parse("--config=configs/a.py", *args)[0]
-
-
 def refusal(*args, **options):
     """The message of the UsageError; one line, as the user will see it."""
     with pytest.raises(UsageError) as error:
@@ -74,7 +71,7 @@ def refusal(*args, **options):
 # --- the config file -------------------------------------------------------------------------
 
 
-def test_a_config_comes_as_plain_values_and_flags_beside_it():
+def test_a_config_comes_as_plain_values_perhaps_of_a_preset_and_flags_beside_it():
     config, options = parse("--config=configs/a.py", "--workdir=x")
     assert config == {
         "seed": 0,
@@ -85,9 +82,6 @@ def test_a_config_comes_as_plain_values_and_flags_beside_it():
     }
     assert type(config["train"]) is dict
     assert (options.workdir, options.dry_run) == ("x", False)
-
-
-def test_a_preset_follows_a_colon():
     assert parse("--config=configs/a.py:small")[0]["seed"] == 1
     assert parse("--config", "configs/a.py:small")[0]["seed"] == 1
 
@@ -154,7 +148,7 @@ def test_an_unknown_preset_is_one_line_wherever_the_config_file_lies(folder, cap
         ("--config.data.mean=0.1,0.2", (0.1, 0.2)),
         ("--config.name mnist", "mnist"),
         ("--config.name=", ""),
-        ("--config.name=/a=c,d", "/a=c,d"),
+        ("--config.name='/a b=c,d'", "/a b=c,d"),
         ("--config.smooth=false", False),
         ("--config.smooth=False", False),
         ("--config.smooth=0", False),
@@ -164,25 +158,20 @@ def test_an_unknown_preset_is_one_line_wherever_the_config_file_lies(folder, cap
     ],
 )
 def test_an_override_has_the_type_of_its_field(given, wanted):
-    got = config_with(*given.split())
+    got = parse("--config=configs/a.py", *shlex.split(given))[0]
     for key in re.split("[ =]", given)[0].split(".")[1:]:
         got = got[key]
     assert got == wanted and type(got) is type(wanted)
 
 
-def test_a_string_may_hold_spaces():
-    assert config_with("--config.name=/a b=c,d")["name"] == "/a b=c,d"
+INTEGERS = [("steps", text) for text in ("1.5", "1e-1", "x", "", "nan", "inf", "1_0.5")]
 
 
-@pytest.mark.parametrize("value", ["1.5", "1e-1", "x", "", "nan", "inf", "1_0.5"])
-def test_what_is_no_integer_is_refused(value):
-    message = refusal("--config=configs/a.py", f"--config.train.steps={value}")
-    assert message == f"--config.train.steps must be an integer, got {value!r}."
-
-
-def test_what_is_no_number_is_refused():
-    message = refusal("--config=configs/a.py", "--config.train.learning_rate=fast")
-    assert message == "--config.train.learning_rate must be a number, got 'fast'."
+@pytest.mark.parametrize("field, value", [*INTEGERS, ("learning_rate", "fast")])
+def test_what_is_no_number_is_refused(field, value):
+    kind = "an integer" if field == "steps" else "a number"
+    message = refusal("--config=configs/a.py", f"--config.train.{field}={value}")
+    assert message == f"--config.train.{field} must be {kind}, got {value!r}."
 
 
 @pytest.mark.parametrize(
@@ -242,6 +231,7 @@ def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, mo
     assert run(UsageError("first\n  second"), capsys) == (2, "error: first second\n")
     stop = command_line.Interrupted("stopped at step 3")
     assert run(stop, capsys) == (75, "stopped at step 3\n")
+    assert command_line.run(lambda argv: None, ["train.py"]) is None
     monkeypatch.setattr(sys, "argv", [__file__])
     assert run(ValueError("so\nnot"), capsys) == (2, "error: so not\n")
 
@@ -260,7 +250,3 @@ def test_errors_of_other_libraries_keep_their_traceback(foreign, capsys):
     with pytest.raises((ValueError, OSError, KeyError)):
         command_line.run(lambda argv: foreign(), ["train.py"])
     assert capsys.readouterr().err == ""
-
-
-def test_a_program_that_succeeds_exits_by_itself():
-    assert command_line.run(lambda argv: None, ["train.py"]) is None

@@ -55,9 +55,7 @@ def test_published_results_are_fractions_of_the_networks_compared_and_have_their
     sizes = {(s.dataset, s.depth): s.num_macs for s in published.SINGLES}
     assert round(sizes["cifar100", 20] / 1e6, 2) == 40.82
     assert round(sizes["cifar10", 56] / 1e6, 2) == 125.75
-
-
-def test_both_sources_agree_on_the_individually_trained_resnet56():
+    # Both sources agree on the individually trained ResNet56.
     (single,) = [s for s in published.SINGLES if (s.dataset, s.depth) == ("cifar100", 56)]
     curve = published.CURVES[0]
     assert (single.num_macs, single.accuracy) == (curve.num_macs[0], curve.accuracies[0])
@@ -114,9 +112,7 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy):
     plotting.plot_sweep(path, rows, title="x", **options)
     lines = written(path, "series width_ratio num_macs accuracy trained")
     found = [(e["series"], float(e["width_ratio"]), float(e["accuracy"])) for e in lines]
-    generated = [
-        ("generated", row.width_ratio, row.accuracy) for row in (rows[1], rows[2], rows[0])
-    ]
+    generated = [("generated", rows[n].width_ratio, rows[n].accuracy) for n in (1, 2, 0)]
     teacher = [("teacher", 1.0, 0.71)] if teacher_accuracy else []
     assert sorted(found) == sorted(generated + teacher)
     assert [point for point in found if point[0] == "generated"] == generated

@@ -178,16 +178,11 @@ def test_every_format_reads_to_the_same_arrays_and_the_same_teacher(tmp_path, na
     chex.assert_trees_all_equal(variables, teacher_import.to_variables(SPEC, tensors))
 
 
+WAYS = list(zip((".pt", ".pth", ".th", ".PT"), range(2, 6), teacher_import._WRAPPERS, strict=True))
+
+
 @both_formats
-@pytest.mark.parametrize(
-    "suffix, protocol, wrapper",
-    [
-        (".pt", 2, "state_dict"),
-        (".pth", 3, "model_state_dict"),
-        (".th", 4, "model"),
-        (".PT", 5, "net"),
-    ],
-)
+@pytest.mark.parametrize("suffix, protocol, wrapper", WAYS)
 def test_pytorch_files_are_read_whatever_their_suffix_protocol_and_wrapper(
     tmp_path, legacy, suffix, protocol, wrapper
 ):
@@ -238,17 +233,14 @@ def test_half_and_bfloat16_read_as_float32(tmp_path, name):
     assert_equal(read(tmp_path, content, name), {"half": HALVES, "brain": HALVES})
 
 
-def test_npz_arrays_of_any_layout_read_to_native_contiguous_ones(tmp_path):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_arrays_of_any_layout_read_to_native_contiguous_ones(tmp_path, save):
     array = np.arange(6, dtype="f4").reshape(2, 3)
+    same = teacher_tensors(SPEC) | {"ones": np.ones(50_000, "f4")}
     stored = {"big": array.astype(">f4"), "fortran": np.asfortranarray(array)}
-    content = npz_bytes(stored | {"half": HALVES.astype("f2")})
-    wanted = {"big": array, "fortran": array, "half": HALVES}
+    content = npz_bytes(same | stored | {"half": HALVES.astype("f2")}, save)
+    wanted = same | {"big": array, "fortran": array, "half": HALVES}
     assert_equal(read(tmp_path, content, "teacher.npz"), wanted)
-
-
-def test_compressed_npz_files_are_read(tmp_path):
-    tensors = teacher_tensors(SPEC) | {"ones": np.ones(50_000, "f4")}
-    assert_equal(read(tmp_path, npz_bytes(tensors, np.savez_compressed), "teacher.npz"), tensors)
 
 
 @both_formats
@@ -517,19 +509,18 @@ def test_truncated_files_are_refused(tmp_path, name):
 # From tensors to networks
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        SPEC,
-        dataclasses.replace(SPEC, shortcut="pad"),
-        cifar_resnet(20, num_classes=10, stage_widths=(2, 3, 4)),
-        dataclasses.replace(SPEC, channels=1),
-        ResNetSpec((4, 6, 8), (3, 5, 2, 7, 1, 9), num_classes=3),
-        ResNetSpec((4, 6, 8), (3, 0, 5, 2, 0, 7, 1, 9, 0), num_classes=3),
-        ResNetSpec((4, 6, 8), (0, 3, 5, 0, 7, 1), num_classes=3, shortcut="pad"),
-    ],
-    ids=["projection", "pad", "deep", "gray", "pruned", "morphed", "skipped"],
-)
+SPECS = {
+    "projection": SPEC,
+    "pad": dataclasses.replace(SPEC, shortcut="pad"),
+    "deep": cifar_resnet(20, num_classes=10, stage_widths=(2, 3, 4)),
+    "gray": dataclasses.replace(SPEC, channels=1),
+    "pruned": ResNetSpec((4, 6, 8), (3, 5, 2, 7, 1, 9), num_classes=3),
+    "morphed": ResNetSpec((4, 6, 8), (3, 0, 5, 2, 0, 7, 1, 9, 0), num_classes=3),
+    "skipped": ResNetSpec((4, 6, 8), (0, 3, 5, 0, 7, 1), num_classes=3, shortcut="pad"),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_tensors_tell_their_spec_and_become_the_tree_of_its_linen_network(spec):
     tensors = teacher_tensors(spec)
     assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
@@ -582,16 +573,6 @@ def changed_tensors(change):
         *[({name: np.ones((1, 1, 3, 3))}, name) for name in LAST_NAMES],
         *[({f"{n}.weight": None}, f"{n}.weight of . dimensions.*none") for n in NEEDED_NAMES],
         ({"conv1.weight": np.ones(4)}, r"conv1\.weight of 4 dim.*shape \(4,\)"),
-    ],
-)
-def test_infer_spec_refuses_other_networks(change, match):
-    with refused(match):
-        teacher_import.infer_spec(changed_tensors(change))
-
-
-@pytest.mark.parametrize(
-    "change, match",
-    [
         ({"layer2.0.bn1.running_var": None}, r"layer2\.0\.bn1\.running_var of shape \(6,\), but"),
         ({"layer3.0.downsample.0.weight": None}, r"3\.0\.downsample\.0\.weight .*\(8, 6, 1, 1\)"),
         (
@@ -610,9 +591,11 @@ def test_infer_spec_refuses_other_networks(change, match):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(change, match):
+def test_other_networks_and_tensors_that_do_not_fit_are_named(change, match):
+    tensors = changed_tensors(change)
     with refused(match):
-        teacher_import.to_variables(SPEC, changed_tensors(change))
+        teacher_import.infer_spec(tensors)
+        teacher_import.to_variables(SPEC, tensors)
 
 
 def test_many_missing_or_superfluous_tensors_are_counted():
