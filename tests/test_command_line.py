@@ -9,28 +9,21 @@ import pytest
 from neumeta_jax import architecture, command_line
 from neumeta_jax.command_line import UsageError
 
-CONFIG = """
+VALUES = {
+    "seed": 0,
+    "name": "digits",
+    "smooth": True,
+    "train": {"steps": 5, "learning_rate": 1e-3, "widths": (4, 6, 8)},
+    "data": {"mean": (), "ratios": (1.0, 0.5)},
+}
+CONFIG = f"""
 from ml_collections import ConfigDict
-
 
 def get_config(preset=""):
     if preset not in ("", "small"):
-        raise ValueError(f"There is the preset 'small', got {preset!r}.")
-    config = ConfigDict()
-    config.seed = 1 if preset else 0
-    config.name = "digits"
-    config.smooth = True
-    config.train = ConfigDict()
-    config.train.steps = 5
-    config.train.learning_rate = 1e-3
-    config.train.widths = (4, 6, 8)
-    config.data = ConfigDict()
-    config.data.mean = ()
-    config.data.ratios = (1.0, 0.5)
-    return config
+        raise ValueError(f"There is the preset 'small', got {{preset!r}}.")
+    return ConfigDict({VALUES} | {{"seed": int(preset == "small")}})
 """
-
-
 FILES = {
     "a.py": CONFIG,
     "b.py": CONFIG,
@@ -73,13 +66,7 @@ def refusal(*args, **options):
 
 def test_a_config_comes_as_plain_values_perhaps_of_a_preset_and_flags_beside_it():
     config, options = parse("--config=configs/a.py", "--workdir=x")
-    assert config == {
-        "seed": 0,
-        "name": "digits",
-        "smooth": True,
-        "train": {"steps": 5, "learning_rate": 1e-3, "widths": (4, 6, 8)},
-        "data": {"mean": (), "ratios": (1.0, 0.5)},
-    }
+    assert config == VALUES
     assert type(config["train"]) is dict
     assert (options.workdir, options.dry_run) == ("x", False)
     assert parse("--config=configs/a.py:small")[0]["seed"] == 1
@@ -193,9 +180,6 @@ def test_an_unknown_field_suggests_the_one_that_was_meant(given, suggested):
     assert hint in message if suggested else "did you mean" not in message
 
 
-# --- flags -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["--config=configs/a.py", "--help"]])
 @pytest.mark.parametrize("config_required", [True, False])
 def test_help_lists_the_flags_with_and_without_a_config(capsys, args, config_required):
@@ -236,17 +220,13 @@ def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, mo
     assert run(ValueError("so\nnot"), capsys) == (2, "error: so not\n")
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    [
-        lambda: np.zeros(3).reshape(2, 2),
-        lambda: np.linalg.cholesky(-np.eye(2)),
-        lambda: pathlib.Path("nowhere").read_text(),
-        lambda: {}["x"],
-    ],
-    ids=["ValueError", "LinAlgError", "FileNotFoundError", "KeyError"],
-)
-def test_errors_of_other_libraries_keep_their_traceback(foreign, capsys):
-    with pytest.raises((ValueError, OSError, KeyError)):
-        command_line.run(lambda argv: foreign(), ["train.py"])
-    assert capsys.readouterr().err == ""
+def test_errors_of_other_libraries_keep_their_traceback(capsys):
+    for foreign, error in [
+        (lambda: np.zeros(3).reshape(2, 2), ValueError),
+        (lambda: np.linalg.cholesky(-np.eye(2)), np.linalg.LinAlgError),
+        (lambda: pathlib.Path("nowhere").read_text(), FileNotFoundError),
+        (lambda: {}["x"], KeyError),
+    ]:
+        with pytest.raises(error):
+            run(foreign, capsys)
+        assert capsys.readouterr().err == ""
