@@ -22,13 +22,11 @@ from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import Grid, PerTensorMLP
 
+RAMP = np.arange(24, dtype="float32").reshape(2, 3, 4)
 TREE = {
     "stem": {"kernel": np.arange(6, dtype="float32").reshape(2, 3), "bias": np.float32(0.5)},
     "head": {"fc": {"counts": np.array([1, -2], "int32"), "empty": np.zeros((0, 3), "float32")}},
-    "not contiguous": {
-        "transposed": np.arange(24, dtype="float32").reshape(2, 3, 4).transpose(2, 0, 1),
-        "strided": np.arange(24, dtype="float32").reshape(4, 6)[:, ::2],
-    },
+    "not contiguous": {"transposed": RAMP.transpose(2, 0, 1), "strided": RAMP[:, ::2]},
 }
 METADATA = {"list": [1, 2.5, None], "name": 'a "quoted" välue', "nested": {"x": True}}
 

@@ -98,15 +98,12 @@ def test_what_cannot_be_read_is_named_with_what_could(line, words):
     assert all(word in message for word in words), message
 
 
-def test_outside_a_project_the_message_says_where_to_look(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path / "configs")
-    message = refusal("--config=configs/a.py")
-    assert f"no config files in {tmp_path / 'configs' / 'configs'}" in message
-
-
-def test_where_a_config_is_optional_it_is_empty_and_has_no_overrides():
+def test_where_there_is_no_config_it_is_empty_or_looked_for(tmp_path, monkeypatch):
     assert parse("--workdir=x", config_required=False)[0] == {}
     assert "needs --config=FILE" in refusal("--config.seed=1", config_required=False)
+    monkeypatch.chdir(tmp_path / "configs")
+    there = tmp_path / "configs" / "configs"
+    assert f"no config files in {there}" in refusal("--config=configs/a.py")
 
 
 @pytest.mark.parametrize("folder", ["", "configs/"])

@@ -395,17 +395,15 @@ def test_random_programs_in_pickles_build_nothing(tmp_path, wrap):
 FEW = data_files.random_arrays(num_train=2, num_test=1)
 
 
-def loader(name):
-    """Loads the data set from a file, or from the folder of a file that is a part of it."""
-
-    def load(path):
-        whole = path.is_dir() or path.suffix == ".npz" or path.name.endswith(".tar.gz")
-        return data.load_dataset(name, data_dir=path if whole else path.parent)
-
-    return load
+def load_data(name, path):
+    """From a file, or from the folder of a file that is a part of it."""
+    whole = path.is_dir() or path.suffix == ".npz" or path.name.endswith(".tar.gz")
+    return data.load_dataset(name, data_dir=path if whole else path.parent)
 
 
-load_cifar100, load_npz = loader("cifar100"), loader("mine")
+load_cifar100, load_mnist, load_npz = (
+    functools.partial(load_data, name) for name in ("cifar100", "mnist", "mine")
+)
 
 
 @pytest.mark.parametrize("version", ["python", "binary"])
@@ -481,11 +479,11 @@ def test_damaged_idx_files_are_refused(tmp_path):
     arrays = data_files.random_arrays(size=4, channels=1, num_train=3, num_test=2)
     data_files.write_folder(tmp_path, data_files.idx_files(arrays))
     path = tmp_path / "train-images-idx3-ubyte"
-    good, load = path.read_bytes(), loader("mnist")
-    attempt_all("idx", load, path, damaged(good, 60, seed=18))
+    good = path.read_bytes()
+    attempt_all("idx", load_mnist, path, damaged(good, 60, seed=18))
     path.unlink()
     compressed = tmp_path / f"{path.name}.gz"
-    attempt_all("idx.gz", load, compressed, damaged(gzip.compress(good), 60, seed=19))
+    attempt_all("idx.gz", load_mnist, compressed, damaged(gzip.compress(good), 60, seed=19))
 
 
 NPZ = data_files.npz_of(data_files.random_arrays(size=4, num_train=3, num_test=2))

@@ -123,15 +123,15 @@ def test_a_page_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [{"widths": [1]}]}'])
-def test_a_damaged_latency_file_is_named(tmp_path, text):
+def test_a_damaged_latency_file_is_named(tmp_path):
     path = tmp_path / "latency.json"
     assert page.read_latency(path) is None
-    path.write_text(text)
-    with pytest.raises(command_line.UsageError, match="latency.json must be what python -m"):
-        page.read_latency(path)
     path.write_text(json.dumps(LATENCY))
     assert page.read_latency(path) == LATENCY
+    for text in ("{", "[]", '{"rows": [{"widths": [1]}]}'):
+        path.write_text(text)
+        with pytest.raises(command_line.UsageError, match="latency.json must be what python -m"):
+            page.read_latency(path)
 
 
 # --- in a browser ----------------------------------------------------------------------------

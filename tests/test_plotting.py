@@ -18,15 +18,6 @@ def made_up_row(spec, ratio):
     return GridRow(ratio, widths, small.num_params, small.num_macs, accuracy, 0.5 <= ratio <= 1)
 
 
-def made_up_slices():
-    """Hidden widths 2..6 of a block of full width 5, three output channels."""
-    widths = np.arange(2, 7)
-    kernels = np.random.default_rng(0).normal(size=(5, 3, 3, 6, 3)).astype("float32")
-    for kernel, width in zip(kernels, widths, strict=True):
-        kernel[:, :, width:] = np.nan
-    return WeightSlices("stage3_block1", 5, widths, kernels)
-
-
 def written(path, columns=""):
     """The lines of the CSV beside the PNG `path`; there is no other file."""
     assert sorted(path.parent.iterdir()) == [path.with_suffix(".csv"), path]
@@ -106,7 +97,11 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy):
 
 
 def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path):
-    slices = made_up_slices()
+    widths = np.arange(2, 7)  # of a block of full width 5
+    kernels = np.random.default_rng(0).normal(size=(5, 3, 3, 6, 3)).astype("float32")
+    for kernel, width in zip(kernels, widths, strict=True):
+        kernel[:, :, width:] = np.nan
+    slices = WeightSlices("stage3_block1", 5, widths, kernels)
     path = tmp_path / "weights.png"
     plotting.plot_weight_slices(path, slices, title="x", trained_range=(0.5, 1.0))
     lines = written(path, "block panel width out_channel hidden_channel tap value")
