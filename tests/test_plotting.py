@@ -11,98 +11,68 @@ RESNET20 = cifar_resnet(20, num_classes=100)
 RESNET56 = cifar_resnet(56, num_classes=100)
 
 
-def made_up_rows(spec, ratios):
-    blocks = generated_blocks(spec)
-    rows = []
-    for ratio in ratios:
-        widths = widths_at(spec, blocks, ratio)
-        small = morph(spec, blocks, widths)
-        accuracy = 0.7 - 0.5 * abs(ratio - 0.8) ** 1.5
-        trained = 0.5 <= ratio <= 1
-        rows.append(GridRow(ratio, widths, small.num_params, small.num_macs, accuracy, trained))
-    return rows
+def made_up_row(spec, ratio):
+    widths = widths_at(spec, generated_blocks(spec), ratio)
+    small = morph(spec, generated_blocks(spec), widths)
+    accuracy = 0.7 - 0.5 * abs(ratio - 0.8) ** 1.5
+    return GridRow(ratio, widths, small.num_params, small.num_macs, accuracy, 0.5 <= ratio <= 1)
 
 
-def made_up_slices():
-    """Hidden widths 2..6 of a block of full width 5, three output channels."""
-    widths = np.arange(2, 7)
-    kernels = np.random.default_rng(0).normal(size=(5, 3, 3, 6, 3)).astype("float32")
-    for kernel, width in zip(kernels, widths, strict=True):
-        kernel[:, :, width:] = np.nan
-    return WeightSlices("stage3_block1", 5, widths, kernels)
+def written(path, columns=""):
+    """The lines of the CSV beside the PNG `path`; there is no other file."""
+    assert sorted(path.parent.iterdir()) == [path.with_suffix(".csv"), path]
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with path.with_suffix(".csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert not columns or list(lines[0]) == columns.split()
+    return lines
 
 
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_written(tmp_path, name):
-    """A PNG and a CSV, and nothing else."""
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.csv", f"{name}.png"]
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-# --- published results -----------------------------------------------------------------------
-
-
-def test_published_multiply_adds_are_those_of_the_networks_compared():
+def test_published_results_are_fractions_of_the_networks_compared_and_have_their_source():
     for curve in published.CURVES:
-        found = [round(n / 1e6, 1) for n in curve.num_macs]
-        assert found == [125.8, 98.6, 71.5, 44.4]
+        assert [round(n / 1e6, 1) for n in curve.num_macs] == [125.8, 98.6, 71.5, 44.4]
         assert curve.width_ratios == (1.0, 0.75, 0.5, 0.25)
-    sizes = {(s.dataset, s.depth): s.num_macs for s in published.SINGLES}
-    assert round(sizes["cifar100", 20] / 1e6, 2) == 40.82
-    assert round(sizes["cifar10", 56] / 1e6, 2) == 125.75
-
-
-def test_every_published_accuracy_is_a_fraction_and_has_its_source():
-    for curve in published.CURVES:
         assert len(curve.accuracies) == len(curve.width_ratios)
         assert all(0.4 < a < 0.8 for a in curve.accuracies) and curve.source
     assert all(0.6 < s.accuracy < 0.95 and s.source for s in published.SINGLES)
-
-
-def test_both_sources_agree_on_the_individually_trained_resnet56():
+    sizes = {(s.dataset, s.depth): s.num_macs for s in published.SINGLES}
+    assert round(sizes["cifar100", 20] / 1e6, 2) == 40.82
+    assert round(sizes["cifar10", 56] / 1e6, 2) == 125.75
+    # Both sources agree on the individually trained ResNet56.
     (single,) = [s for s in published.SINGLES if (s.dataset, s.depth) == ("cifar100", 56)]
     curve = published.CURVES[0]
     assert (single.num_macs, single.accuracy) == (curve.num_macs[0], curve.accuracies[0])
 
 
-def test_a_run_is_compared_with_what_fits_it():
-    curves, singles = published.references("cifar100", RESNET56)
-    assert [c.name for c in curves] == [
-        "trained individually",
-        "HTTY",
-        "HTTY, 150 more epochs per block",
-        "NeuMeta, full network",
-    ]
-    assert singles == ()
-    curves, singles = published.references("cifar100", RESNET20)
-    assert curves == () and [s.accuracy for s in singles] == [0.6883]
-    curves, singles = published.references("cifar10", cifar_resnet(56, num_classes=10))
-    assert curves == () and [s.depth for s in singles] == [20, 32, 44, 56]
-    assert published.references("digits", RESNET20) == ((), ())
-    narrow = cifar_resnet(56, num_classes=100, stage_widths=(8, 16, 32))
-    assert published.references("cifar100", narrow) == ((), ())
+CURVES = "trained individually; HTTY; HTTY, 150 more epochs per block; NeuMeta, full network"
 
 
-# --- accuracy --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "dataset, spec, curves, depths",
+    [
+        ("cifar100", RESNET56, CURVES.split("; "), []),
+        ("cifar100", RESNET20, [], [20]),
+        ("cifar10", cifar_resnet(56, num_classes=10), [], [20, 32, 44, 56]),
+        ("digits", RESNET20, [], []),
+        ("cifar100", cifar_resnet(56, num_classes=100, stage_widths=(8, 16, 32)), [], []),
+    ],
+)
+def test_a_run_is_compared_with_what_fits_it(dataset, spec, curves, depths):
+    found_curves, found_singles = published.references(dataset, spec)
+    assert [curve.name for curve in found_curves] == curves
+    assert [single.depth for single in found_singles] == depths
+    if (dataset, depths) == ("cifar100", [20]):
+        assert found_singles[0].accuracy == 0.6883
 
 
-@pytest.mark.parametrize("spec, num_curves, num_singles", [(RESNET56, 4, 0), (RESNET20, 0, 1)])
-def test_accuracy_against_macs_has_the_run_and_the_published_results_in_its_csv(
-    tmp_path, spec, num_curves, num_singles
-):
-    rows = made_up_rows(spec, [1.25, 1.0, 0.5, 0.25])
+@pytest.mark.parametrize("spec, num_published", [(RESNET56, 4 * 4), (RESNET20, 1)])
+def test_accuracy_against_macs_has_all_its_results_in_its_csv(tmp_path, spec, num_published):
+    rows = [made_up_row(spec, ratio) for ratio in (1.25, 1.0, 0.5, 0.25)]
     curves, singles = published.references("cifar100", spec)
-    plotting.plot_against_macs(
-        tmp_path / "macs.png", rows, title="x", curves=curves, singles=singles
-    )
-    assert_written(tmp_path, "macs")
-    lines = read_csv(tmp_path / "macs.csv")
-    assert list(lines[0]) == ["name", "width_ratio", "num_macs", "accuracy", "trained", "source"]
-    assert len(lines) == 4 + 4 * num_curves + num_singles
+    path = tmp_path / "macs.png"
+    plotting.plot_against_macs(path, rows, title="x", curves=curves, singles=singles)
+    lines = written(path, "name width_ratio num_macs accuracy trained source")
+    assert len(lines) == 4 + num_published
     own = [line for line in lines if line["name"] == "this run"]
     for line, row in zip(own, rows[::-1], strict=True):
         assert float(line["width_ratio"]) == row.width_ratio
@@ -114,54 +84,34 @@ def test_accuracy_against_macs_has_the_run_and_the_published_results_in_its_csv(
 
 @pytest.mark.parametrize("teacher_accuracy", [None, 0.71])
 def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy):
-    rows = made_up_rows(RESNET20, [1.0, 0.3, 0.5])
-    plotting.plot_sweep(
-        tmp_path / "sweep.png",
-        rows,
-        title="x",
-        trained_range=(0.5, 1.0),
-        teacher_accuracy=teacher_accuracy,
-    )
-    assert_written(tmp_path, "sweep")
-    lines = read_csv(tmp_path / "sweep.csv")
-    assert list(lines[0]) == ["series", "width_ratio", "num_macs", "accuracy", "trained"]
-    found = {}
-    for line in lines:
-        point = float(line["width_ratio"]), float(line["accuracy"])
-        found.setdefault(line["series"], []).append(point)
-    wanted = {"generated": [(row.width_ratio, row.accuracy) for row in (rows[1], rows[2], rows[0])]}
-    if teacher_accuracy:
-        wanted["teacher"] = [(1.0, 0.71)]
-    assert found == wanted
-
-
-# --- weights ---------------------------------------------------------------------------------
+    rows = [made_up_row(RESNET20, ratio) for ratio in (1.0, 0.3, 0.5)]
+    path = tmp_path / "sweep.png"
+    options = {"trained_range": (0.5, 1.0), "teacher_accuracy": teacher_accuracy}
+    plotting.plot_sweep(path, rows, title="x", **options)
+    lines = written(path, "series width_ratio num_macs accuracy trained")
+    found = [(e["series"], float(e["width_ratio"]), float(e["accuracy"])) for e in lines]
+    generated = [("generated", rows[n].width_ratio, rows[n].accuracy) for n in (1, 2, 0)]
+    teacher = [("teacher", 1.0, 0.71)] if teacher_accuracy else []
+    assert sorted(found) == sorted(generated + teacher)
+    assert [point for point in found if point[0] == "generated"] == generated
 
 
 def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path):
-    slices = made_up_slices()
-    plotting.plot_weight_slices(
-        tmp_path / "weights.png", slices, title="x", trained_range=(0.5, 1.0)
-    )
-    assert_written(tmp_path, "weights")
-    lines = read_csv(tmp_path / "weights.csv")
-    assert list(lines[0]) == [
-        "block",
-        "panel",
-        "width",
-        "out_channel",
-        "hidden_channel",
-        "tap",
-        "value",
-    ]
+    widths = np.arange(2, 7)  # of a block of full width 5
+    kernels = np.random.default_rng(0).normal(size=(5, 3, 3, 6, 3)).astype("float32")
+    for kernel, width in zip(kernels, widths, strict=True):
+        kernel[:, :, width:] = np.nan
+    slices = WeightSlices("stage3_block1", 5, widths, kernels)
+    path = tmp_path / "weights.png"
+    plotting.plot_weight_slices(path, slices, title="x", trained_range=(0.5, 1.0))
+    lines = written(path, "block panel width out_channel hidden_channel tap value")
     curves = [line for line in lines if line["panel"] == "curves"]
     image = [line for line in lines if line["panel"] == "image"]
     assert len(curves) == 5 * 6 and len(image) == 5 * 6
     assert {(line["out_channel"], line["tap"]) for line in image} == {("0", "4")}
     for line in lines:
-        width, out, hidden, tap = (
-            int(line[k]) for k in ("width", "out_channel", "hidden_channel", "tap")
-        )
+        names = ("width", "out_channel", "hidden_channel", "tap")
+        width, out, hidden, tap = (int(line[name]) for name in names)
         if hidden >= width:
             assert line["value"] == ""
         else:
@@ -181,22 +131,14 @@ def test_default_entries_differ_and_lie_within_the_kernel():
 
 def test_the_heat_map_of_width_and_depth_has_its_networks_in_its_csv(tmp_path):
     rows = [
-        {
-            "num_layers": layers,
-            "width_ratio": ratio,
-            "widths": [3, 0],
-            "num_macs": 1000 * layers,
-            "accuracy": ratio / 2,
-            "trained": layers == 20,
-        }
+        {"num_layers": layers, "width_ratio": ratio, "widths": [3, 0], "num_macs": 1000 * layers}
+        | {"accuracy": ratio / 2, "trained": layers == 20}
         for layers in (20, 14)
         for ratio in (1.0, 0.5)
     ]
-    plotting.plot_depths(tmp_path / "depths.png", rows, title="depths")
-    assert (tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "depths.csv").open() as file:
-        found = list(csv.DictReader(file))
-    assert [(row["num_layers"], row["width_ratio"], row["accuracy"]) for row in found] == [
-        (str(row["num_layers"]), str(row["width_ratio"]), str(row["accuracy"])) for row in rows
-    ]
-    assert found[0]["widths"] == "3 0"
+    path = tmp_path / "depths.png"
+    plotting.plot_depths(path, rows, title="depths")
+    lines = written(path)
+    for name in ("num_layers", "width_ratio", "accuracy"):
+        assert [line[name] for line in lines] == [str(row[name]) for row in rows]
+    assert lines[0]["widths"] == "3 0"
