@@ -41,12 +41,12 @@ PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=Fal
 def teacher():
     """Tensors under PyTorch's names, none of them one or zero by chance."""
     rng, found = np.random.default_rng(0), {}
-    for layer in teacher_import.layers(SPEC):
-        scale = math.sqrt(2 / math.prod(layer.shape[1:]))
-        found[f"{layer.torch_conv}.weight"] = rng.normal(size=layer.shape, scale=scale)
+    for *_, conv, norm, shape in teacher_import.layers(SPEC):
+        scale = math.sqrt(2 / math.prod(shape[1:]))
+        found[f"{conv}.weight"] = rng.normal(size=shape, scale=scale)
         for leaf in ("weight", "bias", "running_mean", "running_var"):
             low, high = (0.5, 1.5) if leaf in ("weight", "running_var") else (-0.3, 0.3)
-            found[f"{layer.torch_norm}.{leaf}"] = rng.uniform(low, high, layer.shape[0])
+            found[f"{norm}.{leaf}"] = rng.uniform(low, high, shape[0])
     found["fc.weight"] = rng.normal(size=(5, 8), scale=0.5)
     found["fc.bias"] = rng.uniform(-0.3, 0.3, 5)
     return {name: np.float32(values) for name, values in found.items()}
