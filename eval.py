@@ -70,7 +70,7 @@ FLAGS: command_line.Flags = {
 def main(argv):
     config, options = command_line.parse(argv, FLAGS, config_required=False)
     lab.quiet_logging()
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     if options.teacher:
         if not config:
             raise command_line.UsageError(

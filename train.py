@@ -28,7 +28,7 @@ def main(argv):
             "--workdir=DIR is required; the run is kept and resumed there."
         )
     lab.quiet_logging()
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     with hosts.joined(options):
         run(config, options)
 

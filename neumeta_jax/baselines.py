@@ -1080,7 +1080,7 @@ def main(argv: Sequence[str]) -> None:
             "--config.teacher.file=FILE."
         )
     lab.quiet_logging()
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     dataset, splits = lab.load_data(config)
     config = within_budget(config, options.budget, len(splits.train_labels))
     baseline = section(config)

@@ -875,7 +875,7 @@ def main(argv: Sequence[str]) -> None:
     config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     opened = lab.open_run(config, options)
     hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)

@@ -687,7 +687,7 @@ def main(argv: Sequence[str]) -> None:
     config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
     lab.quiet_logging()
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     opened = lab.open_run(config, options)
     hypernetwork, recipe = opened.hypernetwork, opened.config["train"]
     low, high = recipe["min_width_ratio"], recipe["max_width_ratio"]

@@ -940,21 +940,23 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
 # --- how a second process starts -------------------------------------------------------------
 
 
-def test_every_program_is_kept_in_the_cache_however_small(monkeypatch):
+def test_every_program_is_kept_in_the_cache_and_products_are_exact(monkeypatch):
     kept = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
         "jax_persistent_cache_min_entry_size_bytes",
+        "jax_default_matmul_precision",
     )
     before = {name: getattr(jax.config, name) for name in kept}
     try:
-        lab.enable_compilation_cache()
+        lab.configure_jax()
         assert jax.config.jax_compilation_cache_dir == before[kept[0]]  # JAX was told where to
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         assert jax.config.jax_persistent_cache_min_entry_size_bytes == 0
+        assert jax.config.jax_default_matmul_precision == "highest"
         jax.config.update("jax_compilation_cache_dir", None)
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-        lab.enable_compilation_cache()
+        lab.configure_jax()
         assert jax.config.jax_compilation_cache_dir == "/caches/neumeta-jax"
     finally:
         for name, value in before.items():

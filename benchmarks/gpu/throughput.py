@@ -80,7 +80,7 @@ def worker(batch_size: int, size: Size) -> None:
 
     from neumeta_jax import experiment as lab, hypernetwork as hyper, resnet, timing, training
 
-    lab.enable_compilation_cache()
+    lab.configure_jax()
     experiment, splits = experiment_of(batch_size, size)
     family, recipe = experiment.hypernetwork, experiment.recipe
     images = training.Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
