@@ -162,9 +162,9 @@ def pretrained() -> list[str]:
 
 def unpack(name: str, workdir: pathlib.Path) -> None:
     """Puts a `pretrained` INR and the config that trained it into a work directory."""
-    with storage.replacing(workdir / INR_FILE) as partial:
-        shutil.copyfile(PRETRAINED / f"{name}.safetensors", partial)
-    shutil.copyfile(PRETRAINED / f"{name}.json", workdir / "config.json")
+    for suffix, target in ((".safetensors", INR_FILE), (".json", "config.json")):
+        with storage.replacing(workdir / target) as partial:
+            shutil.copyfile(PRETRAINED / f"{name}{suffix}", partial)
 
 
 def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, Any]]:

@@ -193,7 +193,7 @@ def hidden_moments(
 def activity(
     spec: ResNetSpec, params: Mapping, images: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By block name: how often its channels fire, and what it does to the stream.
+    """By block name: how strongly its channels fire, and how much it changes the stream.
 
     Args:
         spec: the network's shapes.
