@@ -1,0 +1,305 @@
+"""Any network in: a family found by tracing the user's own function.
+
+family = trace(apply, params, example)    # apply(params, example), a batch of 2 or more
+print(family)                             # its groups of channels, which may vary and why not
+logits = apply_at(family, slice_params(family.groups, params, widths), images, widths)
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax.core.axes import Axis, Dim
+from neumeta_jax.core.groups import Group, Groups, Member, Reader, leaf_paths
+from neumeta_jax.core.program import Program, Step, Value
+from neumeta_jax.core.resize import mask_params, slice_params
+from neumeta_jax.core.tracing import Tracer
+
+# Flags that fix a size; the others only say that masked and full networks are not alike.
+RIGID = {"input", "output", "reduced", "indexed", "spatial", "fixed", "unsound"}
+ALLOWED = ("stream", "paired")  # flags of groups that are sound to vary
+
+
+@dataclasses.dataclass(eq=False)
+class Family:
+    """A network at all its widths. Two families are equal only if they are the same object.
+
+    Attributes:
+        groups: its groups of channels.
+        program: of `apply`, for `apply_at`.
+        atoms: the axis of each group in the program.
+        output: the structure of what `apply` returns.
+    """
+
+    groups: Groups
+    program: Program
+    atoms: dict[str, Dim]
+    output: Any
+
+    def __str__(self) -> str:
+        return str(self.groups)
+
+
+def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> Family:
+    """The family of `apply(params, example)`.
+
+    Args:
+        apply: a pure function of a tree of arrays and an input, in inference mode.
+        params: all arrays that may change with the widths, statistics included, or shapes of them.
+        example: an input with a leading batch axis of 2 or more, or shapes of one.
+        check: compute a masked and a sliced network, with numbers close to `params`, and flag
+            groups in which they differ as "unsound".
+
+    Raises:
+        UnknownPrimitive: for a primitive on channels that no rule covers, with its source line.
+        ValueError: if JAX cannot trace the function, or the batch is too small.
+    """
+    if any(np.shape(x)[:1] in ((), (1,)) for x in jax.tree.leaves(example)):
+        raise ValueError(
+            "The example needs a leading batch axis of 2 or more, to tell it from axes of size 1, "
+            f"got {[np.shape(x) for x in jax.tree.leaves(example)]}."
+        )
+    try:
+        closed, out = jax.make_jaxpr(apply, return_shape=True)(params, example)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"apply must be traceable by JAX, without decisions on values or NumPy on arrays: "
+            f"{reason}"
+        ) from error
+    tracer = Tracer()
+    paths, arrays = leaf_paths(params), jax.tree.leaves(params)
+    inputs = [Value(tuple(map(Dim, np.shape(a))), view=True, zero=True) for a in arrays]
+    for path, value in zip(paths, inputs, strict=True):
+        value.sources = frozenset([path])
+        for axis, dim in enumerate(value.dims):
+            dim.notes, dim.origins = {"parameter"}, frozenset([(path, axis)])
+    start = frozenset(["input"])
+    inputs += [
+        Value(
+            tuple(Dim(n, start) for n in np.shape(x)), active=True, writers=start, ancestors=start
+        )
+        for x in jax.tree.leaves(example)
+    ]
+    program = tracer.body(closed, inputs)
+    for dim in (dim for value in program.outputs for dim in value.dims):
+        dim.note("output")
+    atoms = _name(tracer)
+    names = {dim: name for name, dim in atoms.items()}
+    axes = {
+        path: tuple(_freeze(dim, names) for dim in value.dims)
+        for path, value in zip(paths, inputs, strict=False)  # the example's are left over
+    }
+    groups = Groups(_groups(tracer, axes, atoms), tuple(axes.items()), _readers(tracer, axes))
+    family = Family(groups, program, atoms, jax.tree.structure(out))
+    return _checked(family, apply, params, example) if check else family
+
+
+_SUFFIXES = ("kernel", "weight", "w", "embedding")
+
+
+def _name(tracer: Tracer) -> dict[str, Dim]:
+    """The atoms that a product writes, by the name of the first layer that does."""
+    atoms: dict[str, Dim] = {}
+    taken: set[Dim] = set()
+    for dim, path in tracer.written:
+        parts = path.removeprefix("params/").split("/")
+        if len(parts) > 2 and parts[-1] == "value" and parts[-2] in _SUFFIXES:  # of nnx
+            parts.pop()
+        if len(parts) > 1 and parts[-1] in _SUFFIXES:
+            parts.pop()
+        name = "/".join(parts)
+        for atom in dim.atoms():
+            if atom.size > 1 and "spatial" not in atom.notes and atom not in taken:
+                number = 1 + sum(other.partition(":")[0] == name for other in atoms)
+                atoms[name if number == 1 else f"{name}:{number}"] = atom
+                taken.add(atom)
+    return atoms
+
+
+def _freeze(dim: Dim, names: dict[Dim, str]) -> Axis:
+    dim = dim.find()
+    if dim in names:
+        return Axis("group", dim.size, names[dim])
+    if not any(atom in names for atom in dim.atoms()):
+        return Axis("fixed", dim.size)
+    parts: list[Axis] = []
+    for part in (_freeze(part, names) for part in dim.parts):
+        parts += part.parts if part.kind == dim.kind else [part]
+    return Axis(dim.kind, dim.size, "", tuple(parts))
+
+
+def _places(axis: Axis, part: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if axis.kind == "group":
+        yield axis.group, part
+    for n, inner in enumerate(axis.parts):
+        yield from _places(inner, (*part, n))
+
+
+def _groups(tracer: Tracer, axes: dict, atoms: dict[str, Dim]) -> tuple[Group, ...]:
+    members: dict[str, list[Member]] = {name: [] for name in atoms}
+    for path, of_tensor in axes.items():
+        for n, axis in enumerate(of_tensor):
+            role = "+".join(sorted(tracer.roles.get((path, n), {"elementwise"})))
+            for name, part in _places(axis):
+                members[name].append(Member(path, n, role, part))
+    skips: dict[str, set[str]] = {}
+    for number, applied in tracer.skips.items():
+        path, reads, _ = tracer.readers.get(number, ("", (), ()))
+        for name in (name for n in reads for name in axes[path][n].groups()):
+            skips.setdefault(name, set()).update(applied)
+    return tuple(
+        Group(
+            name,
+            atom.size,
+            tuple(members[name]),
+            tuple(sorted(atom.notes - {"parameter"})),
+            tuple(sorted(skips[name])) if name in skips else None,
+        )
+        for name, atom in atoms.items()
+    )
+
+
+def _readers(tracer: Tracer, axes: dict) -> tuple[Reader, ...]:
+    """Parameters that are read, and not also written, along axes of groups."""
+    readers = {}
+    for number, (path, reads, writes) in tracer.readers.items():
+        reads = tuple(n for n in reads if axes[path][n].kind != "fixed")
+        if reads and all(tracer.roles[path, axis] == {"read"} for axis in reads):
+            bias, sign = tracer.biases.get(number, (None, 1))
+            if bias and axes[bias] != tuple(axes[path][n] for n in writes):
+                bias = None
+            readers[path] = Reader(path, reads, writes, bias, sign)
+    uses = collections.Counter(reader.bias for reader in readers.values())
+    return tuple(
+        reader if uses[reader.bias] == 1 else dataclasses.replace(reader, bias=None)
+        for reader in readers.values()
+    )
+
+
+def _checked(family: Family, apply: Callable, params: Any, example: Any) -> Family:
+    """`family` with the flag "unsound" where masked and sliced networks differ."""
+    rng = np.random.default_rng(0)
+
+    def near(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.zeros(leaf.shape, int)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.asarray(rng.uniform(0.1, 0.5, leaf.shape), leaf.dtype)
+        # Zeros would hide what they are multiplied with; variances have to stay positive.
+        value = np.asarray(leaf, np.float32)
+        return jnp.asarray(
+            value + 0.1 * (np.abs(value) + 0.1) * rng.uniform(0.5, 1, value.shape), leaf.dtype
+        )
+
+    params, example = jax.tree.map(near, (params, example))
+    groups = family.groups
+
+    def agree(widths) -> bool:
+        masked = apply(mask_params(groups, params, widths), example)
+        sliced = apply_at(family, slice_params(groups, params, widths), example, widths)
+        return all(
+            bool(jnp.all(jnp.isfinite(a)))
+            and float(jnp.max(jnp.abs(a - b))) <= 1e-2 * float(jnp.max(jnp.abs(a))) + 1e-6
+            for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(sliced), strict=True)
+            if jnp.issubdtype(a.dtype, jnp.floating)
+        )
+
+    def sound(names) -> bool:
+        half = {name: max(1, groups.by_name[name].size // 2) for name in names}
+        skips = {name: 0 for name in names if groups.by_name[name].lowest == 0}
+        return agree(half) and (not skips or agree(half | skips))
+
+    names = groups.elastic(*ALLOWED)
+    if not names or sound(names):
+        return family
+    unsound = {name for name in names if not sound([name])} or set(names)
+    flagged = tuple(
+        dataclasses.replace(group, flags=tuple(sorted({*group.flags, "unsound"})))
+        if group.name in unsound
+        else group
+        for group in groups.groups
+    )
+    return dataclasses.replace(family, groups=dataclasses.replace(groups, groups=flagged))
+
+
+def _sizes(
+    family: Family, widths: Mapping[str, int], batch: Mapping[Dim, int]
+) -> Callable[[Dim], int]:
+    """The function from dims to their ints."""
+    atoms = {family.atoms[name].find(): width for name, width in widths.items()} | dict(batch)
+
+    def size(dim):
+        dim = dim.find()
+        if dim.kind == "atom":
+            return atoms.get(dim, dim.size)
+        return (math.prod if dim.kind == "product" else sum)(map(size, dim.parts))
+
+    return size
+
+
+def apply_at(
+    family: Family,
+    params: Any,
+    x: Any,
+    widths: Mapping[str, int],
+    observe: Callable[[Step, Any], None] | None = None,
+) -> Any:
+    """What `apply` would return if the network had been built with `widths`.
+
+    Args:
+        family: of the network, see `trace`.
+        params: a tree like the one traced, at the shapes of `widths`, smaller or larger.
+        x: inputs; of another batch size, if nothing in the network sums over the batch.
+        widths: int by group.
+        observe: called with each step of the program and its arrays.
+
+    Raises:
+        ValueError: for widths or parameters that do not fit the network.
+    """
+    family.groups.check(widths, limited=False)
+    for name, width in widths.items():
+        group = family.groups.by_name[name]
+        if width != group.size and (rigid := sorted(RIGID & set(group.flags))):
+            raise ValueError(
+                f"{name} is {', '.join(rigid)} and keeps its {group.size} channels, got {width}."
+            )
+    leaves = [*family.groups.leaves(params, widths).values()]
+    inputs = jax.tree.leaves(x)
+    batch = {}
+    active = [value for value in family.program.inputs if value.active]
+    for value, array in zip(active, inputs, strict=True):
+        for dim, n in zip(value.dims, np.shape(array), strict=True):
+            if not dim.find().notes & (RIGID - {"input", "output"}):
+                batch[dim.find()] = n
+    size = _sizes(family, widths, batch)
+    for value, array in zip(active, inputs, strict=True):
+        expected = tuple(map(size, value.dims))
+        if np.shape(array) != expected:
+            raise ValueError(f"The input must have the shape {expected}, got {np.shape(array)}.")
+    return family.output.unflatten(family.program.run(size, [*leaves, *inputs], observe))
+
+
+def num_macs(family: Family, widths: Mapping[str, int]) -> int:
+    """Multiply-adds of dots and convolutions for one example at `widths`."""
+    family.groups.check(widths, limited=False)
+    size = _sizes(family, widths, {})
+
+    def count(program: Program) -> int:
+        total = 0
+        for step in program.steps:
+            if step.contracted is not None:
+                weights = step.inputs[1].dims
+                summed = math.prod(size(weights[axis]) for axis in step.contracted[1])
+                total += summed * math.prod(map(size, step.outputs[0].dims))
+            total += sum(times * count(body) for times, body in step.bodies)
+        return total
+
+    (batch, *_), *_ = (value.dims for value in family.program.inputs if value.active)
+    return count(family.program) // size(batch)

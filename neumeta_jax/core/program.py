@@ -1,0 +1,97 @@
+"""A traced network as a program whose steps also run at other sizes."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from neumeta_jax.core.axes import Dim
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An intermediate array.
+
+    Attributes:
+        dims: its axes.
+        active: it depends on the input.
+        sources: the parameters it depends on, while it is not active.
+        view: it is a parameter, at most moved and cast.
+        zero: it is 0 where its parameters are.
+        writers: the products that its channels come from.
+        ancestors: all products before it.
+        tail: of what a single product has written, (its number, the parameters applied since,
+            whether it is still bare, so that a bias may follow).
+    """
+
+    dims: tuple[Dim, ...]
+    active: bool = False
+    sources: frozenset = frozenset()
+    view: bool = False
+    zero: bool = False
+    writers: frozenset = frozenset()
+    ancestors: frozenset = frozenset()
+    tail: tuple | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """`run(size, arrays)` computes `outputs` from `inputs`; `size` tells the int of a `Dim`.
+
+    A dot or convolution sums over the axes `contracted[i]` of operand i. One that mixes channels is
+    a product and has a `number`.
+
+    Attributes:
+        bodies: (times, program) inside.
+        transparent: running the only body gives the same outputs.
+        weight: which operand of a product does not depend on the input.
+    """
+
+    inputs: list[Value]
+    outputs: list[Value]
+    run: Callable[[Callable[[Dim], int], Sequence[jax.Array]], list[jax.Array]]
+    bodies: tuple[tuple[int, "Program"], ...] = ()
+    transparent: bool = False
+    contracted: tuple | None = None
+    number: int | None = None
+    weight: int | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    inputs: list[Value]
+    outputs: list[Value]
+    steps: list[Step]
+    constants: list[tuple[Value, Any]]
+
+    def run(
+        self,
+        size: Callable[[Dim], int],
+        arrays: Sequence[jax.Array],
+        observe: Callable[[Step, Sequence[jax.Array]], None] | None = None,
+    ) -> list[jax.Array]:
+        """The outputs at the sizes that `size` tells; calls `observe(step, arrays)` for each.
+
+        Raises:
+            ValueError: where an array that the network holds as a constant would have to grow.
+        """
+        values = dict(zip(self.inputs, arrays, strict=True))
+        for value, array in self.constants:
+            shape = tuple(map(size, value.dims))
+            if any(new > old for new, old in zip(shape, array.shape, strict=True)):
+                raise ValueError(
+                    f"Widths beyond the full size need no constant tied to them, but one of shape "
+                    f"{array.shape} would have to grow to {shape}; make it a parameter."
+                )
+            values[value] = array[tuple(map(slice, shape))]
+        for step in self.steps:
+            arrays = [values[value] for value in step.inputs]
+            if observe and step.transparent:
+                results = step.bodies[0][1].run(size, arrays, observe)
+            else:
+                results = step.run(size, arrays)
+            if observe:
+                observe(step, arrays)
+            values.update(zip(step.outputs, results, strict=True))
+        return [values[value] for value in self.outputs]
