@@ -10,6 +10,7 @@ Kernels are HWIO, images NHWC. The tree of the linen module has the same layer n
 its convolutions, and `stem_bn`, `bn1`, `bn2`, `shortcut_bn` beside them.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.architecture import Block, ResNetSpec, morph
+from neumeta_jax import core
+from neumeta_jax.architecture import NUM_STAGES, Block, ResNetSpec, morph
+from neumeta_jax.core.hypernetwork import Hypernetwork
+from neumeta_jax.core.inr import INR
 
 Params = dict[str, Any]
 
@@ -418,3 +422,61 @@ def slice_params(
         sliced[block.name] = take_hidden(layers, slice(width))
     order = param_shapes(small)
     return small, {name: sliced[name] for name in order}
+
+
+# --- the family ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def family(spec: ResNetSpec) -> core.Family:
+    """The channel groups of the folded network of `spec`, and its program."""
+    size, channels = spec.image_size, spec.channels
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    return core.trace(functools.partial(apply, spec), abstract_params(spec), images, check=False)
+
+
+def hidden_group(block: Block) -> str:
+    """The name of the group of a block's hidden channels."""
+    return f"{block.name}/conv1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetHypernetwork(Hypernetwork):
+    """A family of CIFAR ResNets: the full-size `spec`, and which of its `blocks` are generated.
+
+    Tensors are stacked by (stage, stream shape, layer, kind); what is not skipped of a stage makes
+    up for what is; SkipInit goes into every generated block. See `hypernetwork`.
+    """
+
+    spec: ResNetSpec
+    blocks: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        return hash((self.spec, self.blocks, self.inr))
+
+    def label(self, path: str) -> str:
+        name, layer, kind = path.split("/")
+        block = _by_name(self.spec)[name]
+        # The first block of a stage may read a narrower stream than the others.
+        entry = "" if block.in_width == block.out_width else "_entry"
+        return f"stage{block.stage}{entry}_{layer}_{kind}"
+
+    def scope(self, path: str) -> tuple[int, ...]:
+        block = _by_name(self.spec).get(path.partition("/")[0])
+        stage = block.stage if block else 1 if path.startswith("stem") else NUM_STAGES
+        members = enumerate(self.spec.blocks[n] for n in self.blocks)
+        return tuple(position for position, block in members if block.stage == stage)
+
+    def scaled(self, name: str) -> bool:
+        return True
+
+
+@functools.lru_cache(maxsize=256)
+def _by_name(spec: ResNetSpec) -> dict[str, Block]:
+    return {block.name: block for block in spec.blocks}
+
+
+def hypernetwork(spec: ResNetSpec, blocks: Sequence[int], inr: INR) -> ResNetHypernetwork:
+    """The family of `spec` whose `blocks`, positions in `spec.blocks`, an `inr` generates."""
+    names = tuple(hidden_group(spec.blocks[n]) for n in blocks)
+    return ResNetHypernetwork(family(spec).groups, names, inr, spec, tuple(blocks))

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax.core.axes import Axis, Dim
-from neumeta_jax.core.groups import Group, Groups, Member, Reader, leaf_paths
+from neumeta_jax.core.groups import (
+    Group,
+    Groups,
+    Member,
+    Reader,
+    leaf_paths,
+    structure_of,
+)
 from neumeta_jax.core.program import Program, Step, Value
 from neumeta_jax.core.resize import mask_params, slice_params
 from neumeta_jax.core.tracing import Tracer
@@ -96,7 +103,12 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         path: tuple(_freeze(dim, names) for dim in value.dims)
         for path, value in zip(paths, inputs, strict=False)  # the example's are left over
     }
-    groups = Groups(_groups(tracer, axes, atoms), tuple(axes.items()), _readers(tracer, axes))
+    groups = Groups(
+        _groups(tracer, axes, atoms),
+        tuple(axes.items()),
+        _readers(tracer, axes),
+        structure_of(params),
+    )
     family = Family(groups, program, atoms, jax.tree.structure(out))
     return _checked(family, apply, params, example) if check else family
 

@@ -109,18 +109,27 @@ class Reader:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """All groups of a network, in its order; the axes of each parameter by path; its readers."""
+    """What a family of networks is.
+
+    Attributes:
+        groups: in the order of the network.
+        tensors: the axes of each parameter by path, in the order of `jax.tree.leaves`.
+        readers: the parameters whose products a projection can repair.
+        structure: of the parameters, a PyTreeDef, None where they are nested dicts. JSON leaves it
+            out: `from_json` takes it from a tree.
+    """
 
     groups: tuple[Group, ...]
     tensors: tuple[tuple[str, tuple[Axis, ...]], ...]
     readers: tuple[Reader, ...]
+    structure: Any = None
 
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.groups, self.tensors, self.readers))
+        return hash((self.groups, self.tensors, self.readers, self.structure))
 
     @functools.cached_property
     def by_name(self) -> dict[str, Group]:
@@ -199,14 +208,20 @@ class Groups:
         return tree.unflatten([function(p, self.axes[p], x) for p, x in values.items()])
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        fields = dataclasses.asdict(dataclasses.replace(self, structure=None))
+        return json.dumps(fields)
 
     @classmethod
-    def from_json(cls, text: str) -> "Groups":
+    def from_json(cls, text: str, params: Any = None) -> "Groups":
         """The groups that `to_json` wrote.
 
+        Args:
+            text: the JSON.
+            params: a tree of the network, whose structure its networks are to have; without it
+                they are nested dicts.
+
         Raises:
-            ValueError: if the text is something else.
+            ValueError: if the text is something else, or of another network.
         """
         try:
             groups = json.loads(text, object_hook=_revive)
@@ -214,7 +229,10 @@ class Groups:
             raise ValueError(f"Groups need the JSON that to_json writes, got {error!r}.") from None
         if not isinstance(groups, cls):
             raise ValueError(f"Groups need the JSON that to_json writes, got {text[:40]!r}.")
-        return groups
+        if params is None:
+            return groups
+        groups.leaves(params, {})
+        return dataclasses.replace(groups, structure=structure_of(params))
 
     def __str__(self) -> str:
         """A table: group, size, whether it is elastic or why not, which parameters."""
@@ -254,6 +272,17 @@ def leaf_paths(tree: Any) -> list[str]:
     """The path of each leaf, names joined by "/", in the order of `jax.tree.leaves`."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+
+
+def structure_of(params: Any) -> Any:
+    """The PyTreeDef of `params`, None for nested dicts."""
+
+    def is_nested(tree) -> bool:
+        if type(tree) is not dict:
+            return jax.tree_util.all_leaves([tree])
+        return all(type(k) is str and "/" not in k and is_nested(v) for k, v in tree.items())
+
+    return None if type(params) is dict and is_nested(params) else jax.tree.structure(params)
 
 
 def num_params(groups: Groups, widths: Mapping[str, int]) -> int:
