@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import architecture, experiment as lab, hypernetwork as hyper, resnet, timing
+from neumeta_jax import architecture, experiment as lab, resnet, timing
 from neumeta_jax.command_line import UsageError, run
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
+from neumeta_jax.resnet import ResNetHypernetwork
 
 NUM_IMAGES = 10_000
 KINDS: dict[str, tuple[str, INR]] = {
@@ -56,7 +57,7 @@ KINDS: dict[str, tuple[str, INR]] = {
 
 def measure(
     name: str,
-    family: Hypernetwork,
+    family: ResNetHypernetwork,
     backbone: Any,
     forward: Callable[[], Any],
     *,
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         rows.append(
             measure(
                 name,
-                Hypernetwork(spec=spec, blocks=blocks, inr=KINDS[name][1]),
+                resnet.hypernetwork(spec, blocks, inr=KINDS[name][1]),
                 backbone,
                 lambda: network(backbone, images),
                 batch_size=args.batch_size,

@@ -36,7 +36,6 @@ from neumeta_jax import (
     data,
     evaluation,
     experiment as lab,
-    hypernetwork as hyper,
     losses,
     resnet,
     storage,
@@ -45,8 +44,8 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.command_line import UsageError, run
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.resnet import Params
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
@@ -125,14 +124,14 @@ class Case:
     backbone: Params
 
     @property
-    def family(self) -> Hypernetwork:
+    def family(self) -> ResNetHypernetwork:
         return self.experiment.hypernetwork
 
     @property
     def spec(self) -> ResNetSpec:
         return self.experiment.spec
 
-    def params_of(self, family: Hypernetwork) -> Params:
+    def params_of(self, family: ResNetHypernetwork) -> Params:
         """The INR at the backbone's weights where it has a closed form, else at random.
 
         Second moments are those of channels that correlate by a half.
@@ -169,7 +168,7 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     return Case(name, args, experiment, dataset, backbone)
 
 
-def draw_widths(family: Hypernetwork, number: int) -> np.ndarray:
+def draw_widths(family: ResNetHypernetwork, number: int) -> np.ndarray:
     """int32[number, blocks] of width ratios uniform in [0.25, 1], no two rows equal.
 
     Ratios that round to a network that is there are drawn again, because `evaluate_grid` evaluates
@@ -259,7 +258,7 @@ def measure_grid(case: Case) -> Findings:
 # --- strategies ------------------------------------------------------------------------------
 
 
-def one_bucket(family: Hypernetwork, number: int) -> np.ndarray:
+def one_bucket(family: ResNetHypernetwork, number: int) -> np.ndarray:
     """int32[number, blocks]: different networks about three quarters as wide as the full one."""
     rows = np.tile(family.widths(0.75), (number, 1))
     for n in range(1, number):

@@ -44,16 +44,15 @@ from neumeta_jax import (
     data,
     diagnosis,
     experiment as lab,
-    hypernetwork as hyper,
     losses,
     resnet,
-    smoothing,
     storage,
     timing,
     training,
 )
 from neumeta_jax.architecture import ResNetSpec, widths_at
 from neumeta_jax.command_line import UsageError
+from neumeta_jax.core import hypernetwork as hyper, ordering, resize
 from neumeta_jax.experiment import Experiment, Workdir
 from neumeta_jax.progress import format_seconds
 from neumeta_jax.resnet import Params, ResNet
@@ -211,14 +210,12 @@ class Family(NamedTuple):
 # --- networks with batch norm ----------------------------------------------------------------
 
 
-def _take(spec: ResNetSpec, variables: Mapping, indices: Mapping[int, Any]) -> Params:
-    params, stats = dict(variables["params"]), dict(variables["batch_stats"])
-    for n, index in indices.items():
-        name = spec.blocks[n].name
-        params[name] = resnet.take_hidden(params[name], index)
-        bn1 = {moment: x[index] for moment, x in stats[name]["bn1"].items()}
-        stats[name] = {**stats[name], "bn1": bn1}
-    return {"params": params, "batch_stats": stats}
+def _take(spec: ResNetSpec, variables: Mapping, channels: Mapping[int, Any]) -> Params:
+    """Linen variables, or a part of them, with the hidden `channels` of each block."""
+    axes = resnet.linen_groups(spec).axes
+    chosen = {resnet.hidden_group(spec.blocks[n]): index for n, index in channels.items()}
+    leaves = hyper.flat(variables)
+    return hyper.nested({p: resize.take_axes(x, axes[p], chosen) for p, x in leaves.items()})
 
 
 def slice_variables(
@@ -226,11 +223,12 @@ def slice_variables(
 ) -> tuple[ResNetSpec, Params]:
     """The network of the first `widths[i]` hidden channels of `blocks[i]`: (spec, variables).
 
-    `resnet.slice_params` for linen variables {"params", "batch_stats"}; differentiable.
+    `resnet.slice_params` for linen variables {"params", "batch_stats"} or a part of them;
+    differentiable.
     """
     small = architecture.morph(spec, blocks, widths)
-    indices = {n: slice(width) for n, width in zip(blocks, widths, strict=True)}
-    return small, _take(spec, variables, indices)
+    channels = {n: np.arange(width) for n, width in zip(blocks, widths, strict=True)}
+    return small, _take(spec, variables, channels)
 
 
 def reorder(spec: ResNetSpec, variables: Mapping, orders: Mapping[int, np.ndarray]) -> Params:
@@ -339,7 +337,7 @@ def channel_order(
 
     "random"; "l1" and "l2", norms of the filters of conv1 (Li et al., arXiv 1608.08710); "taylor",
     see `taylor_importance`; "surgeon", which is what the INR's channels are ordered by
-    (`smoothing.importance_order`).
+    (`ordering.importance_order`).
     """
     spec, blocks = experiment.spec, experiment.hypernetwork.blocks
     orders = {}
@@ -350,11 +348,12 @@ def channel_order(
     elif criterion == "surgeon":
         folded = resnet.fold_batch_norm(variables)
         moments = jax.device_get(lab.measure_moments(experiment, folded, images))
+        ordered = ordering.importance_orders(resnet.family(spec).groups, folded, moments)
     key = lab.phase_key(experiment, _SEED_OF_ORDER)
     for n in blocks:
         name = spec.blocks[n].name
         if criterion == "surgeon":
-            orders[n] = smoothing.importance_order(moments[name], folded[name]["conv2"]["kernel"])
+            orders[n] = ordered[resnet.hidden_group(spec.blocks[n])]
             continue
         if criterion == "random":
             draw = jax.random.uniform(jax.random.fold_in(key, n), (spec.blocks[n].hidden_width,))
@@ -420,12 +419,9 @@ def switch(
 ) -> tuple[ResNetSpec, Params]:
     """(spec, linen variables) of a slimmable network at one of its ratios."""
     widths = widths_at(spec, blocks, ratio)
-    shared = dict(variables["params"]["shared"])
-    for n, width in zip(blocks, widths, strict=True):
-        name = spec.blocks[n].name
-        shared[name] = resnet.take_hidden(shared[name], slice(width))
-    params = join_norms(shared, variables["params"]["norms"][str(ratio)])
-    small = architecture.morph(spec, blocks, widths)
+    shared = {"params": variables["params"]["shared"]}
+    small, sliced = slice_variables(spec, shared, blocks, widths)
+    params = join_norms(sliced["params"], variables["params"]["norms"][str(ratio)])
     return small, {"params": params, "batch_stats": variables["batch_stats"][str(ratio)]}
 
 
@@ -879,7 +875,7 @@ def _inr(run: Run) -> Family:
     def network(ratio):
         widths = family.widths(ratio)
         tree = generate(params, jnp.asarray(widths), **noise)
-        return resnet.slice_params(experiment.spec, tree, family.blocks, widths.tolist())
+        return family.dense(tree, widths.tolist())
 
     return Family(
         network=network,

@@ -22,11 +22,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from neumeta_jax import hypernetwork as hyper, resnet, storage
+from neumeta_jax import resnet, storage
 from neumeta_jax.architecture import ResNetSpec
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import describe_inr, make_inr
-from neumeta_jax.resnet import Params
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import INR, describe_inr, make_inr
+from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 # Orbax takes a quarter of the time of all imports. A run that starts needs it at its first save.
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _reason(error: Exception) -> str:
 
 
 def save_inr(
-    path: str | os.PathLike, hypernetwork: Hypernetwork, params: Mapping, **metadata: Any
+    path: str | os.PathLike, hypernetwork: ResNetHypernetwork, params: Mapping, **metadata: Any
 ) -> None:
     """Writes a trained INR with all that `load_inr` needs to generate networks from it."""
     fields = {
@@ -167,7 +167,7 @@ def unpack(name: str, workdir: pathlib.Path) -> None:
             shutil.copyfile(PRETRAINED / f"{name}{suffix}", partial)
 
 
-def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, Any]]:
+def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
     """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 
     `path` is a work directory of train.py, the file `inr.safetensors` in it, or the name of one of
@@ -186,11 +186,10 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
     if missing:
         raise ValueError(f"{path} must hold a trained INR, but its header lacks {sorted(missing)}.")
     try:
-        hypernetwork = Hypernetwork(
-            spec=ResNetSpec.from_dict(metadata.pop("spec")),
-            blocks=tuple(metadata.pop("blocks")),
-            inr=make_inr(**metadata.pop("inr")),
-        )
+        spec = ResNetSpec.from_dict(metadata.pop("spec"))
+        blocks, inr = tuple(metadata.pop("blocks")), make_inr(**metadata.pop("inr"))
+        _check_numbers(spec, blocks, inr)
+        hypernetwork = resnet.hypernetwork(spec, blocks, inr)
         _check_shapes(hypernetwork, params)
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     except Exception as error:  # a header may hold anything
@@ -204,10 +203,9 @@ def load_inr(path: str | os.PathLike) -> tuple[Hypernetwork, Params, dict[str, A
 _MAX_NUMBER = 2**16  # of channels, blocks, layers, ... that a header may ask for
 
 
-def _check_shapes(hypernetwork: Hypernetwork, params: Mapping) -> None:
-    """Raises ValueError unless `params` are those of `hypernetwork`, which came from a file."""
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    numbers = (*dataclasses.astuple(spec), blocks, *describe_inr(hypernetwork.inr).values())
+def _check_numbers(spec: ResNetSpec, blocks: tuple[int, ...], inr: INR) -> None:
+    """Raises ValueError unless what came from a header is small enough to be believed."""
+    numbers = (*dataclasses.astuple(spec), blocks, *describe_inr(inr).values())
     for number in itertools.chain(*(n if isinstance(n, tuple) else (n,) for n in numbers)):
         if type(number) not in (int, float, str, bool) or (
             type(number) is int and not 0 <= number <= _MAX_NUMBER
@@ -215,10 +213,14 @@ def _check_shapes(hypernetwork: Hypernetwork, params: Mapping) -> None:
             raise ValueError(f"numbers from 0 to {_MAX_NUMBER} are read, got {number!r}"[:200])
     if list(blocks) != sorted({n for n in blocks if n < len(spec.blocks)}):
         raise ValueError(f"blocks must count upwards below {len(spec.blocks)}, got {blocks}"[:200])
+
+
+def _check_shapes(hypernetwork: ResNetHypernetwork, params: Mapping) -> None:
+    """Raises ValueError unless `params` are those of `hypernetwork`."""
     wanted = jax.eval_shape(
         lambda key, tree: hyper.init(key, hypernetwork, tree),
         jax.random.key(0),
-        resnet.abstract_params(spec),
+        resnet.abstract_params(hypernetwork.spec),
     )
     if difference := first_difference(params, wanted):
         raise ValueError(difference)

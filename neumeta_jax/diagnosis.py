@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
-from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax import core, data, losses, resnet, training
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.resnet import ResNetHypernetwork
 from neumeta_jax.training import Images, InrRecipe, PhaseInputs, Preprocessing
 
 
@@ -78,7 +79,7 @@ def locate_in_teacher(
 
 
 def locate_in_inr(
-    hypernetwork: Hypernetwork,
+    hypernetwork: ResNetHypernetwork,
     recipe: InrRecipe,
     preprocessing: Preprocessing,
     params: Mapping,
@@ -119,13 +120,17 @@ def locate_in_inr(
     @jax.jit
     def generate(params, widths, key):
         noise_key = key if recipe.noise else None
-        return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+        return hyper.generate_tensors(hypernetwork, params["inr"], widths, key=noise_key)
 
     @jax.jit
     def look(params, generated, widths, x, y):
-        tree = training.mixed_tree(hypernetwork, params, generated, teacher, phase.active, widths)
-        every_block = range(len(spec.blocks))
-        moments = resnet.hidden_moments(spec, tree, x.astype(jnp.float32), every_block)
+        originals = hypernetwork.groups.leaves(teacher)
+        widths = jnp.where(phase.active, widths, jnp.array(hypernetwork.full_widths))
+        tree = training.mixed_tree(hypernetwork, params, generated, originals, phase.active, widths)
+        family = resnet.family(spec)
+        hidden = [resnet.hidden_group(block) for block in spec.blocks]
+        moments = core.moments(family, tree, x.astype(jnp.float32), hidden)
+        moments = {path.partition("/")[0]: moment for path, moment in moments.items()}
 
         def loss(tree):
             return losses.cross_entropy(resnet.apply(spec, tree, x), y)
@@ -146,7 +151,8 @@ def locate_in_inr(
             )
 
         generated = generate(params, widths, key)
-        if name := _first(generated, names):
+        of_weights = hyper.nested(generated)
+        if name := _first(of_weights, names):
             return sentence("weights", name)
         if x is None or y is None:
             continue
@@ -180,7 +186,7 @@ class Idle(NamedTuple):
 
 
 def idle_parts(
-    hypernetwork: Hypernetwork, params: Mapping, images: jax.Array, smallest: Sequence[int]
+    hypernetwork: ResNetHypernetwork, params: Mapping, images: jax.Array, smallest: Sequence[int]
 ) -> Idle:
     """What does nothing on normalised `images`, float[batch, size, size, channels].
 
@@ -216,7 +222,7 @@ def idle_parts(
     return Idle(channels, tuple(sorted(idle)))
 
 
-def describe_idle(hypernetwork: Hypernetwork, idle: Idle) -> list[str]:
+def describe_idle(hypernetwork: ResNetHypernetwork, idle: Idle) -> list[str]:
     """Sentences on what does nothing; none where all does something."""
     spec, lines = hypernetwork.spec, []
     widths = {spec.blocks[n].name: spec.blocks[n].hidden_width for n in hypernetwork.blocks}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from neumeta_jax import consistency, hypernetwork as hyper, resnet, storage, timing
+from neumeta_jax import consistency, resnet, storage, timing
 from neumeta_jax.architecture import (
     MAX_WIDTH_RATIO,
     ResNetSpec,
@@ -24,7 +24,8 @@ from neumeta_jax.architecture import (
 )
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.command_line import Flags
-from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.resnet import ResNetHypernetwork
 from neumeta_jax.training import Preprocessing
 
 
@@ -176,12 +177,12 @@ class _Job:
     """What the programs of one bucket are compiled for.
 
     Attributes:
-        container: shapes of the forward pass.
-        drawn_at: shapes of the generation, which buckets share, and with them its program. Noise
+        container: channels of the forward pass.
+        drawn_at: channels of the generation, which buckets share, and with them its program. Noise
             depends on them.
     """
 
-    hypernetwork: Hypernetwork
+    hypernetwork: ResNetHypernetwork
     preprocessing: Preprocessing
     strategy: str
     num_samples: int
@@ -189,8 +190,8 @@ class _Job:
     per_image: PerImage | None
     transform: Transform | None
     mesh: Mesh | None
-    container: ResNetSpec
-    drawn_at: ResNetSpec
+    container: tuple[int, ...]
+    drawn_at: tuple[int, ...]
 
     def shards(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh.shape[axis]
@@ -218,18 +219,15 @@ def _over_networks(job: _Job, function, *arguments):
 
 def _network(job: _Job, params, widths, key):
     tree = hyper.generate(
-        job.hypernetwork, params, widths, spec=job.drawn_at, key=key, num_samples=job.num_samples
+        job.hypernetwork, params, widths, sizes=job.drawn_at, key=key, num_samples=job.num_samples
     )
     return tree if job.transform is None else job.transform(tree)
 
 
 def _score(job: _Job, tree, images, labels):
     """(number correct, what was asked for of each image) of one network on one batch."""
-    blocks = job.hypernetwork.blocks
-    _, tree = resnet.slice_params(
-        job.drawn_at, tree, blocks, [job.container.hidden_widths[n] for n in blocks]
-    )
-    logits = resnet.apply(job.container, tree, job.preprocessing.evaluate(images))
+    small, tree = job.hypernetwork.dense(tree, job.container, job.drawn_at)
+    logits = resnet.apply(small, tree, job.preprocessing.evaluate(images))
     predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     found = {}
     if job.predictions:
@@ -393,7 +391,7 @@ def compilation_macs(platform: str) -> float:
     return _MACS_PER_COMPILATION.get(platform, _MACS_PER_COMPILATION_ELSEWHERE)
 
 
-def _check_grid(hypernetwork: Hypernetwork, widths) -> np.ndarray:
+def _check_grid(hypernetwork: ResNetHypernetwork, widths) -> np.ndarray:
     """`widths` as int32[N, blocks], if every row is a network."""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     widths = np.asarray(widths)
@@ -457,7 +455,7 @@ def _check_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def evaluate_grid(
-    hypernetwork: Hypernetwork,
+    hypernetwork: ResNetHypernetwork,
     params: Mapping,
     widths: np.ndarray,
     images: np.ndarray,
@@ -572,7 +570,7 @@ def evaluate_grid(
         found_buckets = fill_containers(spec, blocks, distinct, containers)
 
     asked = num_samples, predictions, per_image, transform
-    job = _Job(hypernetwork, preprocessing, strategy, *asked, mesh, container=spec, drawn_at=spec)
+    job = _Job(hypernetwork, preprocessing, strategy, *asked, mesh, (), ())
     jobs = [_at_bucket(job, bucket, distinct) for bucket in found_buckets]
     reason = "asked for"
     if strategy == "auto":
@@ -633,21 +631,18 @@ def evaluate_grid(
 
 def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray) -> _Job:
     """`job` with the shapes of `bucket`; `widths` are those of all networks."""
-    spec, blocks = job.hypernetwork.spec, job.hypernetwork.blocks
     full = np.array(job.hypernetwork.full_widths)
     container = np.array(bucket.container)
     drawn = full
     if np.any(container > full):
         drawn = np.maximum(np.maximum(widths.max(axis=0), container), full)
     return dataclasses.replace(
-        job,
-        container=morph(spec, blocks, bucket.container),
-        drawn_at=morph(spec, blocks, drawn.tolist()),
+        job, container=tuple(bucket.container), drawn_at=tuple(drawn.tolist())
     )
 
 
 def _buckets(
-    hypernetwork: Hypernetwork,
+    hypernetwork: ResNetHypernetwork,
     widths: np.ndarray,
     *,
     noisy: bool,
@@ -698,7 +693,7 @@ class Evaluator:
         comparison: with the full network, of all that is known; None: that is not asked for.
     """
 
-    hypernetwork: Hypernetwork
+    hypernetwork: ResNetHypernetwork
     params: Mapping
     images: np.ndarray
     labels: np.ndarray
@@ -863,14 +858,15 @@ class WeightSlices:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _conv2_kernels(hypernetwork, container, name, params, widths):
+def _readers(hypernetwork, sizes, path, params, widths):
     def kernel(row):
-        return hyper.generate(hypernetwork, params, row, spec=container)[name]["conv2"]["kernel"]
+        tree = hyper.generate(hypernetwork, params, row, sizes=sizes)
+        return hypernetwork.groups.leaves(tree)[path]
 
     return jax.lax.map(kernel, widths)
 
 
-def weight_slices(hypernetwork: Hypernetwork, params: Mapping) -> WeightSlices:
+def weight_slices(hypernetwork: ResNetHypernetwork, params: Mapping) -> WeightSlices:
     """conv2 of the last generated block at every hidden width that it takes, in one compilation.
 
     The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the
@@ -885,8 +881,13 @@ def weight_slices(hypernetwork: Hypernetwork, params: Mapping) -> WeightSlices:
     ratios = np.minimum(widths / block.hidden_width, SLICE_RATIOS[1])
     rows = np.array([widths_at(spec, blocks, float(ratio)) for ratio in ratios], np.int32)
     widest = np.maximum(rows.max(axis=0), hypernetwork.full_widths)
-    container = morph(spec, blocks, widest.tolist())
-    kernels = _conv2_kernels(hypernetwork, container, block.name, dict(params), jnp.asarray(rows))
+    (path,) = (
+        r.path
+        for r in hypernetwork.groups.readers
+        if r.path.startswith(f"{block.name}/")
+        and hypernetwork.names[-1] in hypernetwork.groups.axes[r.path][r.reads[0]].groups()
+    )
+    kernels = _readers(hypernetwork, tuple(widest.tolist()), path, dict(params), jnp.asarray(rows))
     beyond = np.arange(kernels.shape[3]) >= widths[:, None]
     kernels = np.where(beyond[:, None, None, :, None], np.nan, np.asarray(kernels))
     return WeightSlices(block.name, block.hidden_width, widths, kernels)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -29,18 +30,17 @@ from absl import flags
 from neumeta_jax import (
     architecture,
     checkpoint,
+    core,
     data,
     diagnosis,
     evaluation,
     hosts,
-    hypernetwork as hyper,
     page,
     plotting,
     published,
     quantize,
     recipes,
     resnet,
-    smoothing,
     storage,
     teacher_import,
     timing,
@@ -48,11 +48,11 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax.core.inr import describe_inr, make_inr
 from neumeta_jax.evaluation import GridRow
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import describe_inr, make_inr
 from neumeta_jax.progress import MetricsFile, Progress
-from neumeta_jax.resnet import Params
+from neumeta_jax.resnet import Params, ResNetHypernetwork
 from neumeta_jax.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -69,7 +69,7 @@ class Experiment:
 
     name: str
     run: recipes.Run
-    hypernetwork: Hypernetwork
+    hypernetwork: ResNetHypernetwork
     preprocessing: Preprocessing
     teacher: recipes.Teacher
     recipe: recipes.Train
@@ -162,10 +162,8 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         channels=dataset.channels,
         shortcut=network.shortcut,
     )
-    hypernetwork = Hypernetwork(
-        spec=spec,
-        blocks=architecture.generated_blocks(spec, run.generated),
-        inr=make_inr(**config["inr"]),
+    hypernetwork = resnet.hypernetwork(
+        spec, architecture.generated_blocks(spec, run.generated), make_inr(**config["inr"])
     )
     ratios = {
         name: tuple(map(architecture.check_width_ratio, getattr(sections["eval"], name)))
@@ -196,11 +194,11 @@ def for_teacher(config: Mapping[str, Any], dataset: data.Dataset, spec: ResNetSp
             f"{dataset.channels} channels; the file has {spec.num_classes} and {spec.channels}."
         )
     experiment = from_config(config, dataset)
-    family = dataclasses.replace(experiment.hypernetwork, spec=spec, blocks=())
+    family = resnet.hypernetwork(spec, (), experiment.hypernetwork.inr)
     return dataclasses.replace(experiment, hypernetwork=family)
 
 
-def check_same_family(experiment: Experiment, hypernetwork: Hypernetwork) -> None:
+def check_same_family(experiment: Experiment, hypernetwork: ResNetHypernetwork) -> None:
     """Raises ValueError if a saved INR generates other networks than the experiment's."""
     if hypernetwork != experiment.hypernetwork:
         raise UsageError(
@@ -388,7 +386,7 @@ class TrainedRun(NamedTuple):
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    hypernetwork: Hypernetwork
+    hypernetwork: ResNetHypernetwork
     params: Params
 
     def load(self) -> tuple[Experiment, data.Splits]:
@@ -767,13 +765,14 @@ def fold_and_order(
     measure("folded", params)
     if experiment.run.channel_order == "as_trained":
         return Backbone(params, report)
-    before = smoothing.total_variation(params, spec)
+    groups = resnet.family(spec).groups
+    before = ordering.total_variation(groups, params)
     if experiment.run.channel_order == "smoothness":
-        params, _ = smoothing.smooth(params, spec)
+        params, _ = ordering.smooth(groups, params)
     else:
         moments = jax.device_get(measure_moments(experiment, params, train_images))
-        params, _ = smoothing.by_importance(params, spec, moments)
-    after = smoothing.total_variation(params, spec)
+        params, _ = ordering.by_importance(groups, params, moments)
+    after = ordering.total_variation(groups, params)
     report |= {"total variation before": before, "total variation after": after}
     change = f"total variation {before:.1f} -> {after:.1f}"
     print(f"channels ordered by {experiment.run.channel_order}: {change}", flush=True)
@@ -784,18 +783,19 @@ def fold_and_order(
 def measure_moments(
     experiment: Experiment, params: Params, images: np.ndarray
 ) -> dict[str, jax.Array]:
-    """`resnet.hidden_moments` of all blocks over the first 2,000 `images`, uint8 NHWC.
+    """`core.moments` of the hidden channels of all blocks over the first 2,000 uint8 `images`.
 
     Does not wait for the device, so that the caller can trace what comes next meanwhile.
     """
     spec = experiment.spec
     chosen = images[:NUM_MOMENT_IMAGES]
-    blocks = range(len(spec.blocks))
+    family = resnet.family(spec)
+    hidden = [resnet.hidden_group(block) for block in spec.blocks]
 
     @jax.jit
     def measure(params, images):
         x = experiment.preprocessing.evaluate(images).astype(jnp.float32)
-        return resnet.hidden_moments(spec, params, x, blocks)
+        return core.moments(family, params, x, hidden)
 
     batch_size = min(experiment.evaluation.batch_size, len(chosen))
     batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out
@@ -895,7 +895,14 @@ def train_inr(
             update = training.fit_update(hypernetwork, recipe)
         else:
             options = {"unroll": jax.default_backend() != "tpu", "mesh": mesh, "kind": kind}
-            update = training.inr_update(hypernetwork, recipe, experiment.preprocessing, **options)
+            update = training.inr_update(
+                hypernetwork,
+                recipe,
+                experiment.preprocessing,
+                hypernetwork.forward,
+                num_classes=experiment.spec.num_classes,
+                **options,
+            )
         return part.chunked(update, training.phase_recipe(recipe, kind).images_per_step)
 
     calls = {kind: make_call(kind) for kind in dict.fromkeys(phase.kind for phase in phases)}
@@ -966,8 +973,10 @@ def _progress_accuracy(experiment, splits, backbone, params, inputs, phase) -> d
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mixed_network(hypernetwork, params, widths, backbone, active):
-    generated = hyper.generate_blocks(hypernetwork, params["inr"], widths)
-    return training.mixed_tree(hypernetwork, params, generated, backbone, active, widths)
+    widths = jnp.where(active, widths, jnp.array(hypernetwork.full_widths))
+    generated = hyper.generate_tensors(hypernetwork, params["inr"], widths)
+    originals = hypernetwork.groups.leaves(backbone)
+    return training.mixed_tree(hypernetwork, params, generated, originals, active, widths)
 
 
 def find_idle(experiment: Experiment, params: Params, splits: data.Splits) -> diagnosis.Idle:
@@ -1220,7 +1229,7 @@ def describe(
         lambda key: hyper.init(key, hypernetwork, resnet.init_params(key, spec)), jax.random.key(0)
     )
     num_inr = hyper.num_inr_params(shapes)
-    queries = sum(len(g.positions) * g.rows * g.columns for g in hypernetwork.groups)
+    queries = sum(math.prod(stack.shape[:3]) for stack in hypernetwork.stacks)
     lines = [
         f"data       {dataset.name} {dataset.fingerprint()}: {len(splits.train_labels)} training, "
         f"{len(splits.validation_labels)} validation, {len(splits.test_labels)} test images, "
@@ -1241,11 +1250,12 @@ def describe(
         f"INR        {describe_inr(hypernetwork.inr)}: {num_inr:,} parameters "
         f"({num_inr / spec.num_params:.2f} networks), {queries:,} queries per network"
     )
-    for group in hypernetwork.groups:
-        count = sum(x.size for x in jax.tree.leaves(shapes["inr"].get(group.name, {})))
+    for stack in hypernetwork.stacks:
+        count = sum(x.size for x in jax.tree.leaves(shapes["inr"].get(stack.name, {})))
+        tensors, rows, columns, outputs = stack.shape
         lines.append(
-            f"  {group.name:<28} {len(group.positions):>2} tensors x {group.rows:>3} x "
-            f"{group.columns:>3} queries -> {group.num_outputs} values  {count:>12,} parameters"
+            f"  {stack.name:<28} {tensors:>2} tensors x {rows:>3} x "
+            f"{columns:>3} queries -> {outputs} values  {count:>12,} parameters"
         )
     learned = sum(x.size for x in jax.tree.leaves(shapes["learned"]))
     lines.append(f"learned    {learned:,} parameters outside the INR ({recipe.learned!r} trained)")

@@ -56,7 +56,6 @@ from neumeta_jax import (
     data,
     evaluation,
     experiment as lab,
-    hypernetwork as hyper,
     litert,
     quantize,
     resnet,
@@ -64,9 +63,9 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import Block, ResNetSpec
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range
-from neumeta_jax.resnet import Params
+from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 if TYPE_CHECKING:
     import onnx
@@ -115,16 +114,16 @@ class Normalization(NamedTuple):
 
 
 def draw(
-    hypernetwork: Hypernetwork, params: Mapping, widths: Sequence[int], **noise: Any
+    hypernetwork: ResNetHypernetwork, params: Mapping, widths: Sequence[int], **noise: Any
 ) -> tuple[ResNetSpec, Params]:
     """The dense network of `widths`, (spec, tree), with the noise that `evaluation` gives it."""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     full = [max(pair) for pair in zip(widths, hypernetwork.full_widths, strict=True)]
-    container = architecture.morph(spec, blocks, full)
 
     @jax.jit
     def generate(params):
-        return hyper.generate_dense(hypernetwork, params, widths, spec=container, **noise)[1]
+        tree = hyper.generate(hypernetwork, params, np.array(widths), sizes=full, **noise)
+        return hypernetwork.dense(tree, widths, full)[1]
 
     # jit sorts the layers; the order of the network is that of its description.
     dense = architecture.morph(spec, blocks, widths)
@@ -830,7 +829,7 @@ FLAGS: command_line.Flags = {
 }
 
 
-def _chosen_widths(hypernetwork: Hypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
+def _chosen_widths(hypernetwork: ResNetHypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
     if options.width is not None:
         return architecture.widths_at(hypernetwork.spec, hypernetwork.blocks, options.width)
     if options.spec is not None:

@@ -24,11 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax import (
-    architecture,
     command_line,
     experiment as lab,
     export,
-    hypernetwork as hyper,
     page,
     resnet,
     storage,
@@ -36,9 +34,9 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
+from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.export import Normalization
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.resnet import Params
+from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 BATCH_SIZES = (1, 64)
 NUM_CALLS = 50
@@ -82,7 +80,7 @@ def peak_memory(compiled: jax.stages.Compiled) -> int | None:
 
 
 def measure(
-    hypernetwork: Hypernetwork,
+    hypernetwork: ResNetHypernetwork,
     params: Mapping,
     networks: Sequence[Network],
     *,
@@ -111,19 +109,17 @@ def measure(
             sizes, and the cut to this one), then "compile" (JAX, the smallest batch) or
             "onnxruntime" (writing the graph and loading it)}.
     """
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
     largest = np.max([hypernetwork.full_widths, *(n.widths for n in networks)], axis=0).tolist()
-    container = architecture.morph(spec, blocks, largest)
 
     @jax.jit
     def generate(params, widths):
         return hyper.generate(
-            hypernetwork, params, widths, spec=container, key=key, num_samples=num_samples
+            hypernetwork, params, widths, sizes=largest, key=key, num_samples=num_samples
         )
 
     def draw(widths) -> tuple[ResNetSpec, Params]:
         tree = jax.device_get(generate(params, np.array(widths, np.int32)))
-        return resnet.slice_params(container, tree, blocks, widths)
+        return hypernetwork.dense(tree, widths, largest)
 
     draw(networks[0].widths)  # compiled once for all
     rng, calls, rows = np.random.default_rng(0), {}, []
@@ -238,7 +234,7 @@ FLAGS: command_line.Flags = {
 
 
 def _networks(
-    hypernetwork: Hypernetwork, ratios: Sequence[float], files: Sequence[str]
+    hypernetwork: ResNetHypernetwork, ratios: Sequence[float], files: Sequence[str]
 ) -> list[Network]:
     found: dict[tuple[int, ...], Network] = {}
     for ratio in ratios:

@@ -40,22 +40,24 @@ def distillation(
     return temperature**2 * jnp.mean(divergence)
 
 
-def weight_norm(blocks: Mapping, active: Mapping[str, jax.Array] | None = None) -> jax.Array:
-    """Sum of the Euclidean norms of all tensors in `blocks` (arXiv 2505.05510).
+def weight_norm(
+    tensors: Mapping[str, jax.Array], active: Mapping[str, jax.Array] | None = None
+) -> jax.Array:
+    """Sum of the Euclidean norms of all `tensors` (arXiv 2505.05510).
 
-    `active` holds a weight for each block, 0 to leave it out.
+    `active` holds a weight for each tensor, 0 to leave it out.
     """
     total = jnp.zeros(())
-    for name, layers in blocks.items():
+    for name, x in tensors.items():
         # The norm has no gradient at zero, where masked tensors are.
-        norms = [jnp.sqrt(jnp.sum(jnp.square(x)) + 1e-12) for x in jax.tree.leaves(layers)]
-        total += sum(norms) * (1.0 if active is None else active[name])
+        norm = jnp.sqrt(jnp.sum(jnp.square(x)) + 1e-12)
+        total += norm * (1.0 if active is None else active[name])
     return total
 
 
 def reconstruction(
-    blocks: Mapping,
-    teacher: Mapping,
+    tensors: Mapping[str, jax.Array],
+    teacher: Mapping[str, jax.Array],
     active: Mapping[str, jax.Array] | None = None,
     *,
     relative: bool = False,
@@ -63,23 +65,22 @@ def reconstruction(
     """Mean squared error between generated tensors and the teacher's.
 
     Args:
-        blocks: generated tensors by block name, at full width.
-        teacher: a folded tree that has these blocks; what else it holds is ignored.
-        active: a weight for each block, 0 to leave it out.
+        tensors: generated ones by path, at full width.
+        teacher: tensors by path; what it holds beside these is ignored.
+        active: a weight for each tensor, 0 to leave it out.
         relative: divide each tensor's error by the teacher's mean square and average over tensors,
             so that 1 means nothing learned and small tensors count as much as large ones. Without
             it the mean runs over all weights, as in the papers.
     """
     error, count = jnp.zeros(()), jnp.zeros(())
-    for name, layers in blocks.items():
+    for name, x in tensors.items():
         weight = jnp.float32(1.0) if active is None else active[name]
-        target = {layer: teacher[name][layer] for layer in layers}
-        for x, y in zip(jax.tree.leaves(layers), jax.tree.leaves(target), strict=True):
-            if relative:
-                size = jnp.mean(y**2)  # a tensor of zeros has no size to compare with
-                error += weight * jnp.mean((x - y) ** 2) / jnp.where(size > 1e-12, size, 1.0)
-                count += weight
-            else:
-                error += weight * jnp.sum((x - y) ** 2)
-                count += weight * x.size
+        y = teacher[name]
+        if relative:
+            size = jnp.mean(y**2)  # a tensor of zeros has no size to compare with
+            error += weight * jnp.mean((x - y) ** 2) / jnp.where(size > 1e-12, size, 1.0)
+            count += weight
+        else:
+            error += weight * jnp.sum((x - y) ** 2)
+            count += weight * x.size
     return error / jnp.where(count > 0, count, 1.0)

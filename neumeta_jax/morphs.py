@@ -18,12 +18,12 @@ from neumeta_jax import (
     training,
 )
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax.resnet import ResNetHypernetwork as ResNetHypernetwork
 
 Widths = tuple[int, ...]
 
 
-def morph_to_dict(hypernetwork: Hypernetwork, widths: Sequence[int]) -> dict[str, Any]:
+def morph_to_dict(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> dict[str, Any]:
     """One network of a family as plain JSON types, for `--spec=FILE`.
 
     Returns:
@@ -38,7 +38,7 @@ def morph_to_dict(hypernetwork: Hypernetwork, widths: Sequence[int]) -> dict[str
     }
 
 
-def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int, ...]:
+def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tuple[int, ...]:
     """The widths in a JSON file of `morph_to_dict`, checked against the family.
 
     Other fields than its three are left alone, so that a search can note what it found.
@@ -84,7 +84,7 @@ def _first_difference(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> s
     return "other fields in its spec"
 
 
-def check_widths(hypernetwork: Hypernetwork, widths: Sequence[int]) -> tuple[int, ...]:
+def check_widths(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> tuple[int, ...]:
     """`widths` themselves, if each lies between 0 or 1 and 1.5 times its block's full width."""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     if len(widths) != len(blocks):

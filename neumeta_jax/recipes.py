@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.inr import describe_inr, make_inr
+from neumeta_jax.core.inr import describe_inr, make_inr
 from neumeta_jax.training import InrRecipe, TeacherRecipe
 
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")

@@ -169,31 +169,6 @@ def _apply_block(block: Block, layers: Mapping, x):
     return _relu(x + y), hidden
 
 
-def hidden_moments(
-    spec: ResNetSpec, params: Mapping, images: jax.Array, blocks: Sequence[int]
-) -> dict[str, jax.Array]:
-    """Second moments of the hidden activations of `blocks`, and of a constant.
-
-        M = E[(h, 1) (h, 1)^T]    over images and pixels
-
-    `images` are normalised, float[batch, size, size, channels], `blocks` positions in
-    `spec.blocks`.
-
-    Returns:
-        float32[hidden_width + 1, hidden_width + 1] by block name; the last row holds the means.
-    """
-    moments = {}
-    x = _relu(_affine(images, params["stem"]))
-    for number, block in enumerate(spec.blocks):
-        if block.hidden_width:
-            x, hidden = _apply_block(block, params[block.name], x)
-            if number in blocks:
-                flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-                flat = jnp.pad(flat, ((0, 0), (0, 1)), constant_values=1.0)
-                moments[block.name] = flat.T @ flat / flat.shape[0]
-    return moments
-
-
 def activity(
     spec: ResNetSpec, params: Mapping, images: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -313,90 +288,6 @@ def fold_batch_norm(variables: Mapping) -> Params:
     return folded
 
 
-def mask_block(layers: Mapping, width: jax.Array | int) -> Params:
-    """A block's layers with the hidden channels from `width` on set to zero.
-
-    A hidden channel whose input weights and bias are zero stays zero through the ReLU. At width 0
-    the bias after the hidden channels is zero too, so that the block is the identity.
-    """
-    conv1, conv2 = layers["conv1"], layers["conv2"]
-    keep = jnp.arange(conv1["bias"].shape[0]) < width
-    # `where`, not a product: what is masked may be anything, and its gradient must be zero.
-    masked = {
-        "conv1": {
-            "kernel": jnp.where(keep, conv1["kernel"], 0.0),
-            "bias": jnp.where(keep, conv1["bias"], 0.0),
-        },
-        "conv2": {
-            "kernel": jnp.where(keep[:, None], conv2["kernel"], 0.0),
-            "bias": jnp.where(width > 0, conv2["bias"], 0.0),
-        },
-    }
-    return {**layers, **masked}
-
-
-def resample_block(layers: Mapping, width: jax.Array | int) -> Params:
-    """A block's layers with the hidden channels averaged down to `width`, at unchanged shape.
-
-    Channel j of the result is the mean of the block's channels over the cell
-    [j / width, (j + 1) / width) of the relative axis; the kernel that reads the hidden channels is
-    multiplied by hidden_width / width, so that its sum over inputs keeps its size (the quadrature
-    of Integral Neural Networks, Solodskikh et al., CVPR 2023). Channels from `width` on are zero.
-    At `width` = hidden_width it returns the block as it is.
-    """
-    conv1, conv2 = layers["conv1"], layers["conv2"]
-    full = conv1["bias"].shape[0]
-    count = jnp.maximum(jnp.asarray(width, jnp.float32), 1.0)
-    new = jnp.arange(full, dtype=jnp.float32)[:, None] / count
-    old = jnp.arange(full, dtype=jnp.float32)[None, :] / full
-    overlap = jnp.minimum(new + 1 / count, old + 1 / full) - jnp.maximum(new, old)
-    mean = jnp.maximum(overlap, 0.0) * count  # rows sum to 1
-    resampled = {
-        "conv1": {
-            "kernel": jnp.einsum("hwio,jo->hwij", conv1["kernel"], mean),
-            "bias": mean @ conv1["bias"],
-        },
-        "conv2": {
-            "kernel": jnp.einsum("hwio,ji->hwjo", conv2["kernel"], mean) * (full / count),
-            "bias": conv2["bias"],
-        },
-    }
-    return mask_block({**layers, **resampled}, width)
-
-
-def mask_params(
-    spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: jax.Array
-) -> Params:
-    """`params` of `spec` with `blocks` masked to `widths`, int[len(blocks)] (may be traced).
-
-    The result computes the same function as the smaller network `slice_params` cuts out of it,
-    at a shape that does not depend on `widths`.
-    """
-    if len(widths) != len(blocks):
-        raise ValueError(
-            f"widths needs one entry for each of the {len(blocks)} blocks, got {len(widths)}."
-        )
-    masked = dict(params)
-    for position, n in enumerate(blocks):
-        name = spec.blocks[n].name
-        masked[name] = mask_block(params[name], widths[position])
-    return masked
-
-
-def take_hidden(layers: Mapping, index: Any) -> Params:
-    """A block's layers, folded or linen ones, with the hidden channels `index`.
-
-    `index` is a slice or an array of positions.
-    """
-    taken = {
-        name: jax.tree.map(lambda x: x[..., index], layers[name])
-        for name in ("conv1", "bn1")
-        if name in layers
-    }
-    conv2 = {**layers["conv2"], "kernel": layers["conv2"]["kernel"][:, :, index]}
-    return {**layers, **taken, "conv2": conv2}
-
-
 def slice_params(
     spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: Sequence[int]
 ) -> tuple[ResNetSpec, Params]:
@@ -408,20 +299,9 @@ def slice_params(
         ValueError: if a width exceeds the number of channels that `params` has.
     """
     small = morph(spec, blocks, widths)
-    sliced = dict(params)
-    for n, width in zip(blocks, widths, strict=True):
-        block = spec.blocks[n]
-        if width > block.hidden_width:
-            raise ValueError(
-                f"{block.name} has {block.hidden_width} hidden channels, got a width of {width}; "
-                "generate a larger tree first."
-            )
-        layers = sliced.pop(block.name)
-        if width == 0:
-            continue
-        sliced[block.name] = take_hidden(layers, slice(width))
-    order = param_shapes(small)
-    return small, {name: sliced[name] for name in order}
+    at = {hidden_group(spec.blocks[n]): int(w) for n, w in zip(blocks, widths, strict=True)}
+    sliced = core.slice_params(family(spec).groups, params, at)
+    return small, {name: sliced[name] for name in param_shapes(small)}
 
 
 # --- the family ------------------------------------------------------------------------------
@@ -433,6 +313,15 @@ def family(spec: ResNetSpec) -> core.Family:
     size, channels = spec.image_size, spec.channels
     images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
     return core.trace(functools.partial(apply, spec), abstract_params(spec), images, check=False)
+
+
+@functools.lru_cache(maxsize=256)
+def linen_groups(spec: ResNetSpec) -> core.Groups:
+    """The channel groups of the network with batch norm; its variables are those of `ResNet`."""
+    size, channels = spec.image_size, spec.channels
+    images = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    variables = jax.eval_shape(ResNet(spec).init, jax.random.key(0), images)
+    return core.trace(ResNet(spec).apply, variables, images, check=False).groups
 
 
 def hidden_group(block: Block) -> str:
@@ -469,6 +358,35 @@ class ResNetHypernetwork(Hypernetwork):
 
     def scaled(self, name: str) -> bool:
         return True
+
+    def is_last(self, path: str) -> bool:
+        return path.partition("/")[0] in (self.spec.blocks[-1].name, "head")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return tuple(self.spec.blocks[n].stage for n in self.blocks)
+
+    def forward(self, tree: Mapping, x: jax.Array, widths: Sequence[int] | None = None):
+        """Logits of a masked tree; the network cut out of it runs where `widths` are given."""
+        if widths is None:
+            return apply(self.spec, tree, x)
+        # What tensor cores take at once; channels beyond a width are zero.
+        multiple = 1 if jax.default_backend() == "cpu" else 8
+        sizes = zip(widths, self.full_widths, strict=True)
+        widths = [min(-(-width // multiple) * multiple, full) for width, full in sizes]
+        return apply(*self.dense(tree, widths), x)
+
+    def dense(self, tree: Mapping, widths: Sequence[int], sizes=None) -> tuple[ResNetSpec, Params]:
+        """The small network inside a tree of the channel numbers `sizes`: (its spec, its tree).
+
+        Keeps the first `widths[i]` channels of `blocks[i]`; blocks of width 0 leave the tree.
+        """
+        groups, widths = self.groups, [int(width) for width in widths]
+        if sizes is not None:
+            groups = groups.resized(self.by_name(sizes))
+        sliced = core.slice_params(groups, tree, self.by_name(widths))
+        small = morph(self.spec, self.blocks, widths)
+        return small, {name: sliced[name] for name in param_shapes(small)}
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,9 +23,10 @@ import numpy as np
 import optax
 import optax.contrib
 
-from neumeta_jax import data, hypernetwork as hyper, losses, resnet
-from neumeta_jax.architecture import NUM_STAGES, widths_at
-from neumeta_jax.hypernetwork import Hypernetwork
+from neumeta_jax import data, losses, resnet
+from neumeta_jax.architecture import NUM_STAGES
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.hypernetwork import Hypernetwork
 from neumeta_jax.resnet import Params
 
 Metrics = dict[str, jax.Array]
@@ -302,8 +303,8 @@ class InrRecipe:
             "teacher": in closed form for INR kinds that have one, else from the fit phase.
         fit_steps, fit_learning_rate: the fit phase; 0 steps leave it out.
         fit_widths: fit the teacher at "full" width only, or at "random" widths of the trained range
-            too, where the target is the teacher with its hidden channels averaged
-            (`resnet.resample_block`).
+            too, where the target is the teacher with its channels averaged
+            (`hypernetwork.resampled`).
         alpha_init: SkipInit scalar of a new block; 0 makes it start as the identity.
         batch_size: images per size.
         share_images: all sizes of a step see the same images (Yu and Huang, arXiv 1903.05134),
@@ -482,7 +483,7 @@ class Phase:
 
 def phases(hypernetwork: Hypernetwork, recipe: InrRecipe, *, num_images: int) -> tuple[Phase, ...]:
     """The phases of INR training in order; they cover all global steps without gaps."""
-    stages = [hypernetwork.spec.blocks[n].stage for n in hypernetwork.blocks]
+    stages = hypernetwork.stages
     num_blocks = len(stages)
     per_epoch = num_images / recipe.images_per_step
     result: list[Phase] = []
@@ -599,8 +600,8 @@ def start_phase(
         if recipe.block_init == "copy" and recipe.mode == "blockwise":
             for position in phase.new_blocks:
                 if position:
-                    inr_params = hypernetwork.inr.copy_block(
-                        inr_params, hypernetwork.groups, position - 1, position
+                    inr_params = hypernetwork.inr.copy_group(
+                        inr_params, hypernetwork.stacks, position - 1, position
                     )
         new = jnp.array(phase.new_blocks)
         alpha = params["alpha"].at[new].set(recipe.alpha_init)
@@ -628,7 +629,7 @@ class PhaseInputs(NamedTuple):
 
 
 def phase_inputs(hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase) -> PhaseInputs:
-    last = recipe.learned == "last" and phase.stage == 3
+    last = recipe.learned == "last" and phase.stage == max(hypernetwork.stages)
     recipe = phase_recipe(recipe, phase.kind)
     rates = {
         "inr": recipe.learning_rate,
@@ -643,7 +644,7 @@ def phase_inputs(hypernetwork: Hypernetwork, recipe: InrRecipe, phase: Phase) ->
         start=np.int32(phase.start),
         num_steps=np.int32(phase.stop - phase.start),
         warmup_steps=np.int32(phase.warmup_steps),
-        active=np.arange(len(hypernetwork.blocks)) < phase.num_active,
+        active=np.arange(len(hypernetwork.names)) < phase.num_active,
         learn_last=np.bool_(last),
         rates={name: np.float32(rate) for name, rate in rates.items()},
     )
@@ -672,18 +673,17 @@ def update_mask(
     hypernetwork: Hypernetwork, recipe: InrRecipe, params: Params, phase: PhaseInputs
 ) -> Params:
     """1 where `phase` trains a parameter and 0 where it does not; broadcasts against `params`."""
-    last_block = hypernetwork.spec.blocks[-1].name
     learned = {}
-    for name, layers in params["learned"].items():
+    for path in hyper.flat(params["learned"]):
         if recipe.learned == "all":
-            flag = jnp.float32(1)
-        elif recipe.learned == "last" and name in (last_block, "head"):
-            flag = phase.learn_last.astype(jnp.float32)
+            learned[path] = jnp.float32(1)
+        elif recipe.learned == "last" and hypernetwork.is_last(path):
+            learned[path] = phase.learn_last.astype(jnp.float32)
         else:
-            flag = jnp.float32(0)
-        learned[name] = jax.tree.map(lambda _, f=flag: f, layers)
+            learned[path] = jnp.float32(0)
+    learned = hyper.nested(learned)
     mask = {
-        "inr": hypernetwork.inr.update_mask(params["inr"], hypernetwork.groups, phase.active),
+        "inr": hypernetwork.inr.update_mask(params["inr"], hypernetwork.stacks, phase.active),
         "alpha": phase.active.astype(jnp.float32),
         "learned": learned,
     }
@@ -694,7 +694,7 @@ def depth_mask(hypernetwork: Hypernetwork, params: Params) -> Params:
     """1 where `DEPTH_KINDS` train a parameter: what only networks that skip blocks see."""
     zeros = {name: jax.tree.map(lambda _: jnp.float32(0), tree) for name, tree in params.items()}
     return zeros | {
-        "inr": hypernetwork.inr.depth_mask(params["inr"], hypernetwork.groups),
+        "inr": hypernetwork.inr.depth_mask(params["inr"], hypernetwork.stacks),
         "depth": jax.tree.map(lambda _: jnp.float32(1), params["depth"]),
     }
 
@@ -769,17 +769,17 @@ def _sandwich(hypernetwork: Hypernetwork, recipe: InrRecipe) -> list[tuple[int, 
 def skippable_blocks(
     hypernetwork: Hypernetwork, recipe: InrRecipe
 ) -> Iterator[tuple[int, list[int], int]]:
-    """(stage, positions of its generated blocks that can be skipped, how many training skips)."""
-    blocks = [hypernetwork.spec.blocks[n] for n in hypernetwork.blocks]
-    for stage in range(1, NUM_STAGES + 1):
-        members = [p for p, b in enumerate(blocks) if b.stage == stage and b.skippable]
+    """(stage, positions of its elastic groups that can be skipped, how many training skips)."""
+    lowest = [hypernetwork.groups[name].lowest for name in hypernetwork.names]
+    for stage in range(1, max(hypernetwork.stages) + 1):
+        members = [p for p, s in enumerate(hypernetwork.stages) if s == stage and not lowest[p]]
         if members:
             yield stage, members, math.floor(recipe.max_skipped * len(members) + 0.5)
 
 
 def _sample_skipped(key, hypernetwork, recipe, num):
     """bool[num, num_blocks]: which blocks each network skips."""
-    num_blocks = len(hypernetwork.blocks)
+    num_blocks = len(hypernetwork.names)
     # One draw for all: whether to skip, and how many in each stage. More are drawn than are used,
     # as they were for the runs in results/, which this way can be repeated.
     draws = jax.random.uniform(key, (num, 1 + NUM_STAGES + num_blocks))
@@ -804,35 +804,34 @@ def shallowest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[in
 
 def smallest_widths(hypernetwork: Hypernetwork, recipe: InrRecipe) -> tuple[int, ...]:
     """Hidden widths of the generated blocks at the lower end of the trained range."""
-    return widths_at(hypernetwork.spec, hypernetwork.blocks, recipe.min_width_ratio)
+    return tuple(hypernetwork.widths(recipe.min_width_ratio).tolist())
 
 
 def mixed_tree(
     hypernetwork: Hypernetwork,
     params: Params,
-    generated: Params,
-    teacher: Mapping,
+    generated: Mapping[str, jax.Array],
+    teacher: Mapping[str, jax.Array],
     active: jax.Array,
     widths: jax.Array,
-) -> Params:
-    """The network of a phase: generated blocks where `active`, the teacher's elsewhere."""
-    tree = hyper.learned_at(hypernetwork, params, widths)
-    for position, n in enumerate(hypernetwork.blocks):
-        name = hypernetwork.spec.blocks[n].name
-        layers = hyper.skip_init(generated[name], params["alpha"][position])
-        layers = {**tree.get(name, {}), **layers}
-        original = {layer: teacher[name][layer] for layer in layers}
-        tree[name] = jax.tree.map(
-            lambda new, old, a=active[position]: jnp.where(a, new, old), layers, original
-        )
-    return tree
+) -> Any:
+    """The network of a phase: generated tensors where `active`, the teacher's elsewhere.
+
+    `generated` and `teacher` are tensors by path.
+    """
+    leaves = hyper.learned_at(hypernetwork, params, widths)
+    for path, new in hyper.skip_init(hypernetwork, generated, params["alpha"]).items():
+        leaves[path] = jnp.where(active[hypernetwork.owners[path]], new, teacher[path])
+    return hyper.assemble(hypernetwork, leaves)
 
 
 def inr_update(
     hypernetwork: Hypernetwork,
     recipe: InrRecipe,
     preprocessing: Preprocessing,
+    forward: Callable,
     *,
+    num_classes: int,
     unroll: bool,
     mesh: jax.sharding.Mesh | None = None,
     kind: str = "train",
@@ -841,13 +840,20 @@ def inr_update(
 
     The gradients at full width and at `num_random_sizes` random widths are averaged, or those at
     the sizes of the depth phase (`recipe.depth_epochs`). `indices` is int[images_per_step] of
-    `phase_recipe(recipe, kind)`, `teacher` the folded tree, `phase` a `PhaseInputs`.
+    `phase_recipe(recipe, kind)`, `teacher` the full-size tree, `phase` a `PhaseInputs`.
 
     All networks of a step are generated in one batched call. The gradients of the losses with
     respect to their weights are summed over micro-batches, and are pulled back through the
     generation once.
 
     Args:
+        hypernetwork: the family.
+        recipe: of the training.
+        preprocessing: of the images.
+        forward: `forward(tree, x, widths)`, the logits of a network of the family; `widths` are
+            those of the tree as ints, None where they are drawn. A network that is always the same
+            may run at its own shapes.
+        num_classes: length of the logits.
         unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
             convolutions inside loops to code that is up to 100 times slower, and the host drives
             the loops of a GPU; on a TPU loops save memory and compilation.
@@ -859,27 +865,22 @@ def inr_update(
     shallow = kind in DEPTH_KINDS
     recipe = phase_recipe(recipe, kind)
     optimizer = inr_optimizer(recipe)
-    spec = hypernetwork.spec
     share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device
     micro = min(recipe.micro_batch or share, share)
 
     def generate(params, widths, key):
         noise_key = key if recipe.noise else None
-        return hyper.generate_blocks(hypernetwork, params["inr"], widths, key=noise_key)
+        return hyper.generate_tensors(hypernetwork, params["inr"], widths, key=noise_key)
 
     def penalties(generated, is_full, teacher, phase):
         """The terms that look at weights only."""
-        active = {
-            spec.blocks[n].name: phase.active[p].astype(jnp.float32)
-            for p, n in enumerate(hypernetwork.blocks)
-        }
+        weights = phase.active.astype(jnp.float32)
+        active = {path: weights[owner] for path, owner in hypernetwork.owners.items()}
         return {
             "norm": losses.weight_norm(generated, active),
             "reconstruction": is_full * losses.reconstruction(generated, teacher, active),
         }
 
-    # What tensor cores take at once; channels beyond a width are zero.
-    multiple = 1 if jax.default_backend() == "cpu" else 8
     # The widths of each size that are the same in every step, None where they are drawn.
     networks: list[tuple[int, ...] | None] = [None] * recipe.num_sizes
     if recipe.sandwich and recipe.mode == "at_once":
@@ -898,14 +899,7 @@ def inr_update(
         return jax.tree.map(lambda *entries: jnp.stack(entries), *results)
 
     def network_loss(tree, x, y, targets, network):
-        small = spec
-        if network is not None:
-            shapes = [
-                min(-(-w // multiple) * multiple, full)
-                for w, full in zip(network, hypernetwork.full_widths, strict=True)
-            ]
-            small, tree = resnet.slice_params(spec, tree, hypernetwork.blocks, shapes)
-        logits = resnet.apply(small, tree, x)
+        logits = forward(tree, x, network)
         terms = {"ce": losses.cross_entropy(logits, y)}
         loss = recipe.ce_weight * terms["ce"]
         if recipe.distillation_weight:
@@ -930,7 +924,7 @@ def inr_update(
         )
         targets = jnp.zeros((*x.shape[:3], 0))
         if recipe.distillation_weight:
-            found = loop(lambda x: resnet.apply(spec, target, x), x.reshape(-1, *x.shape[2:]))
+            found = loop(lambda x: forward(target, x, None), x.reshape(-1, *x.shape[2:]))
             targets = found.reshape(*x.shape[:3], -1)
 
         def one_size(size, network):
@@ -974,18 +968,20 @@ def inr_update(
         width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(key, step), 3)
         full = jnp.array(hypernetwork.full_widths, jnp.int32)
         widths = step_widths(width_key, hypernetwork, recipe, kind)
+        widths = jnp.where(phase.active, widths, full)
+        tensors = hypernetwork.groups.leaves(teacher)
         keys = jax.random.split(noise_key, recipe.num_sizes)
         is_full = ((jnp.arange(recipe.num_sizes) == 0) & (not shallow)).astype(jnp.float32)
 
         def all_networks(params):
             generated = jax.vmap(generate, in_axes=(None, 0, 0))(params, widths, keys)
             trees = jax.vmap(
-                lambda blocks, widths: mixed_tree(
-                    hypernetwork, params, blocks, teacher, phase.active, widths
+                lambda generated, widths: mixed_tree(
+                    hypernetwork, params, generated, tensors, phase.active, widths
                 )
             )(generated, widths)
             terms = jax.vmap(penalties, in_axes=(0, 0, None, None))(
-                generated, is_full, teacher, phase
+                generated, is_full, tensors, phase
             )
             loss = (
                 recipe.norm_weight * terms["norm"]
@@ -998,7 +994,7 @@ def inr_update(
         )
 
         x, y = preprocessing.train(
-            data_key, images.images[indices], images.labels[indices], spec.num_classes
+            data_key, images.images[indices], images.labels[indices], num_classes
         )
         # [sizes, images, ...], or one batch that all sizes share.
         batches = 1 if recipe.share_images else recipe.num_sizes
@@ -1007,8 +1003,8 @@ def inr_update(
         if recipe.distill_from == "full" and not shallow:
             target = jax.tree.map(lambda a: a[0], trees)
         elif recipe.distill_from == "full":
-            blocks = generate(state.params, full, keys[0])
-            target = mixed_tree(hypernetwork, state.params, blocks, teacher, phase.active, full)
+            generated = generate(state.params, full, keys[0])
+            target = mixed_tree(hypernetwork, state.params, generated, tensors, phase.active, full)
         tree_grads, found = gradients(trees, target, x, y)
         (grads,) = pull_back((tree_grads, jnp.ones(())))
         grads = jax.tree.map(lambda g: g / recipe.num_sizes, grads)
@@ -1056,22 +1052,18 @@ def fit_update(
     """
     optimizer = inr_optimizer(recipe)
     full = jnp.array(hypernetwork.full_widths, jnp.int32)
-    names = [hypernetwork.spec.blocks[n].name for n in hypernetwork.blocks]
 
     def update(state, step, key, images, indices, teacher, phase):
         del images, indices
         width_key, noise_key = jax.random.split(jax.random.fold_in(key, step))
-        widths, target = full, teacher
+        widths, target = full, hypernetwork.groups.leaves(teacher)
         if recipe.fit_widths == "random":
             drawn = sample_widths(width_key, hypernetwork, without_extremes(recipe), 1)[0]
             widths = jnp.where(step % 2 == 0, full, drawn)
-            target = {
-                name: resnet.resample_block(teacher[name], width)
-                for name, width in zip(names, widths, strict=True)
-            }
+            target = hyper.resampled(hypernetwork, target, widths)
 
         def loss_fn(params):
-            generated = hyper.generate_blocks(
+            generated = hyper.generate_tensors(
                 hypernetwork, params["inr"], widths, key=noise_key if recipe.noise else None
             )
             return losses.reconstruction(generated, target, relative=True)

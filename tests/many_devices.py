@@ -23,10 +23,11 @@ def main(folder):
     import numpy as np
     import test_training as tiny
 
-    from neumeta_jax import evaluation, hypernetwork as hyper, training
+    from neumeta_jax import evaluation, training
     from neumeta_jax.architecture import cifar_resnet
     from neumeta_jax.checkpoint import Checkpoints
-    from neumeta_jax.inr import Grid, Projection
+    from neumeta_jax.core import hypernetwork as hyper
+    from neumeta_jax.core.inr import Grid, Projection
 
     assert jax.device_count() == NUM_DEVICES, jax.devices()
     recipe = dataclasses.replace(tiny.RECIPE, batch_size=8)

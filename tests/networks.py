@@ -13,16 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import (
-    checkpoint,
-    command_line,
-    data,
-    experiment as lab,
-    export,
-    hypernetwork as hyper,
-    resnet,
-)
+from neumeta_jax import checkpoint, command_line, data, experiment as lab, export, resnet
 from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax.core import hypernetwork as hyper
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPECS = {

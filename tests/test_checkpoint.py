@@ -16,11 +16,11 @@ import pytest
 import safetensors.numpy
 from builders import flipped, refused
 
-from neumeta_jax import checkpoint, hypernetwork as hyper, progress, resnet, storage
+from neumeta_jax import checkpoint, progress, resnet, storage
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.checkpoint import Checkpoints
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import Grid, PerTensorMLP
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid, PerTensorMLP
 
 RAMP = np.arange(24, dtype="float32").reshape(2, 3, 4)
 TREE = {
@@ -108,7 +108,7 @@ MLP = PerTensorMLP(4, 1, 1, noise_scale=0.5, noise_per="channel")
 @pytest.mark.parametrize("inr", [MLP, Grid(3, "nested", 0.25)], ids=["mlp", "grid"])
 def test_a_saved_inr_generates_the_same_networks_bit_for_bit(tmp_path, inr):
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = Hypernetwork(spec, generated_blocks(spec), inr)
+    family = resnet.hypernetwork(spec, generated_blocks(spec), inr)
     init = jax.jit(lambda key, tree: hyper.init(key, family, tree, alpha=0.3))
     params = init(jax.random.key(0), resnet.init_params(jax.random.key(1), spec))
     notes = {"dataset": "x", "trained_range": [0.5, 1.0]}

@@ -10,15 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import (
-    command_line,
-    data,
-    experiment as lab,
-    hypernetwork as hyper,
-    recipes,
-    training,
-)
-from neumeta_jax.inr import make_inr
+from neumeta_jax import command_line, data, experiment as lab, recipes, training
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import make_inr
 from neumeta_jax.resnet import init_params
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))

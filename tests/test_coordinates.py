@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from networks import refused
 
-from neumeta_jax import coordinates
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
-from neumeta_jax.coordinates import KINDS, LAYERS, Coordinates
+from neumeta_jax.core import coordinates
+from neumeta_jax.core.coordinates import KINDS, LAYERS, Coordinates
 
 SPEC = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 BLOCKS = generated_blocks(SPEC)

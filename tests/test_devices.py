@@ -11,11 +11,11 @@ import many_devices
 import numpy as np
 import pytest
 
-from neumeta_jax import evaluation, hypernetwork as hyper, resnet, training
+from neumeta_jax import evaluation, resnet, training
 from neumeta_jax.architecture import cifar_resnet
 from neumeta_jax.checkpoint import Checkpoints
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import INR_KINDS, Grid, make_inr
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import INR_KINDS, Grid, make_inr
 from neumeta_jax.training import InrRecipe, TeacherRecipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_steps_on_many_devices_lower_for_accelerators_with_donated_state(found, 
 
 def test_a_checkpoint_of_two_devices_is_continued_on_one(folder):
     assert jax.device_count() == 1
-    family = Hypernetwork(SPEC, many_devices.BLOCKS, Grid(noise_scale=0.5))
+    family = resnet.hypernetwork(SPEC, many_devices.BLOCKS, Grid(noise_scale=0.5))
 
     def fresh(key):
         params = hyper.init(key, family, resnet.init_params(key, SPEC))
@@ -160,7 +160,7 @@ def test_a_run_is_refused_before_it_starts_where_the_batch_does_not_divide(tmp_p
 @pytest.mark.parametrize("kind", sorted(INR_KINDS))
 def test_generation_lowers_for_accelerators(kind, platform):
     inr = make_inr(kind)
-    family = Hypernetwork(SPEC, many_devices.BLOCKS, inr)
+    family = resnet.hypernetwork(SPEC, many_devices.BLOCKS, inr)
     key = jax.random.key(0)
     params = jax.eval_shape(lambda key: hyper.init(key, family, resnet.init_params(key, SPEC)), key)
 

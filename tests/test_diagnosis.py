@@ -10,9 +10,10 @@ import test_hosts
 import test_recipe as recipe
 import test_training as tiny
 
-from neumeta_jax import checkpoint, diagnosis, hypernetwork as hyper, resnet, training
+from neumeta_jax import checkpoint, diagnosis, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.inr import Projection
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Projection
 
 config = test_hosts.config
 BLOCKS = [tiny.SPEC.blocks[n].name for n in tiny.FAMILY.blocks]

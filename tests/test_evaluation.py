@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from networks import logits_of, random_params, random_pixels, refused
 
-from neumeta_jax import consistency, evaluation, hypernetwork as hyper, plotting, resnet
+from neumeta_jax import consistency, evaluation, plotting, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 from neumeta_jax.evaluation import GridRow
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import Grid
 from neumeta_jax.training import Preprocessing
 
 SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-FAMILY = Hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))
+FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))
 PREPROCESSING = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 NUM_IMAGES = 23
 IMAGES = random_pixels(SPEC, NUM_IMAGES)

@@ -33,7 +33,6 @@ from neumeta_jax import (
     data,
     experiment as lab,
     export,
-    hypernetwork as hyper,
     litert,
     morphs,
     resnet,
@@ -41,7 +40,8 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, morph
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.inr import Grid
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 
 written_formats = pytest.mark.parametrize(
     "format", [*export.FORMATS[:-1], pytest.param("litert", marks=no_litert)]

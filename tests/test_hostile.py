@@ -35,14 +35,14 @@ from neumeta_jax import (
     data,
     experiment as lab,
     export,
-    hypernetwork as hyper,
     morphs,
     progress,
     resnet,
     teacher_import,
 )
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.inr import Grid
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neumeta_jax import coordinates, hypernetwork, resnet
+from neumeta_jax import hypernetwork, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
-from neumeta_jax.coordinates import KINDS, LAYERS
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import (
+from neumeta_jax.core import coordinates
+from neumeta_jax.core.coordinates import KINDS, LAYERS
+from neumeta_jax.core.inr import (
     INR_KINDS,
     CoordinateMLP,
     Grid,
@@ -65,7 +65,7 @@ def fast_key(seed):
 @functools.cache
 def family(inr, blocks=BLOCKS):
     """A family and parameters of it, all of them moved off their initial values."""
-    members = Hypernetwork(SPEC, blocks, inr)
+    members = resnet.hypernetwork(SPEC, blocks, inr)
 
     def init(key):
         return hypernetwork.init(key, members, resnet.init_params(key, SPEC))
@@ -287,7 +287,7 @@ def test_the_residual_scales_of_the_mlp_start_at_a_tenth_and_all_mlps_differ():
 
 def test_the_papers_inr_of_a_resnet56_has_187_8_million_parameters():
     spec = cifar_resnet(56, num_classes=100)
-    members = Hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
+    members = resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
     inr = jax.eval_shape(lambda key: members.inr.init(key, members.groups), jax.random.key(0))
     for group in members.groups:
         count = sum(leaf.size for leaf in jax.tree.leaves(inr[group.name]))
@@ -447,7 +447,7 @@ def test_a_new_width_compiles_nothing_and_moves_nothing_between_host_and_device(
 def test_noise_is_drawn_only_with_a_key_and_only_at_a_positive_scale():
     fields = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 5}
     members, params = family(PerTensorMLP(**fields), blocks=(1,))
-    quiet = Hypernetwork(SPEC, (1,), PerTensorMLP(**fields, noise_scale=0.0))
+    quiet = resnet.hypernetwork(SPEC, (1,), PerTensorMLP(**fields, noise_scale=0.0))
     exact = generate(members, params, (3,))
     assert_same_tree(generate(quiet, params, (3,), key=fast_key(0)), exact, tolerance=0)
     moved = generate(members, params, (3,), key=fast_key(0))["stage1_block1"]
@@ -475,7 +475,7 @@ def random_backbone():
 
 
 def test_a_fresh_family_starts_with_the_alpha_asked_for_and_the_backbone_around_it():
-    members, backbone = Hypernetwork(SPEC, (2,), INRS["cell grid"]), random_backbone()
+    members, backbone = resnet.hypernetwork(SPEC, (2,), INRS["cell grid"]), random_backbone()
     learned = {**backbone, "stage2_block0": {"shortcut": backbone["stage2_block0"]["shortcut"]}}
     for kwargs, alpha in (({}, 0.0), ({"alpha": 0.5}, 0.5)):
         params = hypernetwork.init(fast_key(0), members, backbone, **kwargs)
@@ -485,7 +485,7 @@ def test_a_fresh_family_starts_with_the_alpha_asked_for_and_the_backbone_around_
 
 @pytest.mark.parametrize("name", ["cell grid", "nested grid"])
 def test_a_grid_can_start_at_the_backbone(name):
-    members, backbone = Hypernetwork(SPEC, BLOCKS, INRS[name]), random_backbone()
+    members, backbone = resnet.hypernetwork(SPEC, BLOCKS, INRS[name]), random_backbone()
     params = jax.jit(
         lambda key: hypernetwork.init(key, members, backbone, alpha=1.0, from_backbone=True)
     )(fast_key(0))
@@ -493,7 +493,7 @@ def test_a_grid_can_start_at_the_backbone(name):
 
 
 def projection_of(backbone, moments, inr=None, blocks=BLOCKS):
-    members = Hypernetwork(SPEC, blocks, inr or Projection())
+    members = resnet.hypernetwork(SPEC, blocks, inr or Projection())
     params = jax.jit(
         lambda key: hypernetwork.init(
             key, members, backbone, alpha=1.0, from_backbone=True, moments=moments
@@ -533,7 +533,7 @@ def test_without_moments_a_projection_is_a_nested_slice():
 
 def test_a_projection_has_its_moments_wherever_its_values_start():
     backbone, moments = backbone_and_moments()
-    members = Hypernetwork(SPEC, BLOCKS, Projection())
+    members = resnet.hypernetwork(SPEC, BLOCKS, Projection())
     params = jax.jit(lambda key: hypernetwork.init(key, members, backbone, moments=moments))(
         fast_key(0)
     )
@@ -570,7 +570,7 @@ def without_depth_term(members, params, widths):
         )
     }
     params = {"inr": fields, "alpha": params["alpha"], "learned": learned}
-    return Hypernetwork(SPEC, BLOCKS, plain), params
+    return resnet.hypernetwork(SPEC, BLOCKS, plain), params
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
@@ -637,7 +637,7 @@ def test_a_projection_loses_less_than_a_nested_slice():
     hidden = np.maximum(rng.normal(size=(16, 8, 8, 4)) @ mixing + 0.5, 0)
     rows = np.concatenate([hidden.reshape(-1, 4), np.ones((16 * 64, 1))], axis=1)
     moments = {"stage1_block1": np.asarray(rows.T @ rows / len(rows), np.float32)}
-    nested = Hypernetwork(SPEC, (1,), INRS["nested grid"])
+    nested = resnet.hypernetwork(SPEC, (1,), INRS["nested grid"])
     members, params = projection_of(backbone, moments, blocks=(1,))
     nested_params = jax.jit(
         lambda key: hypernetwork.init(key, nested, backbone, alpha=1.0, from_backbone=True)
@@ -863,7 +863,7 @@ def test_a_batch_without_samples_is_refused():
 
 def test_blocks_of_uneven_width_cannot_be_stacked():
     spec = morph(SPEC, (0,), (3,))
-    members = Hypernetwork(spec, BLOCKS, INRS["cell grid"])
+    members = resnet.hypernetwork(spec, BLOCKS, INRS["cell grid"])
     backbone = jax.tree.map(
         np.zeros, resnet.param_shapes(spec), is_leaf=lambda shape: isinstance(shape, tuple)
     )

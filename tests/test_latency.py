@@ -12,17 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import (
-    checkpoint,
-    command_line,
-    export,
-    hypernetwork as hyper,
-    latency,
-    page,
-    resnet,
-)
+from neumeta_jax import checkpoint, command_line, export, latency, page, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
-from neumeta_jax.inr import Grid
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 
 SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
 FAMILY = hyper.Hypernetwork(SPEC, generated_blocks(SPEC), Grid())

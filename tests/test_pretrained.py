@@ -13,14 +13,8 @@ import numpy as np
 import pytest
 
 import neumeta_jax
-from neumeta_jax import (
-    checkpoint,
-    data,
-    evaluation,
-    experiment as lab,
-    hypernetwork as hyper,
-    training,
-)
+from neumeta_jax import checkpoint, data, evaluation, experiment as lab, training
+from neumeta_jax.core import hypernetwork as hyper
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR100 = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared")) / "data"

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 from networks import SPECS, no_litert, random_inr, random_params, random_pixels, refused
 
-from neumeta_jax import evaluation, export, hypernetwork as hyper, quantize, resnet
+from neumeta_jax import evaluation, export, quantize, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.inr import Grid
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 from neumeta_jax.training import Preprocessing
 
 NORMALIZATION = export.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))

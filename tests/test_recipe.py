@@ -31,13 +31,12 @@ from neumeta_jax import (
     data,
     evaluation,
     experiment as lab,
-    hypernetwork as hyper,
     morphs,
     resnet,
-    smoothing,
     teacher_import,
     training,
 )
+from neumeta_jax.core import hypernetwork as hyper
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from networks import random_params, refused
 
-from neumeta_jax import resnet, smoothing
+from neumeta_jax import resnet
 from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, morph
 
 SPECS = {

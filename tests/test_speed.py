@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from neumeta_jax import architecture, command_line
-from neumeta_jax.inr import Grid
+from neumeta_jax.core.inr import Grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "benchmarks" / "speed.py"

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from neumeta_jax import data, hypernetwork as hyper, losses, resnet, training
+from neumeta_jax import data, losses, resnet, training
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import RESAMPLING, Grid, PerTensorMLP, Projection
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import RESAMPLING, Grid, PerTensorMLP, Projection
 from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
 SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-FAMILY = Hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
+FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
 RECIPE = InrRecipe(
     batch_size=4,
     num_random_sizes=1,
@@ -34,7 +34,7 @@ NUM_IMAGES = 24
 
 def family_of(depth, which="inner", inr=None):
     spec = cifar_resnet(depth, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    return Hypernetwork(spec, generated_blocks(spec, which), inr or Grid())
+    return resnet.hypernetwork(spec, generated_blocks(spec, which), inr or Grid())
 
 
 def random_backbone(spec, seed=0):
@@ -128,7 +128,7 @@ def test_phases_cover_all_steps_without_gaps(mode, blocks_per_phase, fit_steps, 
 
 def test_resnet56_has_the_papers_23_phases_and_warms_up_where_a_stage_opens():
     spec = cifar_resnet(56, num_classes=100)
-    family = Hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
+    family = resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
     recipe = InrRecipe()
     found = training.phases(family, recipe, num_images=50_000)
     assert len(found) == 23
@@ -150,7 +150,7 @@ DEPTH = dataclasses.replace(
     depth_learning_rate=2e-2,
     weight_decay=0.0,
 )
-DEEP = Hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
+DEEP = resnet.hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_a_schedule_of_warm_up_alone_stays_finite():
 
 def wide_family():
     spec = cifar_resnet(20, num_classes=5, stage_widths=(16, 32, 64), image_size=8)
-    return Hypernetwork(spec, generated_blocks(spec), Grid())
+    return resnet.hypernetwork(spec, generated_blocks(spec), Grid())
 
 
 @pytest.mark.parametrize("per_block", [0.0, 0.5, 1.0])
@@ -371,7 +371,7 @@ def test_the_sandwich_draws_the_smallest_widths_first_and_the_rest_at_random():
 
 def test_a_share_of_the_random_sizes_skips_the_last_blocks_up_to_a_share_of_each_stage():
     spec = cifar_resnet(32, num_classes=5, stage_widths=(16, 32, 64), image_size=8)
-    family = Hypernetwork(spec, generated_blocks(spec), Grid())
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Grid())
     stages = np.array([spec.blocks[n].stage for n in family.blocks])  # 4, 4 and 3 blocks
     recipe = InrRecipe(skip_blocks=0.6, max_skipped=0.5)
     skipped = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 4000)) == 0
@@ -439,7 +439,7 @@ def test_the_depth_phase_draws_networks_that_skip_blocks(sandwich):
 
 def test_blocks_that_change_the_shape_are_never_skipped():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 8, 16), image_size=8)
-    family = Hypernetwork(spec, generated_blocks(spec, "all"), Grid())
+    family = resnet.hypernetwork(spec, generated_blocks(spec, "all"), Grid())
     recipe = InrRecipe(skip_blocks=1.0, max_skipped=1.0)
     skipped = np.asarray(training.sample_widths(jax.random.key(0), family, recipe, 500)) == 0
     skippable = np.array([block.skippable for block in spec.blocks])
@@ -635,7 +635,7 @@ def test_the_depth_term_learns_from_networks_that_skip_blocks_only(deep_params, 
     full = jnp.array(family.full_widths)
 
     def loss(params, widths):
-        generated = hyper.generate_blocks(family, params["inr"], widths)
+        generated = hyper.generate_tensors(family, params["inr"], widths)
         tree = training.mixed_tree(family, params, generated, backbone, inputs.active, widths)
         return jnp.sum(resnet.apply(SPEC, tree, jnp.ones((1, 8, 8, 3))) ** 2)
 
@@ -699,7 +699,7 @@ def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
     apply = jax.jit(lambda tree: resnet.apply(SPEC, tree, images))
     full = jnp.array(FAMILY.full_widths)
-    generated = jax.jit(lambda tree: hyper.generate_blocks(FAMILY, tree, full))(params["inr"])
+    generated = jax.jit(lambda tree: hyper.generate_tensors(FAMILY, tree, full))(params["inr"])
     mix = jax.jit(
         lambda active: training.mixed_tree(FAMILY, params, generated, backbone, active, full)
     )
@@ -751,7 +751,7 @@ def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
     keys = jax.random.split(noise_key, 2)
 
     def loss(params, widths, key, x, y, full):
-        generated = hyper.generate_blocks(FAMILY, params["inr"], widths, key=key)
+        generated = hyper.generate_tensors(FAMILY, params["inr"], widths, key=key)
         tree = dict(params["learned"])
         for position, name in enumerate(["stage1_block1", "stage2_block1"]):
             tree[name] = hyper.skip_init(generated[name], params["alpha"][position])

@@ -78,7 +78,8 @@ def worker(batch_size: int, size: Size) -> None:
     import jax
     import jax.numpy as jnp
 
-    from neumeta_jax import experiment as lab, hypernetwork as hyper, resnet, timing, training
+    from neumeta_jax import experiment as lab, resnet, timing, training
+    from neumeta_jax.core import hypernetwork as hyper
 
     lab.configure_jax()
     experiment, splits = experiment_of(batch_size, size)

@@ -2,6 +2,7 @@
 
 from neumeta_jax.core.family import Family, apply_at, num_macs, trace
 from neumeta_jax.core.groups import Group, Groups, Member, Reader, num_params
+from neumeta_jax.core.moments import moments
 from neumeta_jax.core.resize import mask_params, permute, select, slice_params
 from neumeta_jax.core.rules import UnknownPrimitive
 
@@ -14,6 +15,7 @@ __all__ = [
     "UnknownPrimitive",
     "apply_at",
     "mask_params",
+    "moments",
     "num_macs",
     "num_params",
     "permute",

@@ -163,6 +163,11 @@ class Axis:
         parts = (part.width(widths) for part in self.parts)
         return math.prod(parts) if self.kind == "product" else sum(parts)
 
+    def resized(self, sizes: Mapping[str, int]) -> "Axis":
+        """The axis in a network whose groups have `sizes`."""
+        parts = tuple(part.resized(sizes) for part in self.parts)
+        return dataclasses.replace(self, size=self.width(sizes), parts=parts)
+
     def mask(self, widths: Mapping, sizes: Mapping = {}) -> jax.Array:
         """bool[length at `sizes`]: the channels there are at `widths`, which may be traced."""
         if self.kind == "group" and self.group in widths:

@@ -13,6 +13,7 @@ along columns only, the rest not at all. `Coordinates` keeps them apart, so that
 in an encoding of single coordinates costs C_out + C_in evaluations instead of C_out * C_in.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ def raw_coordinates(stack: TensorStack, widths: jax.Array) -> Coordinates:
 
 def fan_in(stack: TensorStack, coords: Coordinates) -> jax.Array:
     """[tensors, 1, 1]: over how many channels a product sums, 1 for a bias."""
-    return math.prod(coords.limits[1 + len(stack.rows.factors) :])
+    first, *rest = coords.limits[1 + len(stack.rows.factors) :]
+    return functools.reduce(jnp.multiply, rest, first)
 
 
 def add_noise(

@@ -247,11 +247,12 @@ def _sizes(
     """The function from dims to their ints."""
     atoms = {family.atoms[name].find(): width for name, width in widths.items()} | dict(batch)
 
-    def size(dim):
+    def size(dim: Dim) -> int:
         dim = dim.find()
         if dim.kind == "atom":
             return atoms.get(dim, dim.size)
-        return (math.prod if dim.kind == "product" else sum)(map(size, dim.parts))
+        parts = [size(part) for part in dim.parts]
+        return math.prod(parts) if dim.kind == "product" else sum(parts)
 
     return size
 

@@ -154,6 +154,10 @@ class Groups:
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         return {name: self.by_name[name].size for name in names}
 
+    def resized(self, sizes: Mapping[str, int]) -> "Groups":
+        """The groups of a network of this family that was built with `sizes`."""
+        return _resized(self, tuple(sizes.items()))
+
     def check(self, widths: Mapping[str, Any], *, limited: bool = True) -> None:
         """Raises ValueError unless `widths` are of groups and, where not traced, in range.
 
@@ -246,6 +250,14 @@ class Groups:
         widths = [max(len(row[n]) for row in rows) for n in range(3)]
         lines = ("  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows)
         return "\n".join(lines)
+
+
+@functools.lru_cache(maxsize=1024)
+def _resized(groups: Groups, sizes: tuple[tuple[str, int], ...]) -> Groups:
+    new = dict(sizes)
+    of = (dataclasses.replace(g, size=new.get(g.name, g.size)) for g in groups.groups)
+    tensors = ((path, tuple(axis.resized(new) for axis in axes)) for path, axes in groups.tensors)
+    return dataclasses.replace(groups, groups=tuple(of), tensors=tuple(tensors))
 
 
 _CLASSES = {

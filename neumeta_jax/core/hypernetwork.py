@@ -23,7 +23,7 @@ import numpy as np
 
 from neumeta_jax.core import stacks
 from neumeta_jax.core.groups import Groups
-from neumeta_jax.core.inr import INR
+from neumeta_jax.core.inr import INR, Grid
 from neumeta_jax.core.inr.base import Params, skipped_share
 from neumeta_jax.core.resize import mask_axes
 from neumeta_jax.core.stacks import TensorStack
@@ -65,11 +65,8 @@ class Hypernetwork:
 
     def __post_init__(self):
         self.groups.check(dict.fromkeys(self.names, 1))
-        if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(
-                f"A hypernetwork needs at least one group, each named once, got {self.names}; "
-                "groups.elastic() names those whose width may vary."
-            )
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"The groups of a hypernetwork are named once, got {self.names}.")
 
     def label(self, path: str) -> str | None:
         """The stack that a tensor belongs to; None stacks tensors of equal form."""
@@ -85,6 +82,16 @@ class Hypernetwork:
     def scaled(self, name: str) -> bool:
         """Whether SkipInit's scalar multiplies what reads the group."""
         return self.groups[name].skips is not None
+
+    def is_last(self, path: str) -> bool:
+        """Whether a parameter that is not generated belongs to what follows all elastic groups."""
+        outputs = (g for g in self.groups.groups if "output" in g.flags)
+        return any(member.path == path for group in outputs for member in group.members)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """From 1, the part of the network that each group belongs to, in ascending order."""
+        return (1,) * len(self.names)
 
     @property
     def stacks(self) -> tuple[TensorStack, ...]:
@@ -390,6 +397,19 @@ def pack(hypernetwork: Hypernetwork, values: Mapping[str, Any]) -> dict[str, jax
             )
         raw[stack.name] = jnp.stack(tensors)
     return raw
+
+
+def resampled(
+    hypernetwork: Hypernetwork, values: Mapping[str, jax.Array], widths: jax.Array
+) -> dict[str, jax.Array]:
+    """The generated tensors of a full-size network with its channels averaged down to `widths`.
+
+    Channel j of C is the mean over its cell of the relative axis, and what reads the channels is
+    multiplied by full / C, see `inr.Grid`. At full width nothing changes.
+    """
+    raw = {name: {"values": x[:, None]} for name, x in pack(hypernetwork, values).items()}
+    grid = dataclasses.replace(hypernetwork, inr=Grid(num_terms=1))
+    return generate_tensors(grid, raw, widths)
 
 
 def skip_init(

@@ -38,8 +38,10 @@ def moment_sums(family: Family, params: Any, x: Any, names: Iterable[str]) -> di
     readers = {reader.path: reader for reader in family.groups.readers}
 
     def observe(step, arrays):
-        weight = step.inputs[step.weight] if step.weight is not None else None
-        if weight is None or not weight.view or not weight.sources <= readers.keys():
+        if step.weight is None or step.contracted is None:
+            return
+        weight = step.inputs[step.weight]
+        if not weight.view or not weight.sources <= readers.keys():
             return
         (path,) = weight.sources
         reads = {n: family.groups.axes[path][n] for n in readers[path].reads}

@@ -27,6 +27,14 @@ def mask_axes(x: Any, axes: tuple, widths: Mapping, sizes: Mapping = {}) -> Any:
     return x
 
 
+def take_axes(x: Any, axes: tuple, channels: Mapping) -> Any:
+    """`x` with the channels int[any] of each group in `channels`, in this order."""
+    for n, axis in enumerate(axes):
+        if any(name in channels for name in axis.groups()):
+            x = jnp.take(x, axis.channels(channels), n)
+    return x
+
+
 def mask_params(groups: Groups, params: Any, widths: Mapping) -> Any:
     """`params` with channels from the width on set to zero; widths may be traced.
 
@@ -61,13 +69,7 @@ def select(groups: Groups, params: Any, channels: Mapping) -> Any:
                 f"The channels of {name} are 0 to {sizes[name] - 1}, got {list(chosen)}."
             )
 
-    def take(path, axes, x):
-        for n, axis in enumerate(axes):
-            if any(name in channels for name in axis.groups()):
-                x = jnp.take(x, axis.channels(channels), n)
-        return x
-
-    return groups.map(take, params, {})
+    return groups.map(lambda path, axes, x: take_axes(x, axes, channels), params, {})
 
 
 def slice_params(groups: Groups, params: Any, widths: Mapping[str, int]) -> Any:

@@ -311,21 +311,21 @@ def tensor_stacks(
         )
         stacked.setdefault(key, []).append(path)
     places = {
-        path: (paths[0] if not label(path) else label(path), row)
+        path: (label(path) or paths[0], row)
         for paths in stacked.values()
         for row, path in enumerate(paths)
     }
-    norm = max(factor.size for parts in placed.values() for part in parts[:2] for _, factor in part)
+    norm = max(group.size for group in groups.groups if "output" not in group.flags)
     stacks = []
     for paths in stacked.values():
         rows, columns, outputs = ([_product(placed[p][n]) for p in paths] for n in range(3))
-        biases = ()
+        biases: tuple = ()
         if all(path in readers for path in paths):
             partners = [readers[path] for path in paths]
             biases = tuple((*places[r.bias], r.sign) if r.bias else None for r in partners)
         stacks.append(
             TensorStack(
-                name=str(places[paths[0]][0]),
+                name=places[paths[0]][0],
                 paths=tuple(paths),
                 indices=tuple(index[path] for path in paths),
                 num_tensors=len(index),

@@ -6,7 +6,7 @@ writes, beside this file,
 
     projection.npz, grid.npz, per_tensor_mlp.npz    of each INR kind the networks of two widths,
                                                     one update step, one export
-    resnet20.json, resnet56.json                    counts, groups of tensors, cliques of channels,
+    resnet20.json, resnet56.json                    counts, stacks of tensors, groups of channels,
                                                     orders by smoothness and by importance
 
 Weights are drawn by NumPy's RandomState, whose numbers never change, so that nothing that is
@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from neumeta_jax import coordinates, export, hypernetwork as hyper, resnet, smoothing, training
+from neumeta_jax import export, resnet, training
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, generated_blocks, morph
-from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.inr import Grid, PerTensorMLP, Projection
+from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
+from neumeta_jax.resnet import ResNetHypernetwork
 from neumeta_jax.training import InrRecipe
 
 FOLDER = pathlib.Path(__file__).resolve().parent
@@ -88,7 +89,7 @@ def drawn(tree: Any, seed: int, scale: float = 0.2) -> Any:
     return jax.tree.map(lambda _: jnp.asarray(next(leaves)), tree)
 
 
-def start(family: Hypernetwork) -> tuple[Any, Any]:
+def start(family: ResNetHypernetwork) -> tuple[Any, Any]:
     """A backbone and the parameters of `family`, both drawn."""
     backbone = drawn(resnet.init_params(jax.random.key(0), family.spec), seed=1)
     shapes = jax.eval_shape(lambda key: hyper.init(key, family, backbone), jax.random.key(0))
@@ -97,9 +98,9 @@ def start(family: Hypernetwork) -> tuple[Any, Any]:
 
 def inr_case(kind: str) -> dict[str, np.ndarray]:
     """What a kind generates, exports and learns in a step: arrays by name."""
-    family = Hypernetwork(SPEC, generated_blocks(SPEC), INRS[kind])
+    family = resnet.hypernetwork(SPEC, generated_blocks(SPEC), INRS[kind])
     _, params = start(family)
-    generate = jax.jit(lambda params, widths: hyper.generate_blocks(family, params, widths))
+    generate = jax.jit(lambda params, widths: hyper.generate_tensors(family, params, widths))
     found = {}
     for ratio in RATIOS:
         tree = generate(params["inr"], family.widths(ratio))
@@ -117,7 +118,7 @@ def inr_case(kind: str) -> dict[str, np.ndarray]:
 
 def step(kind: str) -> Any:
     """Metrics, parameters and their average after a step of `kind`, at three sizes."""
-    family = Hypernetwork(SMALL, (0, 1), INRS[kind])
+    family = resnet.hypernetwork(SMALL, (0, 1), INRS[kind])
     recipe = dataclasses.replace(RECIPE, optimizer=OPTIMIZERS[kind])
     backbone, params = start(family)
     rng = np.random.RandomState(3)
@@ -127,7 +128,16 @@ def step(kind: str) -> Any:
     )
     (phase,) = training.phases(family, recipe, num_images=120)
     state = training.start_phase(params, family, recipe, phase)
-    update = jax.jit(training.inr_update(family, recipe, PREPROCESSING, unroll=False))
+    update = jax.jit(
+        training.inr_update(
+            family,
+            recipe,
+            PREPROCESSING,
+            family.forward,
+            num_classes=SMALL.num_classes,
+            unroll=False,
+        )
+    )
     inputs = training.phase_inputs(family, recipe, phase)
     state, metrics = update(
         state, np.int32(3), jax.random.key(5), images, np.arange(12), backbone, inputs
@@ -139,23 +149,34 @@ def network_case(depth: int) -> dict[str, Any]:
     """What is counted and ordered of a full-size network: JSON values."""
     spec = cifar_resnet(depth, num_classes=100)
     blocks = generated_blocks(spec)
-    family = Hypernetwork(spec, blocks, Grid())
+    family = resnet.hypernetwork(spec, blocks, Grid())
     morphs = {
         str(ratio): morph(spec, blocks, family.widths(ratio).tolist()) for ratio in (1, 0.5, 0.25)
     }
     params, moments = random_network(spec)
-    _, smooth = smoothing.smooth(params, spec)
-    _, important = smoothing.by_importance(params, spec, moments)
-    groups = coordinates.tensor_groups(spec, blocks)
+    groups = resnet.family(spec).groups
+    _, smooth = ordering.smooth(groups, params)
+    _, important = ordering.by_importance(groups, params, moments)
     return {
         "blocks": list(blocks),
         "parameters": {ratio: small.num_params for ratio, small in morphs.items()},
         "multiply_adds": {ratio: small.num_macs for ratio, small in morphs.items()},
         "shapes": {name: list(x.shape) for name, x in flat(params).items()},
-        "groups": [_lists(dataclasses.asdict(group)) for group in groups],
-        "cliques": {
-            clique.name: [f"{'/'.join(path)}:{axis}" for path, axis in clique.members]
-            for clique in smoothing.cliques(spec)
+        "stacks": [
+            {
+                "name": stack.name,
+                "positions": list(stack.owners),
+                "indices": list(stack.indices),
+                "num_tensors": stack.num_tensors,
+                "shape": list(stack.shape),
+                "elastic": [stack.rows.elastic, stack.columns.elastic],
+                "norm": stack.norm,
+            }
+            for stack in family.stacks
+        ],
+        "groups": {
+            name: [f"{member.path}:{member.axis}" for member in groups[name].members]
+            for name in ordering.movable(groups)
         },
         "smoothness": {name: order.tolist() for name, order in smooth.items()},
         "importance": {name: order.tolist() for name, order in important.items()},
@@ -179,12 +200,8 @@ def random_network(spec: ResNetSpec) -> tuple[Any, dict[str, np.ndarray]]:
         size = block.hidden_width + 1
         samples = rng.randint(0, 64, (2 * size, size)) / 32
         samples[:, -1] = 1
-        moments[block.name] = samples.T @ samples / (2 * size)
+        moments[f"{block.name}/conv2/kernel"] = samples.T @ samples / (2 * size)
     return tree, moments
-
-
-def _lists(value: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ class Grid(INR):
 
     def __call__(self, inr_params, stacks, widths, *, key=None):
         raw = {}
-        full = full_widths(stacks, len(widths))
+        full = jnp.asarray(full_widths(stacks, len(widths)))
         width = jnp.maximum(jnp.asarray(widths), 1).astype(jnp.float32)
         for number, stack in enumerate(stacks):
             values = inr_params[stack.name]["values"]
