@@ -675,7 +675,9 @@ def update_mask(
     """1 where `phase` trains a parameter and 0 where it does not; broadcasts against `params`."""
     learned = {}
     for path in hyper.flat(params["learned"]):
-        if recipe.learned == "all":
+        if path in hypernetwork.groups.frozen:
+            learned[path] = jnp.float32(0)
+        elif recipe.learned == "all":
             learned[path] = jnp.float32(1)
         elif recipe.learned == "last" and hypernetwork.is_last(path):
             learned[path] = phase.learn_last.astype(jnp.float32)
