@@ -1,4 +1,6 @@
-"""The families of networks: counts as published, widths, batch statistics, refusals."""
+"""The families of networks: counts as published, widths, batch statistics, torchvision's names."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from networks import refused
 
 from neumeta_jax import networks
-from neumeta_jax.networks import MLP, VGG, MobileNetV2, ResNet, ViT, make_network
+from neumeta_jax.networks import MLP, RESNET_VARIANTS, VGG, MobileNetV2, ResNet, ViT, make_network
 from neumeta_jax.networks.vit import LayerNorm
 
 
@@ -130,6 +132,127 @@ def test_a_layer_norm_of_all_its_channels_is_the_usual_one():
     expected = (x - mean) / np.sqrt(var + 1e-6) * params["scale"] + params["bias"]
     found = jax.jit(norm.apply)({"params": params}, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# torchvision's ResNet, from its names alone.
+
+
+def torch_tensors(depth, num_classes=7, width=64, seed=0):
+    """A state_dict under torchvision's names, at random."""
+    blocks, bottleneck = RESNET_VARIANTS[depth]["blocks"], depth >= 50
+    rng, tensors = np.random.default_rng(seed), {}
+
+    def conv(name, out, channels, size):
+        values = rng.standard_normal((out, channels, size, size), np.float32)
+        tensors[f"{name}.weight"] = values * np.float32((2 / (channels * size**2)) ** 0.5)
+
+    def norm(name, n):
+        for kind, values in {
+            "weight": rng.uniform(0.5, 1.5, n),
+            "bias": rng.normal(0, 0.2, n),
+            "running_mean": rng.normal(0, 0.2, n),
+            "running_var": rng.uniform(0.5, 1.5, n),
+        }.items():
+            tensors[f"{name}.{kind}"] = values.astype(np.float32)
+        tensors[f"{name}.num_batches_tracked"] = np.int64(9)
+
+    conv("conv1", width, 3, 7)
+    norm("bn1", width)
+    channels = width
+    for stage, count in enumerate(blocks):
+        hidden = width * 2**stage
+        out = 4 * hidden if bottleneck else hidden
+        for block in range(count):
+            prefix = f"layer{stage + 1}.{block}"
+            sizes = (1, 3, 1) if bottleneck else (3, 3)
+            widths = (channels, hidden, hidden, out) if bottleneck else (channels, hidden, out)
+            for number, size in enumerate(sizes):
+                conv(f"{prefix}.conv{number + 1}", widths[number + 1], widths[number], size)
+                norm(f"{prefix}.bn{number + 1}", widths[number + 1])
+            if block == 0 and (stage > 0 or bottleneck):
+                conv(f"{prefix}.downsample.0", out, channels, 1)
+                norm(f"{prefix}.downsample.1", out)
+            channels = out
+    tensors["fc.weight"] = rng.standard_normal((num_classes, channels), np.float32) / 50
+    tensors["fc.bias"] = rng.standard_normal(num_classes, np.float32)
+    return tensors
+
+
+def torch_forward(depth, tensors, images):
+    """Logits of torchvision's ResNet in evaluation, images NCHW."""
+
+    def conv(name, x, stride=1):
+        kernel = tensors[f"{name}.weight"]
+        pad = [(kernel.shape[-1] // 2,) * 2] * 2
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad)
+
+    def norm(name, x):
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        scale, bias, mean, var = (tensors[f"{name}.{kind}"][:, None, None] for kind in kinds)
+        return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+    x = jax.nn.relu(norm("bn1", conv("conv1", images, 2)))
+    x = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1)])  # nothing is below 0
+    rows, columns = ((n - 3) // 2 + 1 for n in x.shape[2:])
+    taps = [(i, j) for i in range(3) for j in range(3)]
+    x = jnp.stack([x[:, :, i::2, j::2][:, :, :rows, :columns] for i, j in taps]).max(0)
+    for stage, count in enumerate(RESNET_VARIANTS[depth]["blocks"]):
+        for block in range(count):
+            prefix, stride = f"layer{stage + 1}.{block}", 2 if stage and not block else 1
+            y = x
+            convs = 3 if depth >= 50 else 2
+            strided = 2 if depth >= 50 else 1
+            for n in range(1, convs + 1):
+                y = conv(f"{prefix}.conv{n}", y, stride if n == strided else 1)
+                y = norm(f"{prefix}.bn{n}", y)
+                y = y if n == convs else jax.nn.relu(y)
+            if f"{prefix}.downsample.0.weight" in tensors:
+                x = norm(f"{prefix}.downsample.1", conv(f"{prefix}.downsample.0", x, stride))
+            x = jax.nn.relu(x + y)
+    return x.mean((2, 3)) @ tensors["fc.weight"].T + tensors["fc.bias"]
+
+
+torch_tensors_of = functools.cache(torch_tensors)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_tensors_under_the_names_of_torchvision_give_its_network(depth):
+    tensors = torch_tensors_of(depth)
+    images = np.random.default_rng(1).normal(size=(2, 3, 32, 39)).astype(np.float32)
+    expected = jax.jit(functools.partial(torch_forward, depth))(
+        {name: x for name, x in tensors.items() if x.ndim}, images
+    )
+    net = ResNet(**RESNET_VARIANTS[depth], num_classes=7)
+    variables = networks.from_torchvision(tensors, depth)
+    assert jax.tree.structure(variables) == jax.tree.structure(shapes(net, (32, 32, 3)))
+    found = jax.jit(net.apply)(variables, images.transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert np.std(expected, axis=0).min() > 1e-3
+
+
+def test_tensors_that_are_not_of_the_network_are_refused():
+    tensors = torch_tensors_of(18)
+
+    def without(*names):
+        return {name: x for name, x in tensors.items() if name not in names}
+
+    with refused(r"depth must be one of \[18, 34, 50, 101, 152\], got 20"):
+        networks.from_torchvision(tensors, 20)
+    with refused(r"ResNet18 has 102 tensors and layer2.0.downsample.1.running_var is missing"):
+        networks.from_torchvision(without("layer2.0.downsample.1.running_var"), 18)
+    with refused("fc.weight, .*are missing"):
+        networks.from_torchvision(without("fc.weight", "bn1.bias"), 18)
+    with refused("and .* more are missing"):
+        networks.from_torchvision(tensors, 50)
+    with refused("conv1.bias is not among the tensors of a ResNet18"):
+        networks.from_torchvision({**tensors, "conv1.bias": np.zeros(64)}, 18)
+    with refused(r"conv1.weight .* must have the shape \(64, 3, 7, 7\), got \(7, 7, 3, 64\)"):
+        swapped = tensors["conv1.weight"].transpose(2, 3, 1, 0)
+        networks.from_torchvision({**tensors, "conv1.weight": swapped}, 18)
+    with refused(r"fc.weight must have the shape \(classes, features\), got \(512,\)"):
+        networks.from_torchvision({**tensors, "fc.weight": np.zeros(512)}, 18)
+    with refused(r"fc.bias .* must have the shape \(8,\), got \(7,\)"):
+        networks.from_torchvision({**tensors, "fc.weight": np.zeros((8, 512))}, 18)
 
 
 # The registry, and what constructors refuse.

@@ -15,7 +15,7 @@ import flax.linen as nn
 
 from neumeta_jax.networks.mlp import MLP
 from neumeta_jax.networks.mobilenet import MobileNetV2
-from neumeta_jax.networks.resnet import RESNET_VARIANTS, ResNet
+from neumeta_jax.networks.resnet import RESNET_VARIANTS, ResNet, from_torchvision
 from neumeta_jax.networks.vgg import VGG, VGG_VARIANTS
 from neumeta_jax.networks.vit import VIT_VARIANTS, ViT
 
@@ -29,6 +29,7 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "ViT",
+    "from_torchvision",
     "make_network",
 ]
 

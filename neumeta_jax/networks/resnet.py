@@ -1,10 +1,12 @@
-"""ResNets of four stages, as for ImageNet."""
+"""ResNets of four stages, as for ImageNet, and their parameters from torchvision's names."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neumeta_jax.networks.layers import batch_norm, conv
 
@@ -119,3 +121,84 @@ def _shortcut(x: jax.Array, width: int, stride: int, train: bool) -> jax.Array:
     if stride == 1 and x.shape[-1] == width:
         return x
     return batch_norm(train, "shortcut_bn")(conv(width, 1, "shortcut", stride=stride)(x))
+
+
+def from_torchvision(tensors: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Variables of the ResNet of `depth` from the state_dict of torchvision's.
+
+    The network that takes them is `ResNet(**RESNET_VARIANTS[depth], num_classes=...)` with as many
+    classes as there are in `fc.weight`.
+
+    Args:
+        tensors: arrays under torchvision's names, `model.state_dict()` for example. Kernels are
+            OIHW; `num_batches_tracked` is ignored.
+        depth: 18, 34, 50, 101 or 152.
+
+    Returns:
+        {"params", "batch_stats"}, float32, kernels HWIO.
+
+    Raises:
+        ValueError: for another depth, and where tensors are missing, unknown or of other shapes.
+    """
+    if depth not in RESNET_VARIANTS:
+        raise ValueError(f"The depth must be one of {sorted(RESNET_VARIANTS)}, got {depth!r}.")
+    arrays = {
+        name: np.asarray(tensor)
+        for name, tensor in tensors.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    head = arrays.get("fc.weight", np.zeros((1, 0)))
+    if head.ndim != 2 or not len(head):
+        raise ValueError(f"fc.weight must have the shape (classes, features), got {head.shape}.")
+    net = ResNet(**RESNET_VARIANTS[depth], num_classes=len(head))
+    variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    paths, tree = jax.tree.flatten_with_path(variables)
+    expected = {}  # by torchvision's name
+    for path, leaf in paths:
+        collection, *layers, kind = (entry.key for entry in path)
+        expected[_torch_name(collection, layers, kind)] = leaf.shape
+    if missing := [name for name in expected if name not in arrays]:
+        raise ValueError(
+            f"A ResNet{depth} has {len(expected)} tensors and {_listed(missing)} missing."
+        )
+    if unknown := [name for name in arrays if name not in expected]:
+        raise ValueError(f"{_listed(unknown)} not among the tensors of a ResNet{depth}.")
+    leaves = []
+    for name, shape in expected.items():
+        array = arrays[name]
+        axes = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[len(shape)]  # ours in the order of theirs
+        theirs = tuple(shape[axes.index(axis)] for axis in range(len(shape)))
+        if array.shape != theirs:
+            raise ValueError(
+                f"{name} of a ResNet{depth} must have the shape {theirs}, got {array.shape}."
+            )
+        leaves.append(jnp.asarray(array.transpose(axes), jnp.float32))
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _torch_name(collection: str, layers: list[str], kind: str) -> str:
+    """torchvision's name of a leaf.
+
+    >>> _torch_name("batch_stats", ["stage2_block0", "shortcut_bn"], "var")
+    'layer2.0.downsample.1.running_var'
+    """
+    *block, layer = layers
+    renamed = {
+        "stem": "conv1",
+        "stem_bn": "bn1",
+        "head": "fc",
+        "shortcut": "downsample.0",
+        "shortcut_bn": "downsample.1",
+    }
+    parts = [name.replace("stage", "layer").replace("_block", ".") for name in block]
+    kind = f"running_{kind}" if collection == "batch_stats" else kind
+    kind = "weight" if kind in ("kernel", "scale") else kind
+    return ".".join([*parts, renamed.get(layer, layer), kind])
+
+
+def _listed(names: list[str]) -> str:
+    """The subject of a sentence: at most three of the names, and how many more, with its verb."""
+    text = ", ".join(names[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return f"{text} {'is' if len(names) == 1 else 'are'}"
