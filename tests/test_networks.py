@@ -125,6 +125,9 @@ def test_a_layer_norm_of_all_its_channels_is_the_usual_one():
     without = apply({"params": variables["params"]}, images)
     np.testing.assert_array_equal(with_collection, without)
 
+    other = jax.tree.map(lambda kept: -0.3 * kept, variables["channels"])
+    np.testing.assert_array_equal(apply({**variables, "channels": other}, images), without)
+
     norm = LayerNorm()
     x = np.random.default_rng(2).normal(2, 3, (5, 4, 8)).astype(np.float32)
     params = random_variables(norm, (4, 8))["params"]

@@ -129,11 +129,12 @@ class LayerNorm(nn.Module):
         y = (x - m) / sqrt(v + epsilon) * scale + bias,
         m = sum_c k_c x_c / sum_c k_c,   v = sum_c k_c (x_c - m)^2 / sum_c k_c
 
-    k is float[channels], variable "kept" of the collection "channels": all ones, which makes this
-    the usual layer norm. It is no parameter and is not trained. A network whose channels from some
-    width on are zero, k's among them, computes what the narrower network does; with the number of
-    channels written into the program, as usual, the width of a stream could not vary. Variables
-    without the collection are those of the full width.
+    k_c is 0 where channel c of the variable "kept" is 0, else 1. "kept" is float[channels], of the
+    collection "channels": all ones, which makes this the usual layer norm. It is no parameter and
+    gets no gradient. A network whose channels from some width on are zero, those of "kept" among
+    them, computes what the narrower network does; with the number of channels written into the
+    program, as usual, the width of a stream could not vary. Variables without the collection are
+    those of the full width.
     """
 
     epsilon: float = 1e-6
@@ -147,7 +148,7 @@ class LayerNorm(nn.Module):
             kept = self.variable("channels", "kept", jnp.ones, shape).value
         else:
             kept = jnp.ones(shape)
-        kept = kept * kept  # computed, and thus not the kernel of a layer to be repaired
+        kept = jnp.abs(jnp.sign(kept))
 
         def total(x):
             return jnp.dot(x, kept, precision="highest")[..., None]
