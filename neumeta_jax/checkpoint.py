@@ -167,6 +167,11 @@ def unpack(name: str, workdir: pathlib.Path) -> None:
             shutil.copyfile(PRETRAINED / f"{name}{suffix}", partial)
 
 
+def load(name: str) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
+    """`load_inr`; `name` is one of `pretrained()`, a work directory of train.py, or a file."""
+    return load_inr(name)
+
+
 def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
     """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 

@@ -827,6 +827,27 @@ def mixed_tree(
     return hyper.assemble(hypernetwork, leaves)
 
 
+# (logits, labels, soft labels) to a loss and the terms to report.
+Objective = Callable[[Any, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def recipe_objective(recipe: InrRecipe) -> Objective:
+    """Cross-entropy with the labels, and distillation, weighed as `recipe` says."""
+
+    def objective(logits, labels, targets):
+        terms = {"ce": losses.cross_entropy(logits, labels)}
+        loss = recipe.ce_weight * terms["ce"]
+        if recipe.distillation_weight:
+            terms["distillation"] = losses.distillation(
+                logits, targets, temperature=recipe.temperature
+            )
+            loss += recipe.distillation_weight * terms["distillation"]
+        terms["accuracy"] = losses.accuracy(logits, labels)
+        return loss, terms
+
+    return objective
+
+
 def inr_update(
     hypernetwork: Hypernetwork,
     recipe: InrRecipe,
@@ -835,6 +856,7 @@ def inr_update(
     *,
     num_classes: int,
     unroll: bool,
+    objective: Objective | None = None,
     mesh: jax.sharding.Mesh | None = None,
     kind: str = "train",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -859,6 +881,7 @@ def inr_update(
         unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
             convolutions inside loops to code that is up to 100 times slower, and the host drives
             the loops of a GPU; on a TPU loops save memory and compilation.
+        objective: of one network on one batch, by default `recipe_objective`.
         mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
             its own micro-batches, and their gradients are averaged once per step. Generation, which
             is cheap beside it, happens on every device.
@@ -867,6 +890,7 @@ def inr_update(
     shallow = kind in DEPTH_KINDS
     recipe = phase_recipe(recipe, kind)
     optimizer = inr_optimizer(recipe)
+    objective = objective or recipe_objective(recipe)
     share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device
     micro = min(recipe.micro_batch or share, share)
 
@@ -901,15 +925,7 @@ def inr_update(
         return jax.tree.map(lambda *entries: jnp.stack(entries), *results)
 
     def network_loss(tree, x, y, targets, network):
-        logits = forward(tree, x, network)
-        terms = {"ce": losses.cross_entropy(logits, y)}
-        loss = recipe.ce_weight * terms["ce"]
-        if recipe.distillation_weight:
-            terms["distillation"] = losses.distillation(
-                logits, targets, temperature=recipe.temperature
-            )
-            loss += recipe.distillation_weight * terms["distillation"]
-        terms["accuracy"] = losses.accuracy(logits, y)
+        loss, terms = objective(forward(tree, x, network), y, targets)
         return loss, {"network_loss": loss, **terms}
 
     # Traced once for all that is written out; XLA inlines it.
@@ -926,8 +942,8 @@ def inr_update(
         )
         targets = jnp.zeros((*x.shape[:3], 0))
         if recipe.distillation_weight:
-            found = loop(lambda x: forward(target, x, None), x.reshape(-1, *x.shape[2:]))
-            targets = found.reshape(*x.shape[:3], -1)
+            logits = loop(lambda x: forward(target, x, None), x.reshape(-1, *x.shape[2:]))
+            targets = logits.reshape(*x.shape[:2], *logits.shape[1:])
 
         def one_size(size, network):
             tree, batch = size
@@ -1014,7 +1030,8 @@ def inr_update(
         terms = {**terms, **found}
         terms["loss"] = terms.pop("network_loss") + losses_of_weights
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
-        metrics["shallow_accuracy" if shallow else "full_accuracy"] = terms["accuracy"][0]
+        if "accuracy" in terms:
+            metrics["shallow_accuracy" if shallow else "full_accuracy"] = terms["accuracy"][0]
         metrics["reconstruction"] = terms["reconstruction"][0]
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -86,7 +86,7 @@ class Program:
                     f"Widths beyond the full size need no constant tied to them, but one of shape "
                     f"{array.shape} would have to grow to {shape}; make it a parameter."
                 )
-            values[value] = array[tuple(map(slice, shape))]
+            values[value] = array[tuple(map(slice, shape))] if shape else array
         for step in self.steps:
             arrays = [values[value] for value in step.inputs]
             if observe and step.transparent:

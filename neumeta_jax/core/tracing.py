@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
@@ -47,7 +48,9 @@ class Tracer:
 
     def constant(self, array) -> Value:
         value = Value(tuple(Dim(n, ["constant"]) for n in np.shape(array)))
-        self.constants.append((value, jnp.asarray(array)))
+        # As part of the code: arrays of JAX would be arguments of every program around it.
+        is_key = jnp.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key)
+        self.constants.append((value, array if is_key else np.asarray(array)))
         return value
 
     def equation(self, eqn, ins: list[Value]) -> list[Value]:
