@@ -5,6 +5,7 @@ Wraps `ml_collections.config_flags`, whose own errors are tracebacks or point el
 
 import difflib
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -75,6 +76,27 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+    except (RuntimeError, AssertionError):
+        if not (message := _missing_device()):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+def _missing_device() -> str:
+    """Why JAX has no device to compute on, in one sentence; "" if it has one."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = f" ({' '.join(str(error).split())[:100]})" if str(error) else ""
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            "JAX must find a device to compute on, but none starts with "
+            f"JAX_PLATFORMS={asked}{reason}; unset it, set it to cpu, or install that device's JAX."
+        )
+    return ""
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -179,14 +201,17 @@ def _load_config(path: str, preset: str | None):
         raise UsageError(f"{path} must be valid Python, but line {error.lineno} is not.") from None
     if not hasattr(module, "get_config"):
         raise UsageError(f"A config file must define get_config(preset=''), {path} does not.")
+    arguments = () if preset is None else (preset,)
     try:
-        return module.get_config() if preset is None else module.get_config(preset)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise UsageError(
             f"get_config in {path} must take one optional argument, the preset ({error})."
-        ) from error
+        ) from None
+    try:
+        return module.get_config(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import archives, pickles
+from neumeta_jax import archives, pickles, storage
 
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
@@ -258,6 +258,7 @@ def _reading(source: object) -> Iterator[None]:
     except _RefusedError:
         raise
     except Exception as error:
+        storage.check_is_damage(str(source), error)
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ValueError(
             f"{source} must be complete and readable, got {type(error).__name__}"

@@ -116,10 +116,10 @@ def _reading_config() -> Iterator[None]:
         ) from error
 
 
-@_reading_config()
 def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
     """The data set of a config and its training, validation and test splits."""
-    section = recipes.from_fields(recipes.Data, config["data"], "data")
+    with _reading_config():
+        section = recipes.from_fields(recipes.Data, config["data"], "data")
     dataset = data.load_dataset(section.name, data_dir=section.dir or None)
     splits = data.split_validation(
         dataset, num_validation=section.num_validation, seed=section.split_seed

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from neumeta_jax import archives, pickles
+from neumeta_jax import archives, pickles, storage
 from neumeta_jax.architecture import NUM_STAGES, ResNetSpec
 
 # The codes of safetensors; bfloat16 and booleans are read as integers, see `_native`.
@@ -105,14 +105,15 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             f"A network file has at most {_MAX_SIZE} bytes, got {path} of {path.stat().st_size}; "
             "save the network's state_dict() alone."
         )
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         tensors = reader(content)
         if not tensors:
             raise _RefusalError(f"holds no named tensors; {_REMEDY}")
     except (_RefusalError, archives.InflationError) as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # what a damaged file raises in zipfile, pickle, ... is open-ended
+        storage.check_is_damage(path, error)
         reason = _show(str(error) or type(error).__name__, 200)
         raise ValueError(
             f"{path} is truncated or corrupt ({reason}); download or save it again."

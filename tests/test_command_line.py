@@ -3,6 +3,7 @@ import re
 import shlex
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -217,12 +218,25 @@ def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, mo
     assert run(ValueError("so\nnot"), capsys) == (2, "error: so not\n")
 
 
+@pytest.mark.parametrize("failure", [AssertionError(), RuntimeError("no backend 'x'\nat all")])
+def test_where_jax_finds_no_device_a_sentence_names_the_variable(failure, capsys, monkeypatch):
+    def no_device():
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", no_device)
+    monkeypatch.setenv("JAX_PLATFORMS", "other")
+    status, error = run(lambda: jax.devices(), capsys)
+    assert status == 2 and error.count("\n") == 1
+    assert "JAX_PLATFORMS=other" in error and " ".join(str(failure).split()) in error
+
+
 def test_errors_of_other_libraries_keep_their_traceback(capsys):
     for foreign, error in [
         (lambda: np.zeros(3).reshape(2, 2), ValueError),
         (lambda: np.linalg.cholesky(-np.eye(2)), np.linalg.LinAlgError),
         (lambda: pathlib.Path("nowhere").read_text(), FileNotFoundError),
         (lambda: {}["x"], KeyError),
+        (lambda: sys.setrecursionlimit(1), RecursionError),
     ]:
         with pytest.raises(error):
             run(foreign, capsys)
