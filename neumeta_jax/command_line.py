@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -155,7 +156,29 @@ def parse(
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
         )
-    return (values.config.to_dict() if path is not None else {}), values
+    for name in table:
+        values[name].value = local(values[name].value, f"--{name}")
+    return (local(values.config.to_dict(), "--config") if path is not None else {}), values
+
+
+def local(value: Any, name: str) -> Any:
+    """`value`, which `name` was given, with home folders in place of `~`, at any depth.
+
+    Raises:
+        UsageError: for the address of an object store or a server, of which a folder would be made.
+    """
+    if isinstance(value, Mapping):
+        return {key: local(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(local(entry, name) for entry in value)
+    if not isinstance(value, str):
+        return value
+    if re.match(r"[A-Za-z][\w+.-]+:/", value):
+        raise UsageError(
+            f"{name} must be a path of this machine's file system, got {value!r}; copy the data to "
+            "a folder here, or mount the bucket and give that folder."
+        )
+    return os.path.expanduser(value)
 
 
 def sentence(text: str) -> str:
@@ -176,7 +199,7 @@ def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[
             value = arg.split("=", 1)[1]
         if value is not None:
             path, _, preset = value.partition(":")
-            return path, preset or None, [*argv[:number], *argv[end:]]
+            return os.path.expanduser(path), preset or None, [*argv[:number], *argv[end:]]
     return None, None, list(argv)
 
 

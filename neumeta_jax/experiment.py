@@ -47,7 +47,7 @@ from neumeta_jax import (
     training,
 )
 from neumeta_jax.architecture import ResNetSpec
-from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.command_line import Interrupted, UsageError, local
 from neumeta_jax.evaluation import GridRow
 from neumeta_jax.hypernetwork import Hypernetwork
 from neumeta_jax.inr import describe_inr, make_inr
@@ -375,7 +375,7 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
     Fields that an earlier version did not have count as their defaults, see `recipes.completed`.
     """
     pair = read_config(path), recipes.completed(config)
-    differing = differences(*json.loads(json.dumps(pair)))
+    differing = differences(*local(json.loads(json.dumps(pair)), "config"))
     if differing:
         raise UsageError(
             f"{path} was written by another config; these fields differ: {', '.join(differing)}; "

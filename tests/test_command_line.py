@@ -107,6 +107,16 @@ def test_where_there_is_no_config_it_is_empty_or_looked_for(tmp_path, monkeypatc
     assert f"no config files in {there}" in refusal("--config=configs/a.py")
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--config.name"])
+def test_home_folders_are_expanded_and_object_stores_refused(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, options = parse("--config=configs/a.py", f"{flag}=~/run")
+    assert (options.workdir if flag == "--workdir" else config["name"]) == "/home/me/run"
+    for url in ("gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"):
+        message = refusal("--config=configs/a.py", f"{flag}={url}")
+        assert message.startswith(f"{flag} must be a path") and url in message
+
+
 @pytest.mark.parametrize("folder", ["", "configs/"])
 def test_an_unknown_preset_is_one_line_wherever_the_config_file_lies(folder, capsys):
     pathlib.Path(f"{folder}mine.py").write_text(CONFIG)
