@@ -132,8 +132,15 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     """The experiment that `config` describes.
 
     Raises:
-        ValueError: for a value that no run could use.
+        ValueError: for a value that no run could use, or a section that none reads.
     """
+    unread = {name for name, value in config.items() if isinstance(value, Mapping)}
+    unread -= {*recipes.SECTIONS, "inr", "baseline"}
+    if unread:
+        raise UsageError(
+            f"The config must have the sections {', '.join(recipes.SECTIONS)} and inr, got "
+            f"{', '.join(sorted(map(ascii, unread)))} too; leave out what no run reads."
+        )
     for name in ("data", "network", "teacher", "inr", "train", "eval"):
         if not isinstance(config[name], Mapping):
             raise UsageError(
@@ -445,6 +452,20 @@ def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[
         yield
 
 
+# What a run leaves in its work directory before there is anything that cost work.
+_EARLY_FILES = {"config.json", "versions.json", "lock", "metrics.jsonl", "seconds"}
+
+
+def check_claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> bool:
+    """Whether something was made in `workdir` with `config`; ValueError if with another one."""
+    path = pathlib.Path(workdir)
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    claimed = "config.json" in names and not names <= _EARLY_FILES
+    if claimed:
+        check_same_config(path, config)
+    return claimed
+
+
 @contextlib.contextmanager
 def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
@@ -453,8 +474,8 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
     first alone opens it.
 
     Raises:
-        ValueError: if another config wrote the directory (naming the fields that differ), or
-            another process is using it.
+        ValueError: if a run with another config has saved something in the directory (naming the
+            fields that differ), or another process is using it.
     """
     path = pathlib.Path(path)
     workdir = Workdir(path)
@@ -464,9 +485,7 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         return
     with locked(path):
         config = json.loads(json.dumps(config))
-        if (path / "config.json").exists():
-            check_same_config(path, config)
-        else:
+        if not check_claim(path, config):
             storage.write_json(path / "config.json", config)
         storage.write_json(path / "versions.json", versions())
         with _stopped_by_signals(workdir):
@@ -844,6 +863,46 @@ def _make_backbone(
     return backbone.params
 
 
+def check_start(
+    experiment: Experiment, splits: data.Splits, workdir: str | os.PathLike
+) -> Params | None:
+    """Raises what a run in `workdir` would end in later; returns `load_start`.
+
+    Raises:
+        FileNotFoundError, ValueError: for a teacher or a start that cannot be used, steps that the
+            training images do not fill, no steps at all, or a split without images.
+    """
+    recipe, num_images = experiment.recipe, len(splits.train_labels)
+    phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
+    if not phases:
+        raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
+    kinds = {phase.kind for phase in phases} - {"fit"}
+    sizes = [training.phase_recipe(recipe, kind).images_per_step for kind in kinds]
+    teacher = 0 if experiment.teacher.file else experiment.teacher.batch_size
+    check_steps(num_images, train=max(sizes, default=0), teacher=teacher)
+    evaluation_split(splits, experiment.evaluation.split)
+    data_mesh(experiment)
+    check_teacher(experiment, workdir)
+    return load_start(experiment)
+
+
+def check_steps(num_images: int, **images_per_step: int) -> None:
+    """Raises ValueError unless `num_images` fill a step of each section of the config."""
+    for section, number in images_per_step.items():
+        if number > num_images:
+            raise UsageError(
+                f"A step needs {number} images (batch size times sizes), but the training split "
+                f"has {num_images}; lower {section}.batch_size."
+            )
+
+
+def check_teacher(experiment: Experiment, workdir: str | os.PathLike) -> None:
+    """Raises ValueError if a run in `workdir` has to import a teacher and cannot."""
+    prepared = pathlib.Path(workdir) / BACKBONE_FILE
+    if experiment.teacher.file and hosts.is_first() and not prepared.exists():
+        import_teacher(experiment, experiment.teacher.file)
+
+
 def train_inr(
     workdir: Workdir,
     experiment: Experiment,
@@ -858,8 +917,6 @@ def train_inr(
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
     images, mesh = _on_device(splits), data_mesh(experiment)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
-    if not phases:
-        raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     initialise = functools.partial(
         hyper.init,
         hypernetwork=hypernetwork,

@@ -539,13 +539,44 @@ def test_train_asks_for_a_work_directory():
         ("--config.dtype=float16", "'float16'"),
         ("--config.data.mean=0.5 --config.data.std=0.0", "(0.0,)"),
         ("--config.data.mean=0.5 --config.data.std=0.5,0.5", "(0.5, 0.5)"),
+        # What the run would meet late: in the last phases, after the teacher, in the evaluation.
+        ("--config.train.batch_size=500", "lower train.batch_size"),
+        ("--config.teacher.batch_size=5000", "lower teacher.batch_size"),
+        (
+            "--config.train.epochs=0 --config.train.final_epochs=0 --config.train.fit_steps=0",
+            "steps",
+        ),
+        ("--config.teacher.file=nothing.pt", "nothing.pt"),
+        ("--config.train.init_from=nothing", "There is no file nothing"),
+        ("--config.data.num_validation=0 --config.eval.split=validation", "num_validation above 0"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused_before_the_run(tmp_path, overrides, given):
     workdir = tmp_path / "run"
-    message = refusal("train", CONFIG, f"--workdir={workdir}", *overrides.split())
-    assert given in message
-    assert not workdir.exists()
+    for dry in ([], ["--dry_run"]):
+        message = refusal("train", CONFIG, f"--workdir={workdir}", *overrides.split(), *dry)
+        assert given in message
+        assert not workdir.exists()
+
+
+def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refused(tmp_path):
+    config = "--config=configs/baselines.py:slimmable"
+    assert "neumeta_jax.baselines" in refusal("train", config, f"--workdir={tmp_path / 'run'}")
+    fields = load_script("configs/digits").get_config("smoke").to_dict() | {
+        "trian": {"epochs": 1.0}
+    }
+    with pytest.raises(lab.UsageError, match="got 'trian' too"):
+        lab.from_config(fields, data.load_dataset("digits"))
+
+
+def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, finished):
+    first, second = {"seed": 1}, lab.read_config(finished[0])
+    for config in (first, second):
+        with lab.open_workdir(tmp_path, config):
+            assert json.loads((tmp_path / "config.json").read_text())["seed"] == config["seed"]
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(lab.UsageError, match="was written by another config"):
+        lab.check_claim(tmp_path, second | {"seed": 2})
 
 
 def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
