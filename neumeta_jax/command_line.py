@@ -157,6 +157,8 @@ def parse(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
         )
     for name in table:
+        if values[name].value == []:
+            raise UsageError(f"--{name} takes values with commas between, got none; leave it out.")
         values[name].value = local(values[name].value, f"--{name}")
     return (local(values.config.to_dict(), "--config") if path is not None else {}), values
 

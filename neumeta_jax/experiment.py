@@ -17,6 +17,7 @@ import pathlib
 import platform
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -390,6 +391,20 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
         )
 
 
+def check_same_data(workdir: pathlib.Path, dataset: data.Dataset | None) -> None:
+    """Raises ValueError if the run in `workdir` was made with another data set, where it says."""
+    try:
+        saved = json.loads((workdir / "versions.json").read_text("utf-8"))["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if dataset and saved != dataset.fingerprint():
+        raise UsageError(
+            f"The data must be those that the run in {workdir} was made with, of fingerprint "
+            f"{saved}, but {dataset.name} has {dataset.fingerprint()} here; use the former, or "
+            "evaluate others with eval.py --out=FOLDER."
+        )
+
+
 class TrainedRun(NamedTuple):
     """A work directory with a trained INR: what eval.py, search, export and latency begin with."""
 
@@ -398,13 +413,15 @@ class TrainedRun(NamedTuple):
     hypernetwork: Hypernetwork
     params: Params
 
-    def load(self) -> tuple[Experiment, data.Splits]:
-        """The experiment and its data.
+    def load(self, *, other_data: bool = False) -> tuple[Experiment, data.Splits]:
+        """The experiment and its data; with `other_data` they need not be those of training.
 
         Raises:
-            ValueError: if the INR is of other networks than the config.
+            ValueError: if the INR is of other networks than the config, or the data have changed.
         """
         dataset, splits = load_data(self.config)
+        if not other_data:
+            check_same_data(self.workdir, dataset)
         experiment = from_config(self.config, dataset)
         check_same_family(experiment, self.hypernetwork)
         return experiment, splits
@@ -467,15 +484,19 @@ def check_claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
+def open_workdir(
+    path: str | os.PathLike, config: Mapping[str, Any], dataset: data.Dataset | None = None
+) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
+
+    Its versions.json keeps the fingerprint of the data set.
 
     While it is open, SIGTERM and SIGINT ask the run to save and stop. Of several processes the
     first alone opens it.
 
     Raises:
         ValueError: if a run with another config has saved something in the directory (naming the
-            fields that differ), or another process is using it.
+            fields that differ), or with other data, or another process is using it.
     """
     path = pathlib.Path(path)
     workdir = Workdir(path)
@@ -485,9 +506,12 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         return
     with locked(path):
         config = json.loads(json.dumps(config))
-        if not check_claim(path, config):
+        if check_claim(path, config):
+            check_same_data(path, dataset)
+        else:
             storage.write_json(path / "config.json", config)
-        storage.write_json(path / "versions.json", versions())
+        fingerprint = {"data": dataset.fingerprint()} if dataset else {}
+        storage.write_json(path / "versions.json", {**versions(), **fingerprint})
         with _stopped_by_signals(workdir):
             yield workdir
 
@@ -1119,6 +1143,39 @@ def _evaluate_int8(
     return found
 
 
+def check_free(
+    folder: pathlib.Path, planned: Mapping[str, Sequence[Sequence[int]]], **settings: Any
+) -> None:
+    """Raises ValueError if a file of `folder` would be replaced by another evaluation.
+
+    Args:
+        folder: made if it is not there.
+        planned: the networks to come, widths of each, by the name of their file without ".json".
+        settings: what else the file says about the evaluation, such as its split.
+    """
+    with storage.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    for name, networks in planned.items():
+        path = folder / f"{name}.json"
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+            there = saved.get("widths") or [row["widths"] for row in saved["rows"]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # there is none, or it is damaged
+        asked = {**settings, "networks": np.array(networks).tolist()}
+        differing = [
+            what
+            for what, value in asked.items()
+            if {**asked, **saved, "networks": there}[what] != value
+        ]
+        if differing:
+            raise UsageError(
+                f"{path} holds another evaluation, of other {' and '.join(differing)}, and is not "
+                "replaced; give --out=FOLDER for this one, or move the file away."
+            )
+
+
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
@@ -1129,14 +1186,17 @@ def evaluate_and_write(
     report: bool = False,
     others: Sequence[GridRow] = (),
     int8: bool = False,
+    out: pathlib.Path | None = None,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
     sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
     page to look at all of it and at `others`, networks of other depths (see `page`). With `int8`
-    the grid is evaluated with 8-bit weights too.
+    the grid is evaluated with 8-bit weights too. All of it goes to the folder `out`, if one is
+    given, else to the work directory.
     """
+    out = out or workdir
     split, params, num_images = evaluator.split, evaluator.params, len(evaluator.labels)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
@@ -1151,10 +1211,11 @@ def evaluate_and_write(
         "dataset": experiment.name,
         "split": split,
         "trained_range": [low, high],
+        "num_samples": evaluator.options["num_samples"],
         "versions": versions(),
     }
     evaluation.write_grid(
-        workdir,
+        out,
         rows,
         **document,
         num_inr_params=hyper.num_inr_params(params),
@@ -1166,8 +1227,8 @@ def evaluate_and_write(
     }
     name = f"{experiment.network}, {experiment.name}, {split} split"
     title = f"{name}: every size from one INR"
-    plotting.plot_grid(workdir / "grid.png", rows, title=title, **figures)
-    print(f"wrote {workdir / 'grid.json'}, grid.csv and grid.png")
+    plotting.plot_grid(out / "grid.png", rows, title=title, **figures)
+    print(f"wrote {out / 'grid.json'}, grid.csv and grid.png")
     if not sweep_ratios:
         return rows
 
@@ -1176,12 +1237,12 @@ def evaluate_and_write(
     dip = evaluation.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
     print(_describe_dip(dip))
     found = {"largest_dip": dip.fall, "where": dip.where, **figures}
-    storage.write_json(workdir / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
+    storage.write_json(out / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
     title = f"{name}: accuracy over the width axis"
-    plotting.plot_sweep(workdir / "sweep.png", sweep, title=title, **figures)
+    plotting.plot_sweep(out / "sweep.png", sweep, title=title, **figures)
     curves, singles = published.references(experiment.name, experiment.spec)
     plotting.plot_against_macs(
-        workdir / "against_macs.png",
+        out / "against_macs.png",
         rows,
         title=f"{name}: accuracy against multiply-adds",
         curves=curves,
@@ -1190,9 +1251,9 @@ def evaluate_and_write(
     slices = evaluation.weight_slices(experiment.hypernetwork, params)
     title = f"{experiment.network}, {experiment.name}: conv2 of {slices.block} at every width"
     plotting.plot_weight_slices(
-        workdir / "weights.png", slices, title=title, trained_range=experiment.trained_range
+        out / "weights.png", slices, title=title, trained_range=experiment.trained_range
     )
-    print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
+    print(f"wrote {out / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
     if report:
         page_document = page.page_document(
             [*rows, *sweep, *others],
@@ -1207,8 +1268,8 @@ def evaluate_and_write(
             config=read_config(workdir),
             versions=versions(),
         )
-        page.write_page(workdir / "report.html", page_document)
-        print(f"wrote {workdir / 'report.html'}; open it in a browser")
+        page.write_page(out / "report.html", page_document)
+        print(f"wrote {out / 'report.html'}; open it in a browser")
     return rows
 
 
@@ -1221,7 +1282,7 @@ def evaluate_random_ratios(
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "versions"}.
+    (its ratio or null), "split", "num_samples", "versions"}.
     """
     print(f"\n{len(ratios)} widths at random from the trained range, {evaluator.split} split")
     rows = _evaluate(experiment, evaluator, ratios)
@@ -1235,6 +1296,7 @@ def evaluate_random_ratios(
         "largest_dip": dip.fall,
         "where": dip.where,
         "split": evaluator.split,
+        "num_samples": evaluator.options["num_samples"],
         "versions": versions(),
     }
     storage.write_json(workdir / "random_ratios.json", document)

@@ -65,7 +65,7 @@ from neumeta_jax import (
 from neumeta_jax.architecture import Block, ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.hypernetwork import Hypernetwork
-from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range
+from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range, num_layers
 from neumeta_jax.resnet import Params
 
 if TYPE_CHECKING:
@@ -429,7 +429,7 @@ def to_onnx(
     shape = ["batch", spec.channels, spec.image_size, spec.image_size]
     graph = helper.make_graph(
         nodes,
-        f"resnet{spec.depth}",
+        f"resnet{num_layers(spec)}",
         [helper.make_tensor_value_info(INPUT_NAME, kind, shape)],
         [
             helper.make_tensor_value_info(
@@ -580,18 +580,18 @@ def check_extra(format: str) -> None:
         )
 
 
-def check_writable(path: str | os.PathLike, *, flag: str = "--out") -> pathlib.Path:
-    """`path`, which `flag` gave, if a file can be put there; else raises ValueError."""
+def check_writable(path: str | os.PathLike) -> pathlib.Path:
+    """`path`, which --out gave, if a file can be put there; else raises ValueError."""
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
-        raise UsageError(f"{flag} must name a file, but {path} is something else; choose another.")
+        raise UsageError(f"--out must name a file, but {path} is something else; choose another.")
     probe = path.with_name(f"{path.name}.partial")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"{path} must be writable, but: {error.strerror}; choose another {flag}."
+            f"{path} must be writable, but: {error.strerror}; choose another --out."
         ) from None
     return path
 
@@ -886,8 +886,9 @@ def main(argv: Sequence[str]) -> None:
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
     noise = experiment.noise(options.num_samples or experiment.evaluation.num_samples)
     spec, tree = draw(hypernetwork, opened.params, widths, **noise)
+    shown = ",".join(map(str, widths))
     print(
-        f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "
+        f"ResNet{num_layers(spec)} of {experiment.name} with hidden widths {shown}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
     note_range(experiment, widths)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from neumeta_jax import storage
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.evaluation import GridRow, WeightSlices
@@ -180,10 +181,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 def write_page(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
     """Writes `render(document)`; an existing file is replaced once the new one is complete."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render(document), "utf-8")
-    partial.replace(path)
+    storage.write_text(path, render(document))
 
 
 def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:

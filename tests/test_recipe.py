@@ -593,12 +593,17 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
 
 def test_eval_evaluates_a_split_at_the_ratios_given(copied, monkeypatch):
     forbid_training(monkeypatch)
-    status, out, err = call(
-        "eval", f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
-    )
+    arguments = f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
+    before = (copied / "grid.json").read_bytes()
+    message = refusal("eval", *arguments)
+    assert "holds another evaluation, of other split and networks" in message
+    assert (copied / "grid.json").read_bytes() == before
+    there = copied / "validation"
+    status, out, err = call("eval", *arguments, f"--out={there}")
     assert status == 0, err
+    assert (copied / "grid.json").read_bytes() == before
     assert "validation split, 144 images" in out
-    document = json.loads((copied / "grid.json").read_text())
+    document = json.loads((there / "grid.json").read_text())
     assert document["split"] == "validation"
     assert [row["width_ratio"] for row in document["rows"]] == [0.75, 1.0]
     last = [line for line in read_metrics(copied) if "validation" in line][-1]
@@ -618,6 +623,16 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
+    digits = data.load_dataset("digits")
+    splits = ("train_images", "train_labels", "test_images", "test_labels")
+    arrays = {name: getattr(digits, name)[::-1] for name in splits}
+    np.savez(tmp_path / "digits.npz", **arrays)
+    arguments = f"--workdir={copied}", f"--data_dir={tmp_path}"
+    assert digits.fingerprint() in refusal("eval", *arguments)
+    assert call("eval", *arguments, f"--out={tmp_path / 'other'}", "--width_ratios=1")[0] == 0
+
+
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
     forbid_training(monkeypatch)
     evaluate_grid, evaluated = evaluation.evaluate_grid, []
@@ -630,6 +645,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'figures'}",
         "--width_ratios=1,0.5",
         "--figures",
         "--sweep_ratios=1.25,0.5,0.52,1",
@@ -638,6 +654,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "figures"
     for name in ("against_macs", "sweep", "weights"):
         assert (copied / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{name}" in out
@@ -657,6 +674,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "largest_dip",
         "where",
         "split",
+        "num_samples",
         "versions",
     }
     wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
@@ -730,12 +748,14 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'depths'}",
         "--split=validation",
         "--width_ratios=1,0.5",
         "--skipped_blocks=1,0",
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "depths"
     found = json.loads((copied / "depths.json").read_text())
     cells = {(row["skipped_blocks"], row["width_ratio"]): row for row in found["rows"]}
     assert list(cells) == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
@@ -762,6 +782,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'page'}",
         "--width_ratios=1,0.5",
         "--sweep_ratios=0.5,0.75,1",
         "--skipped_blocks=0,1",
@@ -770,6 +791,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "page"
     rows = json.loads((copied / "grid.json").read_text())["rows"]
     lines = read_csv(copied / "grid.csv")
     assert [row["width_ratio"] for row in rows] == [1.0, 0.5]
@@ -798,6 +820,8 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     "args, given",
     [
         ("--skipped_blocks=0,one", "--skipped_blocks takes numbers of blocks"),
+        ("--skipped_blocks=0,5", "--skipped_blocks takes numbers of blocks that a stage of this"),
+        ("--width_ratios=", "--width_ratios takes values with commas between, got none"),
         ("--figures --sweep_ratios=1,wide", "--sweep_ratios takes numbers"),
         ("--figures --sweep_ratios=1,1.6", "1.6"),
         ("--sweep_ratios=1,0.5", "needs --figures or --report, got 1,0.5"),
