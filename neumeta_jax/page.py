@@ -48,6 +48,7 @@ def network_entries(
         entry = {
             "ratio": row.width_ratio,
             "widths": list(row.widths),
+            "hidden": describe_widths(row.widths),
             "depth": spec.depth - 2 * row.widths.count(0),
             "params": row.num_params,
             "macs": row.num_macs,
@@ -60,6 +61,17 @@ def network_entries(
             entry["latency"] = measured[row.widths]
         entries.append(entry)
     return entries
+
+
+def describe_widths(widths: Sequence[int]) -> str:
+    """The different hidden widths of a network, and how many of its blocks are skipped.
+
+    >>> describe_widths((2, 0, 4, 0, 0))
+    '2 / 4, 3 of 5 blocks skipped'
+    """
+    kept = " / ".join(str(width) for width in dict.fromkeys(widths) if width) or "none"
+    skipped = f", {list(widths).count(0)} of {len(widths)} blocks skipped"
+    return kept + skipped * (0 in widths)
 
 
 def _measurements(latency: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
