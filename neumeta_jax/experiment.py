@@ -88,6 +88,12 @@ class Experiment:
     def network(self) -> str:
         return f"ResNet{self.spec.depth}"
 
+    @property
+    def in_float32(self) -> "Experiment":
+        """The same with activations in float32, in which teachers are checked."""
+        preprocessing = dataclasses.replace(self.preprocessing, dtype="float32")
+        return dataclasses.replace(self, preprocessing=preprocessing)
+
     def noise(self, num_samples: int) -> dict[str, Any]:
         """Options of a generation with the noise that all evaluations of the run have."""
         key = phase_key(self, 3) if num_samples > 1 else None
@@ -793,15 +799,15 @@ def fold_and_order(
 ) -> Backbone:
     """Folds batch norm, reorders channels, and measures that neither changed the function.
 
-    `images` and `labels` are what accuracy is measured on; channels are ordered by importance on
-    `train_images`.
+    `images` and `labels` are what accuracy is measured on, in float32; channels are ordered by
+    importance on `train_images`.
     """
     spec, number = experiment.spec, len(labels)
     report = {}
 
     def measure(name, tree):
         if number:
-            found = report[name] = experiment.accuracy(tree, images, labels)
+            found = report[name] = experiment.in_float32.accuracy(tree, images, labels)
             correct = f"{round(found * number)} of {number}"
             print(f"teacher accuracy {name}: {100 * found:.2f} % ({correct})", flush=True)
 
@@ -1318,7 +1324,7 @@ def _teacher_accuracy(workdir, experiment, evaluator) -> float | None:
     if not path.exists():
         return None
     params, _ = checkpoint.load_tree(path)
-    found = experiment.accuracy(params, evaluator.images, evaluator.labels)
+    found = experiment.in_float32.accuracy(params, evaluator.images, evaluator.labels)
     print(f"teacher (full size, not generated): {100 * found:.2f} %")
     return found
 

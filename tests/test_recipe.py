@@ -913,10 +913,19 @@ def write_teacher(path, *, leave_out=()):
     np.savez(path, **kept)
 
 
-def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path):
+def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monkeypatch):
+    """Teachers are checked in float32, whatever the run computes in."""
     write_teacher(tmp_path / "teacher.npz")
-    status, out, err = call("eval", f"--teacher={tmp_path / 'teacher.npz'}", CONFIG)
-    assert status == 0, err
+    accuracy, dtypes = evaluation.accuracy, set()
+
+    def recorded(*args, **options):
+        dtypes.add(args[4].dtype)
+        return accuracy(*args, **options)
+
+    monkeypatch.setattr(evaluation, "accuracy", recorded)
+    arguments = f"--teacher={tmp_path / 'teacher.npz'}", CONFIG, "--config.dtype=bfloat16"
+    status, out, err = call("eval", *arguments)
+    assert status == 0 and dtypes == {"float32"}, err
     assert "ResNet8, 10 classes, projection shortcuts" in out
     assert "digits, test split, 359 images" in out
     shown = [line for line in out.splitlines() if line.startswith("teacher accuracy")]
