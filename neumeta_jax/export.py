@@ -859,6 +859,12 @@ def _check_options(options: flags.FlagValues) -> None:
         )
     command_line.check_at_least(options, num_samples=1)
     check_format(options.format, normalize=options.normalize, int8=options.int8)
+    others = [suffix for format, suffix in _SUFFIXES.items() if format != options.format]
+    if pathlib.Path(options.out).suffix in others:
+        raise UsageError(
+            f"A file of --format={options.format} ends in {_SUFFIXES[options.format]}, got "
+            f"{options.out}, which is the name of another format; change one of them."
+        )
     check_writable(options.out)
 
 

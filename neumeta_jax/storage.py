@@ -76,7 +76,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
+            partial.touch()
+            mode = partial.stat().st_mode  # that of any new file; some writers make private ones
             yield partial
+            partial.chmod(mode)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # or a power failure may leave the name and no content
             partial.replace(path)

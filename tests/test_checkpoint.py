@@ -66,6 +66,10 @@ def test_a_saved_tree_comes_back_with_its_metadata_and_has_the_same_bytes_each_t
     """So that the digest that train.py prints tells whether two runs ended alike."""
     assert_holds(path)
     assert list(path.parent.iterdir()) == [path]
+    other = path.with_name("other")
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode  # not for its owner alone
+    other.unlink()
     content = path.read_bytes()
     for _ in range(7):
         checkpoint.save_tree(path, TREE, METADATA)

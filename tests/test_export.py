@@ -384,6 +384,7 @@ def nothing_runs(monkeypatch):
         ({"format": "coreml"}, "<safetensors|torch|onnx|stablehlo|litert>"),
         ({"out": None}, "An export needs --out"),
         ({"out": "/dev/null"}, "/dev/null is something else"),
+        ({"out": "b.pt"}, "A file of --format=onnx ends in .onnx, got b.pt"),
         ({"out": "missing/net.onnx"}, "missing/net.onnx must be writable, but: No such file"),
         ({"width": None}, "one of --width, --widths and --spec, got none of them"),
         ({"widths": "3,4"}, "got --width and --widths"),
