@@ -71,7 +71,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if not isinstance(error, UsageError) and not _is_ours(error):
             raise
         message = " ".join(str(error).split())

@@ -418,6 +418,21 @@ class TrainedRun(NamedTuple):
     config: dict[str, Any]
     hypernetwork: Hypernetwork
     params: Params
+    metadata: dict[str, Any]
+
+    def without_data(self, num_images: int) -> tuple[Experiment, data.Splits]:
+        """The experiment with as many random images in place of each split of its data."""
+        spec, rng = self.hypernetwork.spec, np.random.default_rng(0)
+        size = spec.image_size, spec.image_size, spec.channels
+        split = rng.integers(0, 256, (num_images, *size), np.uint8), np.zeros(num_images, int)
+        name, known = self.config["data"]["name"], {"mean", "std"} & set(self.metadata)
+        section = self.config["data"] | {field: self.metadata[field] for field in known}
+        if not section["mean"] and name not in data.NORMALIZATION:
+            raise UsageError(f"The mean of {name} is not known without it; name it by --data_dir.")
+        dataset = data.make_dataset(name, *split, *split, num_classes=spec.num_classes)
+        experiment = from_config(self.config | {"data": section}, dataset)
+        check_same_family(experiment, self.hypernetwork)
+        return experiment, data.split_validation(dataset, num_validation=0, seed=0)
 
     def load(self, *, other_data: bool = False) -> tuple[Experiment, data.Splits]:
         """The experiment and its data; with `other_data` they need not be those of training.
@@ -447,8 +462,7 @@ def open_run(config: Mapping[str, Any], options: flags.FlagValues) -> TrainedRun
         check_same_config(workdir, config)
     if getattr(options, "data_dir", ""):
         saved["data"]["dir"] = options.data_dir
-    hypernetwork, params, _ = checkpoint.load_inr(workdir)
-    return TrainedRun(workdir, saved, hypernetwork, params)
+    return TrainedRun(workdir, saved, *checkpoint.load_inr(workdir))
 
 
 @contextlib.contextmanager

@@ -23,10 +23,10 @@ convolution), stablehlo and litert (DEQUANTIZE). --int8=full lets the quantiser 
 (onnx) or LiteRT (litert) round the activations too, over the ranges that they take on training
 images; the file is compared with the float32 network then, within a wider tolerance.
 
-Every file is read back, run on images of the run's data set and compared before it takes its name.
-Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime, ai-edge-litert, ai-edge-quantizer and
-flatbuffers (which jax.export needs to write) are those of the extra:
-pip install 'neumeta-jax[export]'.
+Every file is read back, run on images of the run's data set, or on random ones where that is not on
+this machine, and compared before it takes its name. Neither PyTorch nor TensorFlow is needed. onnx,
+onnxruntime, ai-edge-litert, ai-edge-quantizer and flatbuffers (which jax.export needs to write) are
+those of the extra: pip install 'neumeta-jax[export]'.
 """
 
 import contextlib
@@ -885,9 +885,17 @@ def main(argv: Sequence[str]) -> None:
     opened = lab.open_run(config, options)
     hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
-    experiment, splits = opened.load()
-    split = "validation" if len(splits.validation_images) else "test"
-    images = splits.validation_images if split == "validation" else splits.test_images
+    try:
+        experiment, splits = opened.load()
+        split = "validation" if len(splits.validation_images) else "test"
+        images = splits.validation_images if split == "validation" else splits.test_images
+        compared_on = f"of the {split} split of {experiment.name}"
+    except (FileNotFoundError, ImportError):
+        if options.data_dir or options.int8 == "full":  # which measures ranges on the data
+            raise
+        experiment, splits = opened.without_data(options.num_images)
+        images = splits.test_images
+        compared_on = f"at random, as {experiment.name} is not here; --data_dir=DIR says where"
 
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
     noise = experiment.noise(options.num_samples or experiment.evaluation.num_samples)
@@ -921,7 +929,7 @@ def main(argv: Sequence[str]) -> None:
         pair = (quantize.quantize(tree), tree)
         found, wanted = (network_logits(spec, each, images, normalization) for each in pair)
         print(f"int8 weights against float32 ones: {compare(found, wanted)}")
-    print(f"equivalence: {equivalence} of the {split} split of {experiment.name}")
+    print(f"equivalence: {equivalence} {compared_on}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def morph_to_dict(hypernetwork: Hypernetwork, widths: Sequence[int]) -> dict[str
 def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int, ...]:
     """The widths in a JSON file of `morph_to_dict`, checked against the family.
 
-    Other fields than its three are left alone, so that a search can note what it found.
+    A file written by hand needs {"widths": [...]} alone. Other fields than the three are left
+    alone, so that a search can note what it found.
 
     Raises:
         ValueError: if there is no such file, or it is damaged or belongs to another family.
@@ -54,13 +55,13 @@ def load_morph(path: str | os.PathLike, hypernetwork: Hypernetwork) -> tuple[int
         raise UsageError(f"--spec={path} must be a file, but {error.strerror}.") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} must be JSON, but it is damaged; write it again.") from None
-    missing = {"widths", "spec", "blocks"} - set(fields if isinstance(fields, dict) else ())
-    if missing:
+    if not isinstance(fields, dict) or "widths" not in fields:
         raise UsageError(
-            f"{path} must hold widths, spec and blocks of one network, but it lacks "
-            f"{', '.join(sorted(missing))}."
+            f'{path} must hold one network as {{"widths": [...]}}, hidden channels of each block, '
+            "but it has no widths; add them."
         )
     wanted = morph_to_dict(hypernetwork, ())
+    fields = {**wanted, **fields}
     if fields["spec"] != wanted["spec"] or fields["blocks"] != wanted["blocks"]:
         differing = _first_difference(fields, wanted)
         raise UsageError(
