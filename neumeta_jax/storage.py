@@ -27,6 +27,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        if system_error(error) is None:
+            raise
         raise refusal(path, error) from error
 
 

@@ -76,7 +76,7 @@ class Preprocessing:
         if not (self.mixup >= 0 and self.cutmix >= 0 and self.mixup + self.cutmix <= 1):
             raise ValueError(
                 "mixup and cutmix are shares of the images and add up to 1 at most, got "
-                f"{self.mixup=} and {self.cutmix=}."
+                f"{self.mixup} and {self.cutmix}."
             )
 
     def train(

@@ -507,7 +507,7 @@ def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
     assert list(got) == list(wanted)
     assert any((got[leaf] != value).any() for leaf, value in wanted.items())
     message = refusal("train", CONFIG, f"--workdir={tmp_path / 'x'}", "--config.data.mixup=1.5")
-    assert "add up to 1 at most" in message and "self.mixup=1.5" in message
+    assert "add up to 1 at most, got 1.5 and 0.0" in message
 
 
 def test_a_work_directory_in_use_is_refused(copied):
@@ -571,12 +571,19 @@ def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refuse
 
 def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, finished):
     first, second = {"seed": 1}, lab.read_config(finished[0])
-    for config in (first, second):
-        with lab.open_workdir(tmp_path, config):
+    black = np.zeros((10, 8, 8), np.uint8), np.arange(10)
+    others, digits = data.make_dataset("digits", *black, *black), data.load_dataset("digits")
+    for config, dataset in (first, others), (second, digits):
+        with lab.open_workdir(tmp_path, config, dataset):
             assert json.loads((tmp_path / "config.json").read_text())["seed"] == config["seed"]
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(lab.UsageError, match="was written by another config"):
         lab.check_claim(tmp_path, second | {"seed": 2})
+    with (
+        pytest.raises(lab.UsageError, match=others.fingerprint()),
+        lab.open_workdir(tmp_path, second, others),
+    ):
+        pass
 
 
 def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
