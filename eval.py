@@ -124,7 +124,8 @@ def check_workdir(config, options):
     skipped = morphs.parse_skipped(options.skipped_blocks)
     figures = options.figures or options.report
     sweep_ratios = lab.parse_sweep_ratios(figures, options.sweep_ratios)
-    experiment, splits = opened.load(other_data=bool(options.out))
+    out = pathlib.Path(options.out or opened.workdir)
+    experiment, splits = opened.load(other_data=out.resolve() != opened.workdir.resolve())
     drawn = ()
     if options.random_ratios is not None:
         drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
@@ -143,7 +144,6 @@ def check_workdir(config, options):
     )
     if not (ratios or sweep_ratios or options.int8 or not specs):
         width_ratios = ()
-    out = pathlib.Path(options.out or opened.workdir)
     at = opened.hypernetwork.widths
     planned = {
         "grid": [at(ratio) for ratio in width_ratios],
@@ -154,8 +154,13 @@ def check_workdir(config, options):
         "random_networks": networks and [*morphs.uniform_networks(experiment), *networks],
     }
     planned = {name: some for name, some in planned.items() if some}
-    settings = {"split": evaluator.split, "num_samples": evaluator.options["num_samples"]}
-    lab.check_free(out, planned, **settings)
+    lab.check_free(
+        out,
+        planned,
+        split=evaluator.split,
+        num_samples=evaluator.options["num_samples"],
+        data=experiment.fingerprint,
+    )
 
     run = out, experiment, evaluator
     rows = morphs.evaluate_depths(*run, depths, cells) if depths else []

@@ -53,7 +53,7 @@ def run(config, options):
         return
     print(lab.describe(experiment, dataset, splits), flush=True)
 
-    with lab.open_workdir(options.workdir, config, dataset) as workdir:
+    with lab.open_workdir(options.workdir, config, experiment.fingerprint) as workdir:
         # Import or train the teacher, fold its batch norm, put its channels in order.
         backbone = lab.prepare_backbone(workdir, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.

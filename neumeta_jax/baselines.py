@@ -1099,7 +1099,7 @@ def main(argv: Sequence[str]) -> None:
         flush=True,
     )
     with (
-        lab.open_workdir(options.workdir, config, dataset) as workdir,
+        lab.open_workdir(options.workdir, config, experiment.fingerprint) as workdir,
         _clock(workdir.path / "seconds") as elapsed,
     ):
         run = Run(workdir, experiment, baseline, splits)

@@ -66,9 +66,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, resolved against its data set. `name` is the data set's."""
+    """A config, resolved against its data set. `name` and `fingerprint` are the data set's."""
 
     name: str
+    fingerprint: str
     run: recipes.Run
     hypernetwork: Hypernetwork
     preprocessing: Preprocessing
@@ -191,6 +192,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
     return Experiment(
         name=dataset.name,
+        fingerprint=dataset.fingerprint(),
         run=run,
         hypernetwork=hypernetwork,
         preprocessing=Preprocessing(
@@ -397,17 +399,17 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
         )
 
 
-def check_same_data(workdir: pathlib.Path, dataset: data.Dataset | None) -> None:
+def check_same_data(workdir: pathlib.Path, fingerprint: str) -> None:
     """Raises ValueError if the run in `workdir` was made with another data set, where it says."""
     try:
         saved = json.loads((workdir / "versions.json").read_text("utf-8"))["data"]
     except (OSError, ValueError, LookupError, TypeError):
         return
-    if dataset and saved != dataset.fingerprint():
+    if saved and fingerprint and saved != fingerprint:
         raise UsageError(
             f"The data must be those that the run in {workdir} was made with, of fingerprint "
-            f"{saved}, but {dataset.name} has {dataset.fingerprint()} here; use the former, or "
-            "evaluate others with eval.py --out=FOLDER."
+            f"{saved}, but those here have {fingerprint}; use the former, or evaluate others with "
+            "eval.py --out=FOLDER."
         )
 
 
@@ -441,9 +443,9 @@ class TrainedRun(NamedTuple):
             ValueError: if the INR is of other networks than the config, or the data have changed.
         """
         dataset, splits = load_data(self.config)
-        if not other_data:
-            check_same_data(self.workdir, dataset)
         experiment = from_config(self.config, dataset)
+        if not other_data:
+            check_same_data(self.workdir, experiment.fingerprint)
         check_same_family(experiment, self.hypernetwork)
         return experiment, splits
 
@@ -505,11 +507,11 @@ def check_claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def open_workdir(
-    path: str | os.PathLike, config: Mapping[str, Any], dataset: data.Dataset | None = None
+    path: str | os.PathLike, config: Mapping[str, Any], fingerprint: str = ""
 ) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
 
-    Its versions.json keeps the fingerprint of the data set.
+    Its versions.json keeps the `fingerprint` of the data set.
 
     While it is open, SIGTERM and SIGINT ask the run to save and stop. Of several processes the
     first alone opens it.
@@ -527,11 +529,10 @@ def open_workdir(
     with locked(path):
         config = json.loads(json.dumps(config))
         if check_claim(path, config):
-            check_same_data(path, dataset)
+            check_same_data(path, fingerprint)
         else:
             storage.write_json(path / "config.json", config)
-        fingerprint = {"data": dataset.fingerprint()} if dataset else {}
-        storage.write_json(path / "versions.json", {**versions(), **fingerprint})
+        storage.write_json(path / "versions.json", {**versions(), "data": fingerprint})
         with _stopped_by_signals(workdir):
             yield workdir
 
@@ -1232,6 +1233,7 @@ def evaluate_and_write(
         "split": split,
         "trained_range": [low, high],
         "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
         "versions": versions(),
     }
     evaluation.write_grid(
@@ -1302,7 +1304,7 @@ def evaluate_random_ratios(
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "num_samples", "versions"}.
+    (its ratio or null), "split", "num_samples", "data", "versions"}.
     """
     print(f"\n{len(ratios)} widths at random from the trained range, {evaluator.split} split")
     rows = _evaluate(experiment, evaluator, ratios)
@@ -1317,6 +1319,7 @@ def evaluate_random_ratios(
         "where": dip.where,
         "split": evaluator.split,
         "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
         "versions": versions(),
     }
     storage.write_json(workdir / "random_ratios.json", document)

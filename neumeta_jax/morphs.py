@@ -165,8 +165,14 @@ def _evaluate(
 def _document(
     experiment: lab.Experiment, evaluator: evaluation.Evaluator, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    fields = {"dataset": experiment.name, "split": evaluator.split, "versions": lab.versions()}
-    return {**fields, "num_samples": evaluator.options["num_samples"], "rows": rows}
+    return {
+        "dataset": experiment.name,
+        "split": evaluator.split,
+        "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
+        "versions": lab.versions(),
+        "rows": rows,
+    }
 
 
 def evaluate_specs(

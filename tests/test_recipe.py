@@ -574,14 +574,14 @@ def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, 
     black = np.zeros((10, 8, 8), np.uint8), np.arange(10)
     others, digits = data.make_dataset("digits", *black, *black), data.load_dataset("digits")
     for config, dataset in (first, others), (second, digits):
-        with lab.open_workdir(tmp_path, config, dataset):
+        with lab.open_workdir(tmp_path, config, dataset.fingerprint()):
             assert json.loads((tmp_path / "config.json").read_text())["seed"] == config["seed"]
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(lab.UsageError, match="was written by another config"):
         lab.check_claim(tmp_path, second | {"seed": 2})
     with (
         pytest.raises(lab.UsageError, match=others.fingerprint()),
-        lab.open_workdir(tmp_path, second, others),
+        lab.open_workdir(tmp_path, second, others.fingerprint()),
     ):
         pass
 
@@ -637,7 +637,9 @@ def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
     np.savez(tmp_path / "digits.npz", **arrays)
     arguments = f"--workdir={copied}", f"--data_dir={tmp_path}"
     assert digits.fingerprint() in refusal("eval", *arguments)
-    assert call("eval", *arguments, f"--out={tmp_path / 'other'}", "--width_ratios=1")[0] == 0
+    elsewhere = f"--out={tmp_path / 'other'}", "--width_ratios=1"
+    assert call("eval", *arguments, *elsewhere)[0] == 0
+    assert "of other data" in refusal("eval", arguments[0], *elsewhere)
 
 
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
@@ -682,6 +684,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "where",
         "split",
         "num_samples",
+        "data",
         "versions",
     }
     wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
