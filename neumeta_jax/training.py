@@ -72,10 +72,12 @@ class Preprocessing:
     dtype: str = "float32"
 
     def __post_init__(self):
+        for name in ("mean", "std"):  # hashable, whatever sequences they came as
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if not (self.mixup >= 0 and self.cutmix >= 0 and self.mixup + self.cutmix <= 1):
             raise ValueError(
                 "mixup and cutmix are shares of the images and add up to 1 at most, got "
-                f"{self.mixup=} and {self.cutmix=}."
+                f"{self.mixup} and {self.cutmix}."
             )
 
     def train(
