@@ -429,6 +429,7 @@ CASES = PLAIN | {
     "stax": stax_net(),
 }
 
+_BLOCK = "0/mobile_net_v1/mobile_net_v1_block"
 REBUILT = {  # name: ({group: width}, the network built with these widths)
     "mlp": ({"Dense_0": 20, "Dense_1": 40}, linen(MLP((20, 40)))),
     "vgg": (
@@ -447,13 +448,10 @@ REBUILT = {  # name: ({group: width}, the network built with these widths)
     "llama": ({"query": 3, "gate": 20}, linen(Llama(3, 20), TOKENS)),
     "lstm": ({"OptimizedLSTMCell_0/hf": 15}, linen(LSTM(15), TOKENS)),
     "unet": ({"fine": 9, "coarse": 5, "up": 8}, linen(UNet(9, 5, 8))),
-    "nnx": ({"stem/kernel/value": 11}, nnx_net(11)),
-    "equinox": ({"layers/stem/weight": 5, "layers/up/weight": 20}, equinox_net(5, 20)),
+    "nnx": ({"stem": 11}, nnx_net(11)),
+    "equinox": ({"layers/stem": 5, "layers/up": 20}, equinox_net(5, 20)),
     "haiku_mobilenet": (
-        {
-            f"0/mobile_net_v1/mobile_net_v1_block{n}/pointwise_conv/w": k
-            for n, k in (("", 10), ("_1", 7))
-        },
+        {f"{_BLOCK}/pointwise_conv": 10, f"{_BLOCK}_1/pointwise_conv": 7},
         haiku_mobilenet((10, 7)),
     ),
     "stax": ({"2/0/0/0": 11}, stax_net(11)),

@@ -1,6 +1,5 @@
 """Groups of channels, and what can be done with them, in networks of every kind."""
 
-import dataclasses
 import functools
 import re
 import types
@@ -50,7 +49,7 @@ ELASTIC = {
 def traced(name):
     """The network, its family, the names of its elastic groups."""
     case = CASES[name]()
-    family = core.trace(case.apply, case.params, case.x)
+    family = core.trace(case.apply, case.params, case.x, check=False)
     return case, family, family.groups.elastic(*case.allowed)
 
 
@@ -146,8 +145,8 @@ def test_one_compilation_serves_all_widths(name):
 @every_network
 def test_groups_are_data_and_tracing_again_finds_the_same(name):
     case, family, _ = traced(name)
-    again = core.trace(case.apply, case.params, case.x).groups
-    revived = core.Groups.from_json(family.groups.to_json())
+    again = core.trace(case.apply, case.params, case.x, check=False).groups
+    revived = core.Groups.from_json(family.groups.to_json(), case.params)
     assert revived == again == family.groups
     assert hash(revived) == hash(again) == hash(family.groups)
     assert revived.to_json() == family.groups.to_json()
@@ -172,7 +171,7 @@ def test_a_network_runs_at_widths_at_which_it_was_not_traced_as_if_it_was_built_
     assert core.num_params(family.groups, widths) == sum(
         leaf.size for leaf in jax.tree.leaves(other.params)
     )
-    rebuilt = core.trace(other.apply, other.params, other.x)
+    rebuilt = core.trace(other.apply, other.params, other.x, check=False)
     assert core.num_macs(family, widths) == core.num_macs(rebuilt, {})
     whole_batches = name == "stax"  # its norms sum over the batch
     more = other.x if whole_batches else np.concatenate([other.x, other.x])
@@ -187,7 +186,9 @@ def test_a_function_of_arrays_alone_runs_by_itself_on_sliced_parameters(name):
     small = core.slice_params(family.groups, case.params, widths)
     ours = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
     assert distance(jax.jit(case.apply)(small, case.x), ours) < 1e-5
-    assert core.num_macs(family, widths) == core.num_macs(core.trace(case.apply, small, case.x), {})
+    assert core.num_macs(family, widths) == core.num_macs(
+        core.trace(case.apply, small, case.x, check=False), {}
+    )
 
 
 def test_counts_of_convolutions_are_those_of_the_textbook():
@@ -220,12 +221,11 @@ def test_a_branch_of_width_0_is_skipped():
     assert distance(shorter, jax.jit(case.apply)(case.params, case.x)) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", "mobilenet", "stacked", "language", "unet", "stax", "lstm"]
-)
+@pytest.mark.parametrize("name", ["vit", "language", "mobilenet", "padded", "stax"])
 def test_width_0_means_the_same_to_a_masked_and_a_sliced_network(name):
     case, family, names = traced(name)
-    widths = dict.fromkeys(names[-1:], 0)
+    widths = {n: 0 for n in names if family.groups[n].lowest == 0}
+    assert widths
     out, slopes = masked(name)(case.params, full_widths(name) | widths)
     small = core.slice_params(family.groups, case.params, widths)
     expected = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
@@ -269,7 +269,9 @@ RIGID = {  # what is done with h, 8 channels after a product, and the flag that 
 @pytest.mark.parametrize("case", RIGID)
 def test_channels_that_a_mask_cannot_remove_are_not_elastic(case):
     flag, rest = RIGID[case]
-    groups = core.trace(lambda p, x: rest(x @ p["a"], p["b"]), TWO_LAYERS, VECTORS).groups
+    groups = core.trace(
+        lambda p, x: rest(x @ p["a"], p["b"]), TWO_LAYERS, VECTORS, check=False
+    ).groups
     assert flag in groups["a"].flags
     assert "a" not in groups.elastic()
 
@@ -296,7 +298,7 @@ def test_doubled_channels_have_equal_moments(name):
 
     seen, checked = run(case.params), 0
     for reader in family.groups.readers:
-        axis = family.groups.axes(reader.path)[reader.reads[0]]
+        axis = family.groups.axes[reader.path][reader.reads[0]]
         if reader.path in seen and len(reader.reads) == 1 and axis.kind in ("group", "concat"):
             moments = np.asarray(seen[reader.path])
             again = np.append(axis.channels(copies), -1)  # and the constant
@@ -322,17 +324,12 @@ def vit():
     return types.SimpleNamespace(**case._asdict(), family=family, groups=family.groups)
 
 
-def run_with_groups_of(name):
-    text = traced(name)[1].groups.to_json()
-    return core.num_macs(dataclasses.replace(vit().family, groups=core.Groups.from_json(text)), {})
-
-
 def foreign_params():
     return traced("mlp")[0].params
 
 
 REFUSED = {  # a call that cannot be right, and the essential words of the answer
-    "a batch of 1": ("batch of 2", lambda v: core.trace(v.apply, v.params, v.x[:1])),
+    "a batch of 1": ("batch axis of 2", lambda v: core.trace(v.apply, v.params, v.x[:1])),
     "a function that asks for values": (
         "traceable",
         lambda v: core.trace(lambda p, x: x if x.sum() > 0 else -x, v.params, v.x),
@@ -363,15 +360,15 @@ REFUSED = {  # a call that cannot be right, and the essential words of the answe
         lambda v: core.apply_at(v.family, v.params, v.x, {"up0": 8}),
     ),
     "another image": (
-        "the input must have the shape",
+        "input must have the shape",
         lambda v: core.apply_at(v.family, v.params, v.x[:, :4], {}),
     ),
     "no permutation": (
-        "permutation of 24",
+        "permutation of 0, ..., 23",
         lambda v: core.permute(v.groups, v.params, {"up0": np.zeros(24, int)}),
     ),
     "a channel that is not there": (
-        "up0 has 24 channels, got number 24",
+        "channels of up0 are 0 to 23, got",
         lambda v: core.select(v.groups, v.params, {"up0": [24]}),
     ),
     "another tree to mask": (
@@ -386,7 +383,15 @@ REFUSED = {  # a call that cannot be right, and the essential words of the answe
         "same tree",
         lambda v: core.apply_at(v.family, foreign_params(), v.x, {}),
     ),
-    "groups of another network": ("another network", lambda v: run_with_groups_of("mlp")),
+    "groups of another network": (
+        "another network",
+        lambda v: core.Groups.from_json(traced("mlp")[1].groups.to_json(), v.params),
+    ),
+    "no groups at all": ("that to_json writes", lambda v: core.Groups.from_json('{"a": 1}')),
+    "a branch that is no branch": (
+        "from 1 to 7",
+        lambda v: core.Groups.check(traced("unet")[1].groups, {"up": 0}),
+    ),
 }
 
 
