@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import own_networks
 import pytest
-from own_networks import CASES, PLAIN, REBUILT, VECTORS, draw
+from own_networks import CASES, PLAIN, REBUILT, TOKENS, VECTORS, draw
 
 from neumeta_jax import core
 
@@ -231,6 +231,60 @@ def test_width_0_means_the_same_to_a_masked_and_a_sliced_network(name):
     expected = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
     assert distance(expected, out) < 1e-5
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slopes))
+
+
+def check_masks(apply, params, x):
+    """The family, after a check that masked and sliced networks of half the widths agree."""
+    family = core.trace(apply, params, x, check=False)
+    widths = {name: family.groups[name].size // 2 for name in family.groups.elastic("stream")}
+    assert widths
+
+    @jax.jit
+    def run(params):
+        masked = apply(core.mask_params(family.groups, params, widths), x)
+        small = core.slice_params(family.groups, params, widths)
+        return masked, core.apply_at(family, small, x, widths)
+
+    assert distance(*run(params)) < 1e-5
+    return family
+
+
+ON_TOKENS = {  # what is done to h, float[batch, 5, 8], before its channels are read
+    "real": lambda h: jnp.real(jnp.exp(1j * h)),
+    "dynamic_slice": lambda h: jax.lax.dynamic_slice_in_dim(h, jnp.argmax(h[0, :, 0] * 0), 2, 1),
+    "scatter": lambda h: h.at[:, 0].set(0),
+    "segment_sum": lambda h: jax.ops.segment_sum(h[0], jnp.array([0, 1, 1, 0, 2]), 3),
+    "sort": lambda h: jnp.sort(h, 1),
+    "shift": lambda h: jnp.roll(h, 1, 1),
+    "window": lambda h: jax.lax.reduce_window(h, 0.0, jax.lax.add, (1, 2, 1), (1, 1, 1), "SAME"),
+    "while": lambda h: jax.lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * 2), (0, h)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("primitive", ON_TOKENS)
+def test_operations_on_other_axes_leave_channels_alone(primitive):
+    family = check_masks(
+        lambda p, x: ON_TOKENS[primitive](jnp.tanh(x @ p["a"])) @ p["b"], TWO_LAYERS, TOKENS
+    )
+    assert family.groups.elastic() == ("a",)
+
+
+UNSOUND = {  # finite at all widths, but not where a parameter is 0
+    "weight norm": lambda p, x: jnp.tanh(x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0))) @ p["b"],
+    "a divisor": lambda p, x: jnp.tanh(x @ p["a"] / p["c"]) @ p["b"],
+    "a logarithm": lambda p, x: jnp.log(jnp.abs(x @ p["a"])) @ p["b"],
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_groups_whose_masked_network_differs_are_found_by_numbers(case):
+    params = TWO_LAYERS | draw({"c": (8,)})
+    groups = core.trace(UNSOUND[case], params, VECTORS).groups
+    assert groups["a"].flags == ("unsound",)
+    assert not groups.elastic()
+    assert core.trace(UNSOUND[case], params, VECTORS, check=False).groups.elastic() == ("a",)
 
 
 def normalised(h):
