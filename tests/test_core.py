@@ -1,7 +1,11 @@
 """Groups of channels, and what can be done with them, in networks of every kind."""
 
 import functools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -200,6 +204,36 @@ def test_counts_of_convolutions_are_those_of_the_textbook():
     norms_and_biases = 4 * (a + b + c) + d + 10
     kernels = 9 * (3 * a + a * b + b * c) + 16 * c * d + 10 * d
     assert core.num_params(family.groups, at) == kernels + norms_and_biases
+
+
+def test_counts_of_scanned_layers_are_those_of_each_layer():
+    _, family, _ = traced("stacked")
+    counted = core.num_macs(family, {"in": 7, "layers/up": 9})
+    assert counted == 16 * 7 + 3 * 2 * 7 * 9 + 7 * 4
+
+
+def test_counts_of_attention_are_those_of_its_products_too():
+    _, family, _ = traced("fused")
+    heads, tokens = 5, 5
+    projections = tokens * 16 * (3 * 4 * heads + 4 * heads + 3)
+    assert core.num_macs(family, {"qkv": heads}) == projections + 2 * heads * tokens**2 * 4
+
+
+def test_another_process_finds_the_same_groups():
+    """Sets of names are in another order there."""
+    names = ["vit", "padded", "haiku_rnn"]
+    found = f"(t.traced(name)[1].groups.to_json() for name in {names})"
+    code = f"import test_core as t; print(*{found}, sep=chr(10))"
+    seed = str(1 + int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")))
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=pathlib.Path(__file__).parent,
+        env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.splitlines() == [traced(name)[1].groups.to_json() for name in names]
 
 
 def test_widths_may_be_mapped_over():
