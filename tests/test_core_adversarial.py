@@ -85,6 +85,17 @@ def test_channels_of_experts_that_are_looked_up():
     check_masks(apply, draw({"route": (16, 4), "up": (4, 16, 8), "down": (4, 8, 3)}), VECTORS)
 
 
+@known(reason="rev is not known to keep zeros")
+def test_channels_that_a_transposed_convolution_reads():
+    def apply(p, x):
+        h = jnp.exp(x @ p["a"])
+        h = jax.lax.conv_transpose(h, p["b"], (2, 2), "SAME", transpose_kernel=True)
+        return h.mean((1, 2))
+
+    family = check_masks(apply, draw({"a": (3, 8), "b": (3, 3, 6, 8)}), IMAGES)
+    assert family.groups.elastic() == ("a",)
+
+
 BRANCHES = {  # of x, where h becomes 0 because its width does, and g does not
     "half of the hidden": lambda p, h, g: jnp.concatenate([h, g], -1) @ p["both"],
     "a constant after": lambda p, h, g: h @ p["d"] + p["c"] + 1,
