@@ -78,7 +78,6 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset == "full":
         config.generated = "full"
         config.train.min_width_ratio = 0.5  # a quarter of the multiply-adds
-        config.inr.max_cell = 1.75
         config.eval.width_ratios = (1.25, 1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
     if preset == "grid":
         config.channel_order = "smoothness"
