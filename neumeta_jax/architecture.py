@@ -121,6 +121,10 @@ class ResNetSpec:
         return 2 * len(self.hidden_widths) + 2
 
     @property
+    def title(self) -> str:
+        return f"ResNet{self.depth}"
+
+    @property
     def num_layers(self) -> int:
         """Of those that are there: `depth` counts skipped blocks too."""
         return 2 + 2 * sum(width > 0 for width in self.hidden_widths)

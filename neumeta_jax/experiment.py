@@ -65,6 +65,9 @@ SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25,
 _log = logging.getLogger(__name__)
 
 
+Family = ResNetHypernetwork | LinenHypernetwork
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A config, resolved against its data set. `name` and `fingerprint` are the data set's."""
@@ -72,14 +75,14 @@ class Experiment:
     name: str
     fingerprint: str
     run: recipes.Run
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Family
     preprocessing: Preprocessing
     teacher: recipes.Teacher
     recipe: recipes.Train
     evaluation: recipes.Evaluation
 
     @property
-    def spec(self) -> ResNetSpec:
+    def spec(self) -> ResNetSpec | LinenSpec:
         return self.hypernetwork.spec
 
     @property
@@ -88,7 +91,7 @@ class Experiment:
 
     @property
     def network(self) -> str:
-        return f"ResNet{self.spec.depth}"
+        return self.spec.title
 
     @property
     def in_float32(self) -> "Experiment":
@@ -102,7 +105,7 @@ class Experiment:
         return {"num_samples": num_samples, "key": key}
 
     def accuracy(
-        self, tree: Params, images: np.ndarray, labels: np.ndarray, spec: ResNetSpec | None = None
+        self, tree: Params, images: np.ndarray, labels: np.ndarray, spec: Any = None
     ) -> float:
         """`evaluation.accuracy` of a tree, of the full size unless `spec` says otherwise."""
         options = {"batch_size": self.evaluation.batch_size}
@@ -170,20 +173,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             f"data.mean and data.std need {dataset.channels} entries, those of std above 0, got "
             f"{mean} and {std}."
         )
-    spec = architecture.cifar_resnet(
-        network.depth,
-        num_classes=dataset.num_classes,
-        stage_widths=network.stage_widths,
-        image_size=dataset.image_size,
-        channels=dataset.channels,
-        shortcut=network.shortcut,
-    )
-    hypernetwork = resnet.hypernetwork(
-        spec,
-        architecture.generated_blocks(spec, run.generated),
-        make_inr(**config["inr"]),
-        streams=run.generated == "full",
-    )
+    hypernetwork = _hypernetwork(network, run, make_inr(**config["inr"]), dataset)
     ratios = {
         name: tuple(map(check_width_ratio, getattr(sections["eval"], name)))
         for name in ("width_ratios", "progress_ratios")
@@ -204,6 +194,22 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         recipe=recipe,
         evaluation=dataclasses.replace(sections["eval"], **ratios),
     )
+
+
+def _hypernetwork(
+    network: recipes.Network, run: recipes.Run, inr: Any, dataset: data.Dataset
+) -> Family:
+    """The family of the section `network` on the images of a data set."""
+    sizes = {name: getattr(dataset, name) for name in ("num_classes", "image_size", "channels")}
+    streams = run.generated == "full"
+    if network.factory:
+        fields = json.dumps(dict(network.fields), sort_keys=True)
+        spec = linen.LinenSpec(network.factory, fields, **sizes)
+        return linen.hypernetwork(spec, inr, streams=streams)
+    shapes = {"stage_widths": network.stage_widths, "shortcut": network.shortcut}
+    spec = architecture.cifar_resnet(network.depth, **shapes, **sizes)
+    blocks = architecture.generated_blocks(spec, run.generated)
+    return resnet.hypernetwork(spec, blocks, inr, streams=streams)
 
 
 def for_teacher(config: Mapping[str, Any], dataset: data.Dataset, spec: ResNetSpec) -> Experiment:
@@ -420,7 +426,7 @@ class TrainedRun(NamedTuple):
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Family
     params: Params
     metadata: dict[str, Any]
 
