@@ -881,8 +881,9 @@ def test_eval_refuses_another_config_than_the_runs(finished):
 def test_eval_says_what_it_needs(tmp_path):
     assert "--workdir=DIR" in refusal("eval")
     assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
-    for flag in ("--figures", "--report", "--int8"):
-        assert "use --workdir" in refusal("eval", "--teacher=x.npz", CONFIG, flag)
+    for flag in ("--figures", "--int8", "--width_ratios=1", f"--workdir={tmp_path}"):
+        message = refusal("eval", "--teacher=x.npz", CONFIG, flag)
+        assert f"{flag.split('=')[0]} and --teacher were given together" in message
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
 
