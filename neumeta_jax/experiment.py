@@ -1217,6 +1217,20 @@ def check_free(
             )
 
 
+def _kept_int8(folder: pathlib.Path, rows: Sequence[GridRow]) -> list[GridRow]:
+    """`rows` with the 8-bit accuracies that the grid in `folder` has of the same networks."""
+    try:
+        saved = json.loads((folder / "grid.json").read_text("utf-8"))["rows"]
+        known = {(*row["widths"], row["accuracy"]): row.get("int8_accuracy") for row in saved}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        known = {}
+    found = [known.get((*row.widths, row.accuracy)) for row in rows]
+    return [
+        dataclasses.replace(row, int8_accuracy=value) if None not in found else row
+        for row, value in zip(rows, found, strict=True)
+    ]
+
+
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
@@ -1246,8 +1260,7 @@ def evaluate_and_write(
     rows = _evaluate(experiment, evaluator, width_ratios)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
-    if int8:
-        rows = _evaluate_int8(experiment, evaluator, rows)
+    rows = _evaluate_int8(experiment, evaluator, rows) if int8 else _kept_int8(out, rows)
     document = {
         "dataset": experiment.name,
         "split": split,

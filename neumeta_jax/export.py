@@ -885,7 +885,8 @@ def main(argv: Sequence[str]) -> None:
     hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
     try:
-        experiment, splits = opened.load()
+        # Images to compare on may be any; those that ranges are measured on are the run's.
+        experiment, splits = opened.load(other_data=options.int8 != "full")
         split = "validation" if len(splits.validation_images) else "test"
         images = splits.validation_images if split == "validation" else splits.test_images
         compared_on = f"of the {split} split of {experiment.name}"
