@@ -178,6 +178,11 @@ class ResNetSpec:
         head = self.stage_widths[-1] * self.num_classes
         return stem + sum(block.num_macs for block in self.blocks) + head
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of an image: (height, width, channels)."""
+        return self.image_size, self.image_size, self.channels
+
     def to_dict(self) -> dict:
         """The spec as plain JSON types; `from_dict` is the inverse."""
         fields = dataclasses.asdict(self)

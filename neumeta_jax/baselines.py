@@ -549,7 +549,7 @@ def sgd_update(
                 "accuracy": losses.accuracy(logits[-1], y),
                 "full_accuracy": losses.accuracy(logits[0], y),
             }
-            return loss, (stats, found)
+            return loss, ({"batch_stats": stats}, found)
 
         return training.sgd_step(optimizer, state, loss_fn)
 
@@ -736,7 +736,7 @@ class Run:
             momentum=baseline.momentum,
             weight_decay=baseline.weight_decay,
         )
-        optimizer = training.sgd_optimizer(recipe, baseline.num_steps)
+        optimizer = training.teacher_optimizer(recipe, baseline.num_steps)
         preprocessing = experiment.preprocessing
 
         def fresh():

@@ -36,7 +36,8 @@ from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.export import Normalization
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.families import Family, Size
+from neumeta_jax.resnet import Params
 
 BATCH_SIZES = (1, 64)
 NUM_CALLS = 50
@@ -80,7 +81,7 @@ def peak_memory(compiled: jax.stages.Compiled) -> int | None:
 
 
 def measure(
-    hypernetwork: ResNetHypernetwork,
+    hypernetwork: Family,
     params: Mapping,
     networks: Sequence[Network],
     *,
@@ -117,7 +118,7 @@ def measure(
             hypernetwork, params, widths, sizes=largest, key=key, num_samples=num_samples
         )
 
-    def draw(widths) -> tuple[ResNetSpec, Params]:
+    def draw(widths) -> tuple[Size, Params]:
         tree = jax.device_get(generate(params, np.array(widths, np.int32)))
         return hypernetwork.dense(tree, widths, largest)
 
@@ -239,9 +240,7 @@ FLAGS: command_line.Flags = {
 }
 
 
-def _networks(
-    hypernetwork: ResNetHypernetwork, ratios: Sequence[float], files: Sequence[str]
-) -> list[Network]:
+def _networks(hypernetwork: Family, ratios: Sequence[float], files: Sequence[str]) -> list[Network]:
     found: dict[tuple[int, ...], Network] = {}
     for ratio in ratios:
         widths = tuple(hypernetwork.widths(ratio).tolist())

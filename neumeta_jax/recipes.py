@@ -86,14 +86,14 @@ class Network:
         depth, stage_widths, shortcut: of a CIFAR ResNet, see `architecture.cifar_resnet`.
         factory: another network in its place, "module:function" or a kind of `networks.FAMILIES`,
             see `networks.linen.LinenSpec`.
-        fields: its keyword arguments.
+        fields: JSON of its keyword arguments; lists become tuples.
     """
 
     depth: int = 56
     stage_widths: tuple[int, ...] = (16, 32, 64)
     shortcut: str = "projection"
     factory: str = ""
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: str = "{}"
 
 
 @dataclasses.dataclass(frozen=True)

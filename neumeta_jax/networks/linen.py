@@ -6,12 +6,11 @@ import importlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from neumeta_jax import core, networks
 from neumeta_jax.core.counting import Count, macs_count, params_count
@@ -61,28 +60,7 @@ class LinenSpec:
 
     @property
     def num_macs(self) -> int:
-        return macs_count(self.family, ())(())
-
-    def abstract_params(self) -> Any:
-        """The variables, with a `jax.ShapeDtypeStruct` as each leaf."""
-        return _shapes(self)
-
-    def init_variables(self, key: jax.Array) -> Any:
-        """Fresh variables, {"params"[, "batch_stats", ...]}."""
-        return self.module.init(key, jnp.zeros((1, *self.input_shape)))
-
-    def apply(self, tree: Mapping, images: jax.Array) -> jax.Array:
-        """Logits in inference mode."""
-        return jnp.asarray(self.module.apply(tree, images))
-
-    def train(self, variables: Mapping, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        """(logits, variables that changed) in training, where the network tells them apart."""
-        options = {"train": True} if _takes(self.module.__call__, "train") else {}
-        changing = [name for name in variables if name != "params"]
-        logits, changed = self.module.apply(
-            variables, images, mutable=changing, rngs={"dropout": key}, **options
-        )
-        return jnp.asarray(logits), changed
+        return _macs_count(self, ())(())
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types; `from_dict` is the inverse."""
@@ -93,13 +71,51 @@ class LinenSpec:
         return cls(**{**values, "fields": json.dumps(values["fields"], sort_keys=True)})
 
 
+class Network(NamedTuple):
+    """How a network starts, trains, is made ready for the INR, and runs; see `resnet.Network`."""
+
+    spec: LinenSpec
+
+    @property
+    def family(self) -> core.Family:
+        return self.spec.family
+
+    def init_variables(self, key: jax.Array) -> Any:
+        """{"params"[, "batch_stats", ...]}."""
+        return self.spec.module.init(key, jnp.zeros((1, *self.spec.input_shape)))
+
+    def abstract_params(self) -> Any:
+        return _shapes(self.spec)
+
+    def train(self, variables: Mapping, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        """(logits, collections that changed) in training, where the network tells them apart."""
+        module = self.spec.module
+        options: dict[str, Any] = {"train": True} if _takes(module.__call__, "train") else {}
+        changing = [name for name in variables if name != "params"]
+        logits, changed = module.apply(
+            variables, images, mutable=changing, rngs={"dropout": key}, **options
+        )
+        return jnp.asarray(logits), changed
+
+    def fold(self, variables: Mapping) -> Any:
+        return variables
+
+    def apply(self, tree: Mapping, images: jax.Array) -> jax.Array:
+        """Logits in inference mode."""
+        return jnp.asarray(self.spec.module.apply(tree, images))
+
+
 def _takes(function: Any, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 @functools.lru_cache(maxsize=32)
 def _module(spec: LinenSpec) -> nn.Module:
-    fields = json.loads(spec.fields)
+    fields = {name: _tuples(value) for name, value in json.loads(spec.fields).items()}
     if ":" not in spec.factory:
         return networks.make_network(spec.factory, num_classes=spec.num_classes, **fields)
     name, _, function = spec.factory.partition(":")
@@ -141,11 +157,64 @@ def _family(spec: LinenSpec) -> core.Family:
 
 
 @functools.lru_cache(maxsize=64)
+def _macs_count(spec: LinenSpec, names: tuple[str, ...]) -> Count:
+    return macs_count(spec.family, names)
+
+
+@functools.lru_cache(maxsize=64)
 def _params_count(spec: LinenSpec, names: tuple[str, ...]) -> Count:
     """Of the collection "params" alone: statistics are not counted, as is usual."""
     groups = spec.family.groups
     tensors = tuple(item for item in groups.tensors if item[0].startswith("params/"))
     return params_count(dataclasses.replace(groups, tensors=tensors), names)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenSize:
+    """One network of a family: `spec` with the `widths` of its groups `names`."""
+
+    spec: LinenSpec
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def title(self) -> str:
+        return self.spec.title
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    @property
+    def image_size(self) -> int:
+        return self.spec.image_size
+
+    @property
+    def channels(self) -> int:
+        return self.spec.channels
+
+    @property
+    def num_params(self) -> int:
+        return _params_count(self.spec, self.names)(self.widths)
+
+    @property
+    def num_macs(self) -> int:
+        return _macs_count(self.spec, self.names)(self.widths)
+
+    def apply(self, tree: Any, x: jax.Array) -> jax.Array:
+        """Logits of the dense network."""
+        widths = dict(zip(self.names, self.widths, strict=True))
+        return core.apply_at(self.spec.family, tree, x.astype(jnp.float32), widths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON types; `from_dict` is the inverse."""
+        fields = {"names": list(self.names), "widths": list(self.widths)}
+        return {"spec": self.spec.to_dict(), **fields}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LinenSize":
+        spec = LinenSpec.from_dict(fields["spec"])
+        return cls(spec, tuple(fields["names"]), tuple(fields["widths"]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,8 +234,8 @@ class LinenHypernetwork(Hypernetwork):
         return self.spec, self.names, self.inr
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self.spec.input_shape
+    def network(self) -> Network:
+        return Network(self.spec)
 
     def describe(self) -> dict[str, Any]:
         """Which family it is, in JSON types."""
@@ -176,7 +245,7 @@ class LinenHypernetwork(Hypernetwork):
         return _params_count(self.spec, self.names)(widths)
 
     def num_macs(self, widths: Any) -> Any:
-        return _macs_count(self)(widths)
+        return _macs_count(self.spec, self.names)(widths)
 
     def num_layers(self, widths: Sequence[int]) -> int:
         """How many products with a parameter the network of `widths` has."""
@@ -185,29 +254,23 @@ class LinenHypernetwork(Hypernetwork):
         written = {m.path for g in self.groups.groups for m in g.members if m.role != "elementwise"}
         return sum(not skipped & {g for a in axes[path] for g in a.groups()} for path in written)
 
-    def at(self, widths: Sequence[int]) -> tuple[int, ...]:
-        """What `apply` needs to know of the network of `widths`."""
-        return tuple(int(width) for width in widths)
+    def at(self, widths: Sequence[int]) -> LinenSize:
+        """The network of `widths`."""
+        return LinenSize(self.spec, self.names, tuple(int(width) for width in widths))
 
-    def dense(self, tree: Any, widths: Sequence[int], sizes=None) -> tuple[tuple[int, ...], Any]:
+    def dense(self, tree: Any, widths: Sequence[int], sizes=None) -> tuple[LinenSize, Any]:
         """(`at(widths)`, the small tree) inside a tree of the channel numbers `sizes`."""
         groups, small = self.groups, self.at(widths)
         if sizes is not None:
             groups = groups.resized(self.by_name([int(size) for size in sizes]))
-        return small, core.slice_params(groups, tree, self.by_name(small))
-
-    def apply(self, small: tuple[int, ...], tree: Any, x: jax.Array) -> jax.Array:
-        """Logits of a network that `dense` returned."""
-        return core.apply_at(self.spec.family, tree, x.astype(jnp.float32), self.by_name(small))
+        return small, core.slice_params(groups, tree, self.by_name(small.widths))
 
     def forward(self, tree: Any, x: jax.Array, widths: Sequence[int] | None = None) -> jax.Array:
         """Logits of a masked tree; the network cut out of it runs where `widths` are given."""
-        return self.spec.apply(tree, x) if widths is None else self.apply(*self.dense(tree, widths), x)
-
-
-@functools.lru_cache(maxsize=64)
-def _macs_count(hypernetwork: LinenHypernetwork) -> Count:
-    return macs_count(hypernetwork.spec.family, hypernetwork.names)
+        if widths is None:
+            return self.network.apply(tree, x)
+        small, dense = self.dense(tree, widths)
+        return small.apply(dense, x)
 
 
 def hypernetwork(
