@@ -1082,6 +1082,11 @@ def main(argv: Sequence[str]) -> None:
     config = within_budget(config, options.budget, len(splits.train_labels))
     baseline = section(config)
     experiment = lab.from_config(config, dataset)
+    if not isinstance(experiment.spec, ResNetSpec):
+        raise UsageError(
+            "Methods are compared on CIFAR ResNets, got network.factory="
+            f"{experiment.spec.factory!r}; leave it empty."
+        )
     read = SPLITS[:1] if options.trial else SPLITS
     for split in read:
         lab.evaluation_split(splits, split)
