@@ -106,7 +106,10 @@ class Network(NamedTuple):
 
 
 def _takes(function: Any, name: str) -> bool:
-    return name in inspect.signature(function).parameters
+    try:
+        return name in inspect.signature(function).parameters
+    except ValueError:  # what is written in C may have no signature
+        return False
 
 
 def _tuples(value: Any) -> Any:

@@ -1,0 +1,203 @@
+"""Hypernetworks, training, runs and counts of networks that are no ResNets of ours."""
+
+import dataclasses
+import json
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import own_networks
+import pytest
+from builders import refused
+
+import neumeta_jax as nm
+from neumeta_jax import core, families, fitting
+from neumeta_jax.core import counting, hypernetwork as hyper, inr, ordering
+from neumeta_jax.networks import linen
+
+
+def largest(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(jnp.max(jnp.abs(x - y)) / (1e-3 + jnp.max(jnp.abs(x)))) for x, y in pairs)
+
+
+@pytest.fixture(scope="module", params=["vgg", "vit", "densenet", "nnx"])
+def case(request):
+    """(apply, params, x, the family, its elastic groups, their moments)."""
+    apply, params, x, allowed = own_networks.CASES[request.param]()
+    family = core.trace(apply, params, x, check=False)
+    names = family.groups.elastic(*allowed)
+    moments = jax.jit(lambda p, x: core.moments(family, p, x, names))(params, x)
+    return apply, params, x, family, names, moments
+
+
+KINDS = {
+    "projection": inr.Projection(num_terms=2, modulated=True, depth_term=True, max_cell=2.0),
+    "grid": inr.Grid(num_terms=2, noise_scale=1.0),
+    "per_tensor_mlp": inr.PerTensorMLP(hidden_width=8, num_layers=2, num_frequencies=2),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_generates_networks_that_run_masked_and_dense(case, kind):
+    apply, params, x, family, names, moments = case
+    hypernetwork = nm.Hypernetwork(family.groups, names, KINDS[kind])
+
+    @jax.jit
+    def start(params, moments):
+        return hyper.init(jax.random.key(0), hypernetwork, params, moments=moments)
+
+    inr_params = start(params, moments)
+    generate = jax.jit(lambda p, w, key: hyper.generate(hypernetwork, p, w, key=key))
+    full = generate(inr_params, jnp.array(hypernetwork.full_widths), None)
+    chex.assert_trees_all_equal_structs(full, params)
+    if kind != "per_tensor_mlp":  # those have no closed form
+        assert largest(params, full) < 1e-5
+    widths = hypernetwork.widths(0.5)
+    half = generate(inr_params, jnp.asarray(widths), None)
+    at = hypernetwork.by_name(widths.tolist())
+    assert largest(half, core.mask_params(family.groups, half, at)) == 0
+
+    @jax.jit
+    def dense(tree):
+        return core.apply_at(family, core.slice_params(family.groups, tree, at), x, at)
+
+    assert largest(jax.jit(apply)(half, x), dense(half)) < 1e-4
+    noisy = generate(inr_params, jnp.asarray(widths), jax.random.key(3))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(noisy))
+    assert generate._cache_size() == 2  # one program for all widths, one with noise
+
+
+def test_projections_beyond_the_full_size_leave_the_function_as_it_is(case):
+    apply, params, x, family, names, moments = case
+    hypernetwork = nm.Hypernetwork(family.groups, names, inr.Projection())
+    inr_params = hyper.init(jax.random.key(0), hypernetwork, params, moments=moments)
+    sizes = [3 * width // 2 for width in hypernetwork.full_widths]
+    wide = hyper.generate(hypernetwork, inr_params, np.array(sizes), sizes=sizes)
+    ours = core.apply_at(family, wide, x, hypernetwork.by_name(sizes))
+    assert largest(jax.jit(apply)(params, x), ours) < 1e-5
+
+
+def test_orders_leave_the_function_and_counts_are_those_of_the_groups(case):
+    apply, params, x, family, names, moments = case
+    for ordered, orders in (
+        ordering.by_importance(family.groups, params, moments),
+        ordering.smooth(family.groups, params),
+    ):
+        assert largest(jax.jit(apply)(params, x), jax.jit(apply)(ordered, x)) < 1e-5
+    assert {*orders} >= {*names}  # the smooth ones
+    rng, groups = np.random.default_rng(0), family.groups
+    rows = [[int(rng.integers(groups[n].lowest, groups[n].size + 1)) for n in names] for _ in "abc"]
+    of_params = counting.params_count(groups, names)
+    of_macs = counting.macs_count(family, names)
+    at = [dict(zip(names, row, strict=True)) for row in rows]
+    assert [of_params(row) for row in rows] == [core.num_params(groups, w) for w in at]
+    assert [of_macs(row) for row in rows] == [core.num_macs(family, w) for w in at]
+    assert of_macs(np.array(rows)).tolist() == [of_macs(row) for row in rows]
+
+
+def test_variances_are_cut_and_not_generated():
+    apply, params, x, _ = own_networks.CASES["vgg"]()
+    groups = core.trace(apply, params, x, check=False).groups
+    assert groups.frozen == tuple(path for path, _ in groups.tensors if path.endswith("/var"))
+    hypernetwork = nm.Hypernetwork(groups, groups.elastic(), inr.Grid())
+    assert not {*groups.frozen} & {*hypernetwork.owners}
+
+
+class Two(nn.Module):
+    width: int = 12
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width)(x.reshape(len(x), -1)))
+        x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+def test_fit_makes_small_networks_better_than_slices():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 256)
+    x = (rng.normal(size=(3, 4, 4, 1))[labels] + rng.normal(size=(256, 4, 4, 1))).astype("float32")
+    params = Two().init(jax.random.key(0), x)
+    family = nm.trace(Two().apply, params, x[:2])
+    names = family.groups.elastic()
+    assert names == ("Dense_0", "Dense_1")
+    hypernetwork = nm.Hypernetwork(family.groups, names, nm.make_inr("projection"))
+    moments = jax.jit(lambda p, x: nm.moments(family, p, x, names))(params, x)
+    inr_params = nm.init(jax.random.key(1), hypernetwork, params, moments=moments)
+    recipe = dataclasses.replace(fitting.RECIPE, epochs=6.0, distillation_weight=0.0)
+    losses = []
+    trained = nm.fit(
+        hypernetwork,
+        Two().apply,
+        inr_params,
+        x,
+        labels,
+        recipe,
+        family=family,
+        after=lambda step, metrics: losses.append(metrics["loss"]),
+    )
+    assert len(losses) == 6 and losses[-1] < 0.7 * losses[0]
+    chex.assert_trees_all_equal_shapes(trained, inr_params)
+
+    def accuracy(tree):
+        return np.mean(Two().apply(tree, x).argmax(-1) == labels)
+
+    third = {"Dense_0": 4, "Dense_1": 4}
+    ours = accuracy(nm.generate(hypernetwork, trained, third))
+    assert ours > 0.8 > accuracy(nm.mask_params(family.groups, params, third))
+
+
+def test_fit_refuses_what_makes_no_step():
+    x = np.zeros((5, 4, 4, 1), np.float32)
+    params = Two().init(jax.random.key(0), x)
+    family = nm.trace(Two().apply, params, x, check=False)
+    hypernetwork = nm.Hypernetwork(family.groups, family.groups.elastic(), nm.make_inr("grid"))
+    inr_params = nm.init(jax.random.key(0), hypernetwork, params)
+    with refused("at least 64 for a step", "5 inputs"):
+        nm.fit(hypernetwork, Two().apply, inr_params, x, np.zeros(5, int))
+
+
+SIZES = {"num_classes": 3, "image_size": 4, "channels": 1}
+
+
+def spec_of(factory, **fields):
+    return linen.LinenSpec.from_dict({"factory": factory, "fields": fields, **SIZES})
+
+
+def test_a_network_by_the_name_of_its_factory():
+    spec = spec_of("test_any_network:Two", width=8)
+    family = linen.hypernetwork(spec, inr.Projection())
+    assert linen.LinenSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert families.from_description(family.describe(), inr.Projection()) == family
+    assert spec.num_params == 16 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3
+    assert spec.num_macs == family.num_macs((8, 8)) == 16 * 8 + 8 * 8 + 8 * 3
+    size = family.at((3, 8))
+    assert families.size_from_dict(json.loads(json.dumps(size.to_dict()))) == size
+    variables = family.network.init_variables(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (5, 4, 4, 1))
+    masked = core.mask_params(family.groups, variables, family.by_name((3, 8)))
+    small, dense = family.dense(variables, (3, 8))
+    shapes = families.abstract_params(small)
+    chex.assert_trees_all_equal_shapes(dense, shapes)
+    np.testing.assert_allclose(
+        families.run(small, dense, x), family.network.apply(masked, x), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "factory, fields, words",
+    [
+        ("no_such_module:Net", {}, "importable 'module:function', got 'no_such_module:Net'"),
+        ("test_any_network:Three", {}, "has no attribute 'Three'"),
+        ("builtins:dict", {}, "must make a flax.linen Module, but builtins:dict made dict"),
+        ("test_any_network:Two", {"num_classes": 4}, "must map images to 3 logits"),
+        ("vggg", {}, "must be one of"),
+    ],
+)
+def test_what_is_no_network_of_a_run_is_refused(factory, fields, words):
+    with pytest.raises(ValueError, match=words):
+        linen.hypernetwork(spec_of(factory, **fields), inr.Grid())
