@@ -48,8 +48,8 @@ def main(folder):
     }
     # As few blocks as have one that can be skipped and one that changes the shape.
     spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    plain = hyper.Hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
-    deep = hyper.Hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
+    plain = resnet.hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
+    deep = resnet.hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
     backbone = tiny.random_backbone(spec)
     images = tiny.random_images()
 

@@ -174,7 +174,7 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
 @pytest.mark.parametrize("depth_term", [False, True])
 def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth_term):
     spec = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
     first, second, third = (spec.blocks[n].name for n in family.blocks[:3])
     backbone = tiny.random_backbone(spec)
     backbone[first]["conv1"]["bias"] = backbone[first]["conv1"]["bias"].at[:3].set(-100.0)
@@ -198,7 +198,7 @@ def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth
 
 def test_nothing_is_said_of_a_family_all_of_which_does_something():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection())
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection())
     backbone = tiny.random_backbone(spec)
     for n in family.blocks:
         layer = backbone[spec.blocks[n].name]["conv1"]

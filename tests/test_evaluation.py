@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import logits_of, random_params, random_pixels, refused
+from networks import dense_network, logits_of, random_params, random_pixels, refused
 
 from neumeta_jax import consistency, evaluation, plotting, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
@@ -54,7 +54,7 @@ def labels():
 @functools.cache
 def dense_predictions():
     """Those of the networks of WIDTHS, each at its own shapes."""
-    found = [predictions(*hyper.generate_dense(FAMILY, inr_params(), row)) for row in WIDTHS]
+    found = [predictions(*dense_network(FAMILY, inr_params(), row)) for row in WIDTHS]
     assert len({row.tobytes() for row in found}) == 5
     return np.stack(found)
 
@@ -126,7 +126,7 @@ def test_rows_hold_the_counts_and_the_accuracy_of_the_dense_networks_in_the_orde
     assert [row.width_ratio for row in rows] == RATIOS
     assert [row.trained for row in rows] == [True, True, False, False]
     for row in rows:
-        small, tree = hyper.generate_dense(FAMILY, inr_params(), row.widths)
+        small, tree = dense_network(FAMILY, inr_params(), row.widths)
         assert row.widths == tuple(FAMILY.widths(row.width_ratio))
         assert small == morph(SPEC, FAMILY.blocks, row.widths)
         assert (row.num_params, row.num_macs) == (small.num_params, small.num_macs)
@@ -379,8 +379,8 @@ def lower_job(strategy):
         per_image=None,
         transform=None,
         mesh=None,
-        container=SPEC,
-        drawn_at=SPEC,
+        container=FAMILY.full_widths,
+        drawn_at=FAMILY.full_widths,
     )
 
 
@@ -479,7 +479,7 @@ def test_weight_slices_are_the_kernels_of_the_dense_networks():
     assert list(slices.widths) == list(range(1, 9))
     for number in (1, 6):  # below and beyond the full size
         width = slices.widths[number]
-        _, tree = hyper.generate_dense(FAMILY, inr_params(), FAMILY.widths(width / full))
+        _, tree = dense_network(FAMILY, inr_params(), FAMILY.widths(width / full))
         wanted = tree[slices.block]["conv2"]["kernel"]
         kernel = slices.kernels[number]
         np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)

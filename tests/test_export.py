@@ -19,6 +19,7 @@ from networks import (
     assert_refuses,
     assert_same_logits,
     both_shortcuts,
+    dense_network,
     load_module,
     logits_of,
     network,
@@ -357,7 +358,7 @@ def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_
     run(export, *args, "--num_images=10")
     spec, tree, info = export.load_safetensors(path)
     assert spec == morph(family.spec, family.blocks, widths)
-    wanted = jax.jit(lambda params: hyper.generate_dense(family, params, widths)[1])(params)
+    wanted = jax.jit(lambda params: dense_network(family, params, widths)[1])(params)
     wanted = {name: wanted[name] for name in tree}
     chex.assert_trees_all_close(tree, wanted, rtol=1e-4, atol=1e-6)
     assert info["dataset"] == "digits" and info["morph"]["widths"] == list(widths)
@@ -463,7 +464,7 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(2, 2, 2))
-    family = hyper.Hypernetwork(spec, (0, 1, 2), Grid())
+    family = resnet.hypernetwork(spec, (0, 1, 2), Grid())
     assert morphs.check_widths(family, (0, 1, 1)) == (0, 1, 1)
     with refused("stage2_block0 takes hidden widths from 1 to 3, got 0"):
         morphs.check_widths(family, (0, 0, 1))
