@@ -1,14 +1,16 @@
 """Evaluates networks of every size drawn from a trained INR, or checks a teacher's file.
 
 python eval.py --workdir=/tmp/digits
-python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.75,0.5,0.25
+python eval.py --workdir=/tmp/digits --split=validation --width_ratios=1,0.5 --out=/tmp/validation
 python eval.py --workdir=/tmp/digits --figures --random_ratios=20
 python eval.py --workdir=/tmp/digits --spec=/tmp/digits/search/best.json
 python eval.py --workdir=/tmp/digits --random_networks=200
-python eval.py --workdir=/tmp/digits --width_ratios=1,0.75,0.5 --skipped_blocks=0,1
+python eval.py --workdir=/tmp/digits --skipped_blocks=0,1
 python eval.py --workdir=/tmp/digits --report --int8
 python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 """
+
+import pathlib
 
 from neumeta_jax import (
     command_line,
@@ -26,7 +28,7 @@ FLAGS: command_line.Flags = {
     "figures": (
         bool,
         False,
-        "Write against_macs, sweep and weights (.png, .csv) into the work directory too.",
+        "Write against_macs, sweep and weights (.png, .csv) too.",
     ),
     "report": (
         bool,
@@ -61,6 +63,12 @@ FLAGS: command_line.Flags = {
         None,
         "JSON files of networks, such as a search's best.json, comma-separated; evaluates these in "
         "place of the grid, unless --width_ratios or --figures asks for that too.",
+    ),
+    "out": (
+        str,
+        "",
+        "The folder for tables and figures; default: the work directory, where no file of another "
+        "evaluation is replaced.",
     ),
     **evaluation.SAMPLE_FLAGS,
     **command_line.DATA_DIR,
@@ -116,13 +124,16 @@ def check_workdir(config, options):
     skipped = morphs.parse_skipped(options.skipped_blocks)
     figures = options.figures or options.report
     sweep_ratios = lab.parse_sweep_ratios(figures, options.sweep_ratios)
-    experiment, splits = opened.load()
+    out = pathlib.Path(options.out or opened.workdir)
+    experiment, splits = opened.load(other_data=out.resolve() != opened.workdir.resolve())
     drawn = ()
     if options.random_ratios is not None:
         drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
     networks = []
     if options.random_networks is not None:
         networks = morphs.draw_networks(experiment, options.random_networks, options.seed)
+    width_ratios = ratios or experiment.evaluation.width_ratios
+    depths, cells = morphs.depth_networks(experiment, skipped, width_ratios)
     evaluator = lab.make_evaluator(
         experiment,
         opened.params,
@@ -131,19 +142,39 @@ def check_workdir(config, options):
         num_samples=options.num_samples,
         strategy=options.strategy,
     )
-    run = opened.workdir, experiment, evaluator
-    width_ratios = ratios or experiment.evaluation.width_ratios
-    depths = []
-    if skipped:
-        depths = morphs.evaluate_depths(*run, skipped=skipped, width_ratios=width_ratios)
-    if ratios or sweep_ratios or options.int8 or not specs:
+    if not (ratios or sweep_ratios or options.int8 or not specs):
+        width_ratios = ()
+    at = opened.hypernetwork.widths
+    planned = {
+        "grid": [at(ratio) for ratio in width_ratios],
+        "sweep": [at(ratio) for ratio in sweep_ratios],
+        "random_ratios": [at(ratio) for ratio in drawn],
+        "depths": depths,
+        "specs": list(specs.values()),
+        "random_networks": networks and [*morphs.uniform_networks(experiment), *networks],
+    }
+    planned = {name: some for name, some in planned.items() if some}
+    lab.check_free(
+        out,
+        planned,
+        split=evaluator.split,
+        num_samples=evaluator.options["num_samples"],
+        data=experiment.fingerprint,
+    )
+
+    run = out, experiment, evaluator
+    rows = morphs.evaluate_depths(*run, depths, cells) if depths else []
+    if width_ratios:
         lab.evaluate_and_write(
-            *run,
+            opened.workdir,
+            experiment,
+            evaluator,
             width_ratios=width_ratios,
             sweep_ratios=sweep_ratios,
             report=options.report,
-            others=[evaluation.grid_row(row) for row in depths],
+            others=[evaluation.grid_row(row) for row in rows],
             int8=options.int8,
+            out=out,
         )
     if drawn:
         lab.evaluate_random_ratios(*run, drawn)

@@ -23,6 +23,11 @@ FLAGS: command_line.Flags = {
 
 def main(argv):
     config, options = command_line.parse(argv, FLAGS, config_required=True)
+    if "baseline" in config:
+        raise command_line.UsageError(
+            "A config with the section baseline is for python -m neumeta_jax.baselines, got it in "
+            "train.py, which would train by another recipe; use that command."
+        )
     if not options.workdir and not options.dry_run:
         raise command_line.UsageError(
             "--workdir=DIR is required; the run is kept and resumed there."
@@ -39,14 +44,16 @@ def run(config, options):
 
     dataset, splits = lab.load_data(config)
     experiment = lab.from_config(config, dataset)
+    if options.workdir:
+        lab.check_claim(options.workdir, config)
+    given = lab.check_start(experiment, splits, options.workdir)
     if options.dry_run:
         print(json.dumps(config, indent=1))
         print(lab.describe(experiment, dataset, splits, estimate_time=True))
         return
     print(lab.describe(experiment, dataset, splits), flush=True)
-    given = lab.load_start(experiment)
 
-    with lab.open_workdir(options.workdir, config) as workdir:
+    with lab.open_workdir(options.workdir, config, experiment.fingerprint) as workdir:
         # Import or train the teacher, fold its batch norm, put its channels in order.
         backbone = lab.prepare_backbone(workdir, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.

@@ -90,6 +90,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.train.learning_rate = 1e-4  # higher rates undo the fit
     if preset == "smoke":
         config.data.num_validation = 200
+        config.teacher.epochs = 0.005
         config.train.epochs = 0.005
         config.eval.progress_images = 100
         config.eval.split = "validation"

@@ -1,13 +1,29 @@
 """Train one function and get from it every size of a network."""
 
+import importlib
 from typing import Any
 
+# Public names by module. They are imported when they are used: a look at the package needs no JAX.
+_PUBLIC = {
+    "checkpoint": ("load",),
+    "core.family": ("Family", "apply_at", "num_macs", "trace"),
+    "core.groups": ("Groups", "num_params"),
+    "core.hypernetwork": ("Hypernetwork", "generate", "init"),
+    "core.inr": ("make_inr",),
+    "core.moments": ("moments",),
+    "core.ordering": ("by_importance", "smooth"),
+    "core.resize": ("mask_params", "permute", "slice_params"),
+    "fitting": ("fit",),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
-def load(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The (hypernetwork, params, metadata) of a trained INR, see `checkpoint.load_inr`.
 
-    `name` is one of `checkpoint.pretrained()`, a work directory of train.py, or a file.
-    """
-    from neumeta_jax import checkpoint  # imports JAX, which a look at the package need not
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-    return checkpoint.load_inr(name)
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1084,13 +1084,18 @@ def main(argv: Sequence[str]) -> None:
     read = SPLITS[:1] if options.trial else SPLITS
     for split in read:
         lab.evaluation_split(splits, split)
+    if baseline.method == "inr":
+        lab.check_start(experiment, splits, options.workdir)
+    else:
+        lab.check_steps(len(splits.train_labels), baseline=baseline.batch_size)
+        lab.check_teacher(experiment, options.workdir)
     print(
         f"{baseline.title}{baseline.variant and ', '}{baseline.variant}: {baseline.images} images "
         f"for {len(baseline.width_ratios)} sizes of a ResNet{experiment.spec.depth}",
         flush=True,
     )
     with (
-        lab.open_workdir(options.workdir, config) as workdir,
+        lab.open_workdir(options.workdir, config, experiment.fingerprint) as workdir,
         _clock(workdir.path / "seconds") as elapsed,
     ):
         run = Run(workdir, experiment, baseline, splits)

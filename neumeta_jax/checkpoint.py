@@ -88,6 +88,7 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
             header = dict(file.metadata() or {})
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        storage.check_is_damage(path, error)
         raise ValueError(
             f"{path} must be a complete safetensors file, but reading it failed ({error}); write "
             "it again."
@@ -97,7 +98,7 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
             f"{path} must be written by this software (format {FORMAT!r}); it is some other "
             "safetensors file."
         )
-    tree: Params = {}
+    tree: dict[str, Any] = {}
     try:
         metadata = json.loads(header[FORMAT if FORMAT in header else _OLD_FORMAT])
         checksum = metadata.pop(_CHECKSUM, None)
@@ -110,13 +111,14 @@ def load_tree(path: str | os.PathLike) -> tuple[Params, dict[str, Any]]:
                 node = node.setdefault(parent, {})
             if leaf in node:
                 raise ValueError("it has a tensor where others need a folder")
-            node[leaf] = jnp.asarray(value)
+            node[leaf] = value
     except Exception as error:  # no JSON, no dict, a number too deep for the parser, ...
+        storage.check_is_damage(path, error)
         raise ValueError(
             f"{path} must be as it was written, but it is damaged ({_reason(error)}); restore it "
             "or write it again."
         ) from error
-    return tree, metadata
+    return jax.device_put(tree), metadata
 
 
 def _reason(error: Exception) -> str:
@@ -167,6 +169,11 @@ def unpack(name: str, workdir: pathlib.Path) -> None:
             shutil.copyfile(PRETRAINED / f"{name}{suffix}", partial)
 
 
+def load(name: str) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
+    """`load_inr`; `name` is one of `pretrained()`, a work directory of train.py, or a file."""
+    return load_inr(name)
+
+
 def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
     """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 
@@ -190,14 +197,16 @@ def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[
         blocks, inr = tuple(metadata.pop("blocks")), make_inr(**metadata.pop("inr"))
         _check_numbers(spec, blocks, inr)
         hypernetwork = resnet.hypernetwork(spec, blocks, inr)
-        _check_shapes(hypernetwork, params)
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        # Whatever the caller asks of JAX, an error within is the header's.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            _check_shapes(hypernetwork, params)
     except Exception as error:  # a header may hold anything
+        storage.check_is_damage(path, error)
         raise ValueError(
             f"{path} must hold a trained INR, but its header or its tensors fit none "
             f"({_reason(error)}); train it again."
         ) from error
-    return hypernetwork, params, metadata
+    return hypernetwork, jax.tree.map(lambda x: x.astype(jnp.float32), params), metadata
 
 
 _MAX_NUMBER = 2**16  # of channels, blocks, layers, ... that a header may ask for
@@ -218,8 +227,7 @@ def _check_numbers(spec: ResNetSpec, blocks: tuple[int, ...], inr: INR) -> None:
 def _check_shapes(hypernetwork: ResNetHypernetwork, params: Mapping) -> None:
     """Raises ValueError unless `params` are those of `hypernetwork`."""
     wanted = jax.eval_shape(
-        lambda key, tree: hyper.init(key, hypernetwork, tree),
-        jax.random.key(0),
+        lambda tree: hyper.init(jax.random.key(0), hypernetwork, tree),
         resnet.abstract_params(hypernetwork.spec),
     )
     if difference := first_difference(params, wanted):
@@ -348,6 +356,8 @@ class Checkpoints:
                     force=True,  # also where a damaged, later one is still there
                 )
         except Exception as error:  # orbax and tensorstore have their own names for a full disk
+            if storage.system_error(error) is None:
+                raise
             raise storage.refusal(directory, error, kept=kept) from error
 
     def restore(self, template: Any) -> tuple[int, Any] | None:
@@ -361,6 +371,7 @@ class Checkpoints:
 
         Raises:
             ValueError: if there are checkpoints and none is intact.
+            StorageError: if the system does not let them be read.
         """
         steps = self.steps()
         if not steps:
@@ -383,6 +394,7 @@ class Checkpoints:
                 if _digest(restored["state"]) != restored["meta"]["sha256"]:
                     raise ValueError("its checksum does not match")
             except Exception as error:  # whatever a damaged file makes the readers raise
+                storage.check_is_damage(self.directory, error)
                 damaged.append(pathlib.Path(self.directory) / str(step))
                 _log.warning(
                     "checkpoint %s is damaged (%s); falling back to the one before it",
@@ -394,7 +406,8 @@ class Checkpoints:
                 for directory in damaged:
                     _set_aside(directory)
             # Orbax commits arrays to a device, which would compile every program a second time.
-            return step, jax.tree.map(lambda x: jnp.array(np.asarray(x)), restored["state"])
+            state = jax.tree.map(np.asarray, restored["state"])
+            return step, jax.device_put(state, may_alias=False)
         raise ValueError(
             f"{self.directory} holds checkpoints of steps {steps}, but none of them is intact; "
             "move the directory away to start over."

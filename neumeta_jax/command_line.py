@@ -5,8 +5,10 @@ Wraps `ml_collections.config_flags`, whose own errors are tracebacks or point el
 
 import difflib
 import importlib.util
+import inspect
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -69,12 +71,33 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if not isinstance(error, UsageError) and not _is_ours(error):
             raise
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+    except (RuntimeError, AssertionError):
+        if not (message := _missing_device()):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+def _missing_device() -> str:
+    """Why JAX has no device to compute on, in one sentence; "" if it has one."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = f" ({' '.join(str(error).split())[:100]})" if str(error) else ""
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        return (
+            "JAX must find a device to compute on, but none starts with "
+            f"JAX_PLATFORMS={asked}{reason}; unset it, set it to cpu, or install that device's JAX."
+        )
+    return ""
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -133,7 +156,31 @@ def parse(
         raise UsageError(
             f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
         )
-    return (values.config.to_dict() if path is not None else {}), values
+    for name in table:
+        if values[name].value == []:
+            raise UsageError(f"--{name} takes values with commas between, got none; leave it out.")
+        values[name].value = local(values[name].value, f"--{name}")
+    return (local(values.config.to_dict(), "--config") if path is not None else {}), values
+
+
+def local(value: Any, name: str) -> Any:
+    """`value`, which `name` was given, with home folders in place of `~`, at any depth.
+
+    Raises:
+        UsageError: for the address of an object store or a server, of which a folder would be made.
+    """
+    if isinstance(value, Mapping):
+        return {key: local(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(local(entry, name) for entry in value)
+    if not isinstance(value, str):
+        return value
+    if re.match(r"[A-Za-z][\w+.-]+:/", value):
+        raise UsageError(
+            f"{name} must be a path of this machine's file system, got {value!r}; copy the data to "
+            "a folder here, or mount the bucket and give that folder."
+        )
+    return os.path.expanduser(value)
 
 
 def sentence(text: str) -> str:
@@ -154,7 +201,7 @@ def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[
             value = arg.split("=", 1)[1]
         if value is not None:
             path, _, preset = value.partition(":")
-            return path, preset or None, [*argv[:number], *argv[end:]]
+            return os.path.expanduser(path), preset or None, [*argv[:number], *argv[end:]]
     return None, None, list(argv)
 
 
@@ -179,14 +226,17 @@ def _load_config(path: str, preset: str | None):
         raise UsageError(f"{path} must be valid Python, but line {error.lineno} is not.") from None
     if not hasattr(module, "get_config"):
         raise UsageError(f"A config file must define get_config(preset=''), {path} does not.")
+    arguments = () if preset is None else (preset,)
     try:
-        return module.get_config() if preset is None else module.get_config(preset)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        inspect.signature(module.get_config).bind(*arguments)
     except TypeError as error:
         raise UsageError(
             f"get_config in {path} must take one optional argument, the preset ({error})."
-        ) from error
+        ) from None
+    try:
+        return module.get_config(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:

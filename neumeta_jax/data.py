@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import archives, pickles
+from neumeta_jax import archives, pickles, storage
 
 NUM_CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100}
 
@@ -47,6 +47,7 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "digits": ((0.3055,), (0.3760,)),
 }
 
+_HOW_TO_NAME = "with --config.data.dir or --data_dir, data_dir in Python"
 _MAX_FILE_BYTES = 2**28  # The largest true file, CIFAR-100's train, has 155 MB.
 _MAX_ARCHIVE_BYTES = 2**30  # of a tar archive, uncompressed; both CIFARs have 180 MB.
 _MAX_ARRAY_BYTES = 2**34  # of an array in an .npz file
@@ -140,8 +141,16 @@ def make_dataset(
             f"train_images and test_images in {source} must have images of one shape, got "
             f"{list(train[0].shape[1:])} and {list(test[0].shape[1:])}; resize one of them."
         )
-    largest = int(max(train[1].max(), test[1].max()))
-    num_classes = num_classes or NUM_CLASSES.get(name, largest + 1)
+    found = np.union1d(train[1], test[1])
+    largest = int(found[-1])
+    num_classes = num_classes or NUM_CLASSES.get(name)
+    if num_classes is None and len(found) != largest + 1:
+        absent = int(np.setdiff1d(np.arange(len(found)), found)[0])
+        raise ValueError(
+            f"Labels of {name!r} must count the classes from 0 without a gap, got labels up to "
+            f"{largest} and no image of class {absent} in {source}; number the classes anew."
+        )
+    num_classes = num_classes or largest + 1
     if largest >= num_classes:
         raise ValueError(
             f"Labels of {name!r} must be below {num_classes=}, got {largest} in {source}; "
@@ -185,7 +194,7 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike | None = None) -> Dat
 
     1. `data_dir` is a file `*.npz`, or a folder with `<name>.npz`, with the arrays `train_images`,
        `train_labels`, `test_images`, `test_labels` as in `make_dataset`; any `name` will do;
-    2. "digits": the 1,797 scans that come with scikit-learn, see `_load_digits`;
+    2. "digits" without `data_dir`: the 1,797 scans that come with scikit-learn, see `_load_digits`;
     3. `data_dir` is, or is a folder with, the original archives, extracted or not: CIFAR in its
        python or binary version, MNIST and Fashion-MNIST as IDX files (`*-ubyte`, `*-ubyte.gz`),
        also in a subfolder called `name` or where torchvision puts them (`MNIST/raw`);
@@ -215,9 +224,14 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike | None = None) -> Dat
     if name not in NUM_CLASSES:
         raise ValueError(
             f"load_dataset knows {', '.join(NUM_CLASSES)}, got {name!r}; "
-            "for other data pass data_dir='path/to/file.npz'."
+            f"for other data name an .npz file {_HOW_TO_NAME}."
         )
     if name == "digits":
+        if data_dir is not None:
+            raise FileNotFoundError(
+                f"The data set 'digits' comes with scikit-learn, or from a digits.npz, but "
+                f"{str(root)!r} has none; put one there or name no folder {_HOW_TO_NAME}."
+            )
         return _load_digits()
     if data_dir is not None:
         if name in _CIFAR and (place := _find_cifar(name, root)):
@@ -242,7 +256,7 @@ def _what_is_missing(name: str, root: pathlib.Path) -> str:
     return (
         f"The data set {name!r} needs one of {', '.join(ways)}, or {name}/<version>/ as prepared "
         f"by tensorflow-datasets in array_record format, but {str(root)!r} {found}; "
-        "put one of these there or pass data_dir='path/to/them'."
+        f"put one of these there or name their folder {_HOW_TO_NAME}."
     )
 
 
@@ -258,6 +272,7 @@ def _reading(source: object) -> Iterator[None]:
     except _RefusedError:
         raise
     except Exception as error:
+        storage.check_is_damage(str(source), error)
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise ValueError(
             f"{source} must be complete and readable, got {type(error).__name__}"
@@ -827,11 +842,16 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
         mean, std: one number for each channel, as in `NORMALIZATION`.
 
     Raises:
-        ValueError: if the number of channels differs.
+        ValueError: for other images than uint8, or if the number of channels differs.
 
     >>> normalize(jnp.array([[0, 255]], jnp.uint8), (0.5, 0.5), (0.5, 0.25)).tolist()
     [[-1.0, 2.0]]
     """
+    if images.dtype != jnp.uint8:
+        raise ValueError(
+            f"normalize takes uint8 pixels from 0 to 255, got {images.dtype}; pass the pixels as "
+            "they are in the file, or (images - mean) / std of images in [0, 1] to the network."
+        )
     if not len(mean) == len(std) == images.shape[-1]:
         raise ValueError(
             f"Images with {images.shape[-1]} channels need as many means and stds, "

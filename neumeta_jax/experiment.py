@@ -18,6 +18,7 @@ import pathlib
 import platform
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ from neumeta_jax import (
     training,
 )
 from neumeta_jax.architecture import ResNetSpec
-from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.command_line import Interrupted, UsageError, local
 from neumeta_jax.core import hypernetwork as hyper, ordering
 from neumeta_jax.core.inr import describe_inr, make_inr
 from neumeta_jax.evaluation import GridRow
@@ -65,9 +66,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config, resolved against its data set. `name` is the data set's."""
+    """A config, resolved against its data set. `name` and `fingerprint` are the data set's."""
 
     name: str
+    fingerprint: str
     run: recipes.Run
     hypernetwork: ResNetHypernetwork
     preprocessing: Preprocessing
@@ -86,6 +88,12 @@ class Experiment:
     @property
     def network(self) -> str:
         return f"ResNet{self.spec.depth}"
+
+    @property
+    def in_float32(self) -> "Experiment":
+        """The same with activations in float32, in which teachers are checked."""
+        preprocessing = dataclasses.replace(self.preprocessing, dtype="float32")
+        return dataclasses.replace(self, preprocessing=preprocessing)
 
     def noise(self, num_samples: int) -> dict[str, Any]:
         """Options of a generation with the noise that all evaluations of the run have."""
@@ -116,10 +124,10 @@ def _reading_config() -> Iterator[None]:
         ) from error
 
 
-@_reading_config()
 def load_data(config: Mapping[str, Any]) -> tuple[data.Dataset, data.Splits]:
     """The data set of a config and its training, validation and test splits."""
-    section = recipes.from_fields(recipes.Data, config["data"], "data")
+    with _reading_config():
+        section = recipes.from_fields(recipes.Data, config["data"], "data")
     dataset = data.load_dataset(section.name, data_dir=section.dir or None)
     splits = data.split_validation(
         dataset, num_validation=section.num_validation, seed=section.split_seed
@@ -132,8 +140,15 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     """The experiment that `config` describes.
 
     Raises:
-        ValueError: for a value that no run could use.
+        ValueError: for a value that no run could use, or a section that none reads.
     """
+    unread = {name for name, value in config.items() if isinstance(value, Mapping)}
+    unread -= {*recipes.SECTIONS, "inr", "baseline"}
+    if unread:
+        raise UsageError(
+            f"The config must have the sections {', '.join(recipes.SECTIONS)} and inr, got "
+            f"{', '.join(sorted(map(ascii, unread)))} too; leave out what no run reads."
+        )
     for name in ("data", "network", "teacher", "inr", "train", "eval"):
         if not isinstance(config[name], Mapping):
             raise UsageError(
@@ -175,6 +190,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         recipe = dataclasses.replace(recipe, mode="at_once", fit_steps=0)
     return Experiment(
         name=dataset.name,
+        fingerprint=dataset.fingerprint(),
         run=run,
         hypernetwork=hypernetwork,
         preprocessing=Preprocessing(
@@ -373,11 +389,25 @@ def check_same_config(path: str | os.PathLike, config: Mapping[str, Any]) -> Non
     Fields that an earlier version did not have count as their defaults, see `recipes.completed`.
     """
     pair = read_config(path), recipes.completed(config)
-    differing = differences(*json.loads(json.dumps(pair)))
+    differing = differences(*local(json.loads(json.dumps(pair)), "config"))
     if differing:
         raise UsageError(
             f"{path} was written by another config; these fields differ: {', '.join(differing)}; "
             "use the saved values or another --workdir."
+        )
+
+
+def check_same_data(workdir: pathlib.Path, fingerprint: str) -> None:
+    """Raises ValueError if the run in `workdir` was made with another data set, where it says."""
+    try:
+        saved = json.loads((workdir / "versions.json").read_text("utf-8"))["data"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if saved and fingerprint and saved != fingerprint:
+        raise UsageError(
+            f"The data must be those that the run in {workdir} was made with, of fingerprint "
+            f"{saved}, but those here have {fingerprint}; use the former, or evaluate others with "
+            "eval.py --out=FOLDER."
         )
 
 
@@ -388,15 +418,32 @@ class TrainedRun(NamedTuple):
     config: dict[str, Any]
     hypernetwork: ResNetHypernetwork
     params: Params
+    metadata: dict[str, Any]
 
-    def load(self) -> tuple[Experiment, data.Splits]:
-        """The experiment and its data.
+    def without_data(self, num_images: int) -> tuple[Experiment, data.Splits]:
+        """The experiment with as many random images in place of each split of its data."""
+        spec, rng = self.hypernetwork.spec, np.random.default_rng(0)
+        size = spec.image_size, spec.image_size, spec.channels
+        split = rng.integers(0, 256, (num_images, *size), np.uint8), np.zeros(num_images, int)
+        name, known = self.config["data"]["name"], {"mean", "std"} & set(self.metadata)
+        section = self.config["data"] | {field: self.metadata[field] for field in known}
+        if not section["mean"] and name not in data.NORMALIZATION:
+            raise UsageError(f"The mean of {name} is not known without it; name it by --data_dir.")
+        dataset = data.make_dataset(name, *split, *split, num_classes=spec.num_classes)
+        experiment = from_config(self.config | {"data": section}, dataset)
+        check_same_family(experiment, self.hypernetwork)
+        return experiment, data.split_validation(dataset, num_validation=0, seed=0)
+
+    def load(self, *, other_data: bool = False) -> tuple[Experiment, data.Splits]:
+        """The experiment and its data; with `other_data` they need not be those of training.
 
         Raises:
-            ValueError: if the INR is of other networks than the config.
+            ValueError: if the INR is of other networks than the config, or the data have changed.
         """
         dataset, splits = load_data(self.config)
         experiment = from_config(self.config, dataset)
+        if not other_data:
+            check_same_data(self.workdir, experiment.fingerprint)
         check_same_family(experiment, self.hypernetwork)
         return experiment, splits
 
@@ -415,8 +462,7 @@ def open_run(config: Mapping[str, Any], options: flags.FlagValues) -> TrainedRun
         check_same_config(workdir, config)
     if getattr(options, "data_dir", ""):
         saved["data"]["dir"] = options.data_dir
-    hypernetwork, params, _ = checkpoint.load_inr(workdir)
-    return TrainedRun(workdir, saved, hypernetwork, params)
+    return TrainedRun(workdir, saved, *checkpoint.load_inr(workdir))
 
 
 @contextlib.contextmanager
@@ -443,16 +489,34 @@ def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[
         yield
 
 
+# What a run leaves in its work directory before there is anything that cost work.
+_EARLY_FILES = {"config.json", "versions.json", "lock", "metrics.jsonl", "seconds"}
+
+
+def check_claim(workdir: str | os.PathLike, config: Mapping[str, Any]) -> bool:
+    """Whether something was made in `workdir` with `config`; ValueError if with another one."""
+    path = pathlib.Path(workdir)
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    claimed = "config.json" in names and not names <= _EARLY_FILES
+    if claimed:
+        check_same_config(path, config)
+    return claimed
+
+
 @contextlib.contextmanager
-def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator[Workdir]:
+def open_workdir(
+    path: str | os.PathLike, config: Mapping[str, Any], fingerprint: str = ""
+) -> Iterator[Workdir]:
     """Opens or creates the work directory of a run with `config`, for this process alone.
+
+    Its versions.json keeps the `fingerprint` of the data set.
 
     While it is open, SIGTERM and SIGINT ask the run to save and stop. Of several processes the
     first alone opens it.
 
     Raises:
-        ValueError: if another config wrote the directory (naming the fields that differ), or
-            another process is using it.
+        ValueError: if a run with another config has saved something in the directory (naming the
+            fields that differ), or with other data, or another process is using it.
     """
     path = pathlib.Path(path)
     workdir = Workdir(path)
@@ -462,11 +526,11 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Iterator
         return
     with locked(path):
         config = json.loads(json.dumps(config))
-        if (path / "config.json").exists():
-            check_same_config(path, config)
+        if check_claim(path, config):
+            check_same_data(path, fingerprint)
         else:
             storage.write_json(path / "config.json", config)
-        storage.write_json(path / "versions.json", versions())
+        storage.write_json(path / "versions.json", {**versions(), "data": fingerprint})
         with _stopped_by_signals(workdir):
             yield workdir
 
@@ -748,15 +812,15 @@ def fold_and_order(
 ) -> Backbone:
     """Folds batch norm, reorders channels, and measures that neither changed the function.
 
-    `images` and `labels` are what accuracy is measured on; channels are ordered by importance on
-    `train_images`.
+    `images` and `labels` are what accuracy is measured on, in float32; channels are ordered by
+    importance on `train_images`.
     """
     spec, number = experiment.spec, len(labels)
     report = {}
 
     def measure(name, tree):
         if number:
-            found = report[name] = experiment.accuracy(tree, images, labels)
+            found = report[name] = experiment.in_float32.accuracy(tree, images, labels)
             correct = f"{round(found * number)} of {number}"
             print(f"teacher accuracy {name}: {100 * found:.2f} % ({correct})", flush=True)
 
@@ -844,6 +908,46 @@ def _make_backbone(
     return backbone.params
 
 
+def check_start(
+    experiment: Experiment, splits: data.Splits, workdir: str | os.PathLike
+) -> Params | None:
+    """Raises what a run in `workdir` would end in later; returns `load_start`.
+
+    Raises:
+        FileNotFoundError, ValueError: for a teacher or a start that cannot be used, steps that the
+            training images do not fill, no steps at all, or a split without images.
+    """
+    recipe, num_images = experiment.recipe, len(splits.train_labels)
+    phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
+    if not phases:
+        raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
+    kinds = {phase.kind for phase in phases} - {"fit"}
+    sizes = [training.phase_recipe(recipe, kind).images_per_step for kind in kinds]
+    teacher = 0 if experiment.teacher.file else experiment.teacher.batch_size
+    check_steps(num_images, train=max(sizes, default=0), teacher=teacher)
+    evaluation_split(splits, experiment.evaluation.split)
+    data_mesh(experiment)
+    check_teacher(experiment, workdir)
+    return load_start(experiment)
+
+
+def check_steps(num_images: int, **images_per_step: int) -> None:
+    """Raises ValueError unless `num_images` fill a step of each section of the config."""
+    for section, number in images_per_step.items():
+        if number > num_images:
+            raise UsageError(
+                f"A step needs {number} images (batch size times sizes), but the training split "
+                f"has {num_images}; lower {section}.batch_size."
+            )
+
+
+def check_teacher(experiment: Experiment, workdir: str | os.PathLike) -> None:
+    """Raises ValueError if a run in `workdir` has to import a teacher and cannot."""
+    prepared = pathlib.Path(workdir) / BACKBONE_FILE
+    if experiment.teacher.file and hosts.is_first() and not prepared.exists():
+        import_teacher(experiment, experiment.teacher.file)
+
+
 def train_inr(
     workdir: Workdir,
     experiment: Experiment,
@@ -858,8 +962,6 @@ def train_inr(
     hypernetwork, recipe = experiment.hypernetwork, experiment.recipe
     images, mesh = _on_device(splits), data_mesh(experiment)
     phases = training.phases(hypernetwork, recipe, num_images=len(splits.train_labels))
-    if not phases:
-        raise UsageError("The training recipe has no steps; raise train.epochs or train.fit_steps.")
     initialise = functools.partial(
         hyper.init,
         hypernetwork=hypernetwork,
@@ -1071,6 +1173,39 @@ def _evaluate_int8(
     return found
 
 
+def check_free(
+    folder: pathlib.Path, planned: Mapping[str, Sequence[Sequence[int]]], **settings: Any
+) -> None:
+    """Raises ValueError if a file of `folder` would be replaced by another evaluation.
+
+    Args:
+        folder: made if it is not there.
+        planned: the networks to come, widths of each, by the name of their file without ".json".
+        settings: what else the file says about the evaluation, such as its split.
+    """
+    with storage.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    for name, networks in planned.items():
+        path = folder / f"{name}.json"
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+            there = saved.get("widths") or [row["widths"] for row in saved["rows"]]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # there is none, or it is damaged
+        asked = {**settings, "networks": np.array(networks).tolist()}
+        differing = [
+            what
+            for what, value in asked.items()
+            if {**asked, **saved, "networks": there}[what] != value
+        ]
+        if differing:
+            raise UsageError(
+                f"{path} holds another evaluation, of other {' and '.join(differing)}, and is not "
+                "replaced; give --out=FOLDER for this one, or move the file away."
+            )
+
+
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
@@ -1081,14 +1216,17 @@ def evaluate_and_write(
     report: bool = False,
     others: Sequence[GridRow] = (),
     int8: bool = False,
+    out: pathlib.Path | None = None,
 ) -> list[GridRow]:
     """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
 
     With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
     sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
     page to look at all of it and at `others`, networks of other depths (see `page`). With `int8`
-    the grid is evaluated with 8-bit weights too.
+    the grid is evaluated with 8-bit weights too. All of it goes to the folder `out`, if one is
+    given, else to the work directory.
     """
+    out = out or workdir
     split, params, num_images = evaluator.split, evaluator.params, len(evaluator.labels)
     low, high = experiment.trained_range
     outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
@@ -1103,10 +1241,12 @@ def evaluate_and_write(
         "dataset": experiment.name,
         "split": split,
         "trained_range": [low, high],
+        "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
         "versions": versions(),
     }
     evaluation.write_grid(
-        workdir,
+        out,
         rows,
         **document,
         num_inr_params=hyper.num_inr_params(params),
@@ -1118,8 +1258,8 @@ def evaluate_and_write(
     }
     name = f"{experiment.network}, {experiment.name}, {split} split"
     title = f"{name}: every size from one INR"
-    plotting.plot_grid(workdir / "grid.png", rows, title=title, **figures)
-    print(f"wrote {workdir / 'grid.json'}, grid.csv and grid.png")
+    plotting.plot_grid(out / "grid.png", rows, title=title, **figures)
+    print(f"wrote {out / 'grid.json'}, grid.csv and grid.png")
     if not sweep_ratios:
         return rows
 
@@ -1128,12 +1268,12 @@ def evaluate_and_write(
     dip = evaluation.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
     print(_describe_dip(dip))
     found = {"largest_dip": dip.fall, "where": dip.where, **figures}
-    storage.write_json(workdir / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
+    storage.write_json(out / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
     title = f"{name}: accuracy over the width axis"
-    plotting.plot_sweep(workdir / "sweep.png", sweep, title=title, **figures)
+    plotting.plot_sweep(out / "sweep.png", sweep, title=title, **figures)
     curves, singles = published.references(experiment.name, experiment.spec)
     plotting.plot_against_macs(
-        workdir / "against_macs.png",
+        out / "against_macs.png",
         rows,
         title=f"{name}: accuracy against multiply-adds",
         curves=curves,
@@ -1142,9 +1282,9 @@ def evaluate_and_write(
     slices = evaluation.weight_slices(experiment.hypernetwork, params)
     title = f"{experiment.network}, {experiment.name}: conv2 of {slices.block} at every width"
     plotting.plot_weight_slices(
-        workdir / "weights.png", slices, title=title, trained_range=experiment.trained_range
+        out / "weights.png", slices, title=title, trained_range=experiment.trained_range
     )
-    print(f"wrote {workdir / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
+    print(f"wrote {out / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
     if report:
         page_document = page.page_document(
             [*rows, *sweep, *others],
@@ -1159,8 +1299,8 @@ def evaluate_and_write(
             config=read_config(workdir),
             versions=versions(),
         )
-        page.write_page(workdir / "report.html", page_document)
-        print(f"wrote {workdir / 'report.html'}; open it in a browser")
+        page.write_page(out / "report.html", page_document)
+        print(f"wrote {out / 'report.html'}; open it in a browser")
     return rows
 
 
@@ -1173,7 +1313,7 @@ def evaluate_random_ratios(
     """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
 
     The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "versions"}.
+    (its ratio or null), "split", "num_samples", "data", "versions"}.
     """
     print(f"\n{len(ratios)} widths at random from the trained range, {evaluator.split} split")
     rows = _evaluate(experiment, evaluator, ratios)
@@ -1187,6 +1327,8 @@ def evaluate_random_ratios(
         "largest_dip": dip.fall,
         "where": dip.where,
         "split": evaluator.split,
+        "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
         "versions": versions(),
     }
     storage.write_json(workdir / "random_ratios.json", document)
@@ -1208,7 +1350,7 @@ def _teacher_accuracy(workdir, experiment, evaluator) -> float | None:
     if not path.exists():
         return None
     params, _ = checkpoint.load_tree(path)
-    found = experiment.accuracy(params, evaluator.images, evaluator.labels)
+    found = experiment.in_float32.accuracy(params, evaluator.images, evaluator.labels)
     print(f"teacher (full size, not generated): {100 * found:.2f} %")
     return found
 

@@ -23,10 +23,10 @@ convolution), stablehlo and litert (DEQUANTIZE). --int8=full lets the quantiser 
 (onnx) or LiteRT (litert) round the activations too, over the ranges that they take on training
 images; the file is compared with the float32 network then, within a wider tolerance.
 
-Every file is read back, run on images of the run's data set and compared before it takes its name.
-Neither PyTorch nor TensorFlow is needed. onnx, onnxruntime, ai-edge-litert, ai-edge-quantizer and
-flatbuffers (which jax.export needs to write) are those of the extra:
-pip install 'neumeta-jax[export]'.
+Every file is read back, run on images of the run's data set, or on random ones where that is not on
+this machine, and compared before it takes its name. Neither PyTorch nor TensorFlow is needed. onnx,
+onnxruntime, ai-edge-litert, ai-edge-quantizer and flatbuffers (which jax.export needs to write) are
+those of the extra: pip install 'neumeta-jax[export]'.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ from neumeta_jax import (
 from neumeta_jax.architecture import Block, ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range
+from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range, num_layers
 from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ def to_onnx(
     shape = ["batch", spec.channels, spec.image_size, spec.image_size]
     graph = helper.make_graph(
         nodes,
-        f"resnet{spec.depth}",
+        f"resnet{num_layers(spec)}",
         [helper.make_tensor_value_info(INPUT_NAME, kind, shape)],
         [
             helper.make_tensor_value_info(
@@ -579,18 +579,18 @@ def check_extra(format: str) -> None:
         )
 
 
-def check_writable(path: str | os.PathLike, *, flag: str = "--out") -> pathlib.Path:
-    """`path`, which `flag` gave, if a file can be put there; else raises ValueError."""
+def check_writable(path: str | os.PathLike) -> pathlib.Path:
+    """`path`, which --out gave, if a file can be put there; else raises ValueError."""
     path = pathlib.Path(path)
     if path.exists() and not path.is_file():
-        raise UsageError(f"{flag} must name a file, but {path} is something else; choose another.")
+        raise UsageError(f"--out must name a file, but {path} is something else; choose another.")
     probe = path.with_name(f"{path.name}.partial")
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"{path} must be writable, but: {error.strerror}; choose another {flag}."
+            f"{path} must be writable, but: {error.strerror}; choose another --out."
         ) from None
     return path
 
@@ -858,6 +858,12 @@ def _check_options(options: flags.FlagValues) -> None:
         )
     command_line.check_at_least(options, num_samples=1)
     check_format(options.format, normalize=options.normalize, int8=options.int8)
+    others = [suffix for format, suffix in _SUFFIXES.items() if format != options.format]
+    if pathlib.Path(options.out).suffix in others:
+        raise UsageError(
+            f"A file of --format={options.format} ends in {_SUFFIXES[options.format]}, got "
+            f"{options.out}, which is the name of another format; change one of them."
+        )
     check_writable(options.out)
 
 
@@ -878,15 +884,24 @@ def main(argv: Sequence[str]) -> None:
     opened = lab.open_run(config, options)
     hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
-    experiment, splits = opened.load()
-    split = "validation" if len(splits.validation_images) else "test"
-    images = splits.validation_images if split == "validation" else splits.test_images
+    try:
+        experiment, splits = opened.load()
+        split = "validation" if len(splits.validation_images) else "test"
+        images = splits.validation_images if split == "validation" else splits.test_images
+        compared_on = f"of the {split} split of {experiment.name}"
+    except (FileNotFoundError, ImportError):
+        if options.data_dir or options.int8 == "full":  # which measures ranges on the data
+            raise
+        experiment, splits = opened.without_data(options.num_images)
+        images = splits.test_images
+        compared_on = f"at random, as {experiment.name} is not here; --data_dir=DIR says where"
 
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
     noise = experiment.noise(options.num_samples or experiment.evaluation.num_samples)
     spec, tree = draw(hypernetwork, opened.params, widths, **noise)
+    shown = ",".join(map(str, widths))
     print(
-        f"ResNet{spec.depth} of {experiment.name} with hidden widths {','.join(map(str, widths))}: "
+        f"ResNet{num_layers(spec)} of {experiment.name} with hidden widths {shown}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
     note_range(experiment, widths)
@@ -913,7 +928,7 @@ def main(argv: Sequence[str]) -> None:
         pair = (quantize.quantize(tree), tree)
         found, wanted = (network_logits(spec, each, images, normalization) for each in pair)
         print(f"int8 weights against float32 ones: {compare(found, wanted)}")
-    print(f"equivalence: {equivalence} of the {split} split of {experiment.name}")
+    print(f"equivalence: {equivalence} {compared_on}")
 
 
 if __name__ == "__main__":

@@ -230,6 +230,12 @@ FLAGS: command_line.Flags = {
     "spec": (list, None, "JSON files of one network each, as of a search, to measure too."),
     "batch_sizes": (list, list(map(str, BATCH_SIZES)), "Images per call."),
     "calls": (int, NUM_CALLS, "Timed calls of each."),
+    "out": (
+        str,
+        "",
+        "The folder to write into; default: the work directory, where measurements of other "
+        "networks are not replaced.",
+    ),
 }
 
 
@@ -258,9 +264,11 @@ def main(argv: Sequence[str]) -> None:
     command_line.check_at_least(options, calls=1)
     ratios = lab.parse_width_ratios(options.width_ratios)
     opened = lab.open_run(config, options)
-    out = export.check_writable(opened.workdir / page.LATENCY_FILE, flag="--workdir")
     ratios = ratios or tuple(opened.config["eval"]["width_ratios"])
     networks = _networks(opened.hypernetwork, ratios, options.spec or ())
+    folder = pathlib.Path(options.out or opened.workdir)
+    lab.check_free(folder, {"latency": [network.widths for network in networks]})
+    out = folder / page.LATENCY_FILE
     num_samples = opened.config["eval"]["num_samples"]
 
     installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))

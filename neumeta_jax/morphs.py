@@ -1,6 +1,7 @@
 """Networks whose blocks have widths of their own: the files that name them, their accuracy."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from neumeta_jax import (
     storage,
     training,
 )
+from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.resnet import ResNetHypernetwork as ResNetHypernetwork
 
@@ -41,7 +43,8 @@ def morph_to_dict(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> di
 def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tuple[int, ...]:
     """The widths in a JSON file of `morph_to_dict`, checked against the family.
 
-    Other fields than its three are left alone, so that a search can note what it found.
+    A file written by hand needs {"widths": [...]} alone. Other fields than the three are left
+    alone, so that a search can note what it found.
 
     Raises:
         ValueError: if there is no such file, or it is damaged or belongs to another family.
@@ -52,13 +55,13 @@ def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tup
         raise UsageError(f"--spec={path} must be a file, but {error.strerror}.") from None
     except (ValueError, RecursionError):
         raise UsageError(f"{path} must be JSON, but it is damaged; write it again.") from None
-    missing = {"widths", "spec", "blocks"} - set(fields if isinstance(fields, dict) else ())
-    if missing:
+    if not isinstance(fields, dict) or "widths" not in fields:
         raise UsageError(
-            f"{path} must hold widths, spec and blocks of one network, but it lacks "
-            f"{', '.join(sorted(missing))}."
+            f'{path} must hold one network as {{"widths": [...]}}, hidden channels of each block, '
+            "but it has no widths; add them."
         )
     wanted = morph_to_dict(hypernetwork, ())
+    fields = {**wanted, **fields}
     if fields["spec"] != wanted["spec"] or fields["blocks"] != wanted["blocks"]:
         differing = _first_difference(fields, wanted)
         raise UsageError(
@@ -100,6 +103,11 @@ def check_widths(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> tup
                 f"{spec.blocks[n].name} takes hidden widths from {low} to {high}, got {width}."
             )
     return tuple(int(width) for width in widths)
+
+
+def num_layers(spec: ResNetSpec) -> int:
+    """Of a network, skipped blocks not counted; its `depth` counts them."""
+    return 2 + 2 * sum(width > 0 for width in spec.hidden_widths)
 
 
 def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str]:
@@ -157,8 +165,14 @@ def _evaluate(
 def _document(
     experiment: lab.Experiment, evaluator: evaluation.Evaluator, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    fields = {"dataset": experiment.name, "split": evaluator.split, "versions": lab.versions()}
-    return {**fields, "rows": rows}
+    return {
+        "dataset": experiment.name,
+        "split": evaluator.split,
+        "num_samples": evaluator.options["num_samples"],
+        "data": experiment.fingerprint,
+        "versions": lab.versions(),
+        "rows": rows,
+    }
 
 
 def evaluate_specs(
@@ -194,29 +208,43 @@ def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def depth_networks(
+    experiment: lab.Experiment, skipped: Sequence[int], width_ratios: Sequence[float]
+) -> tuple[list[Widths], list[dict[str, Any]]]:
+    """Every ratio without the last 0, 1, ... generated blocks of each stage: (widths, which).
+
+    Raises:
+        ValueError: for a number of blocks that leaves out no more than a smaller one.
+    """
+    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
+    networks, cells = [], []
+    for number in skipped:
+        without = functools.partial(architecture.without_last, spec, blocks, [1] * len(blocks))
+        if number and without(number) == without(number - 1):
+            raise UsageError(
+                "--skipped_blocks takes numbers of blocks that a stage of this run can be without, "
+                f"got {number}; no stage has as many, give smaller ones."
+            )
+        for ratio in sorted(set(width_ratios)):
+            full = architecture.widths_at(spec, blocks, ratio)
+            networks.append(architecture.without_last(spec, blocks, full, number))
+            layers = num_layers(architecture.morph(spec, blocks, networks[-1]))
+            cells.append({"skipped_blocks": number, "num_layers": layers, "width_ratio": ratio})
+    return networks, cells
+
+
 def evaluate_depths(
     workdir: pathlib.Path,
     experiment: lab.Experiment,
     evaluator: evaluation.Evaluator,
-    *,
-    skipped: Sequence[int],
-    width_ratios: Sequence[float],
+    networks: Sequence[Widths],
+    cells: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Evaluates every ratio without the last 0, 1, ... generated blocks of each stage.
+    """Evaluates what `depth_networks` returned.
 
-    Prints a table and writes depths.json, .csv and the heat map depths.png. `skipped` holds the
-    numbers of blocks.
+    Prints a table and writes depths.json, .csv and the heat map depths.png.
     """
     print(f"\nwidth and depth, {evaluator.split} split, {len(evaluator.labels)} images", flush=True)
-    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
-    cells, networks = [], []
-    for number in skipped:
-        for ratio in sorted(set(width_ratios)):
-            full = architecture.widths_at(spec, blocks, ratio)
-            networks.append(architecture.without_last(spec, blocks, full, number))
-            hidden = architecture.morph(spec, blocks, networks[-1]).hidden_widths
-            layers = 2 + 2 * sum(width > 0 for width in hidden)
-            cells.append({"skipped_blocks": number, "num_layers": layers, "width_ratio": ratio})
     rows = _evaluate(experiment, evaluator, networks, cells)
     print(f"{'skipped':>7}  {'layers':>6}  {'ratio':>6}  {evaluation.COUNTS_HEADER}")
     for row in rows:
@@ -227,6 +255,13 @@ def evaluate_depths(
     plotting.plot_depths(workdir / "depths.png", rows, title=f"{name}: top-1 accuracy (%)")
     print(f"wrote {workdir / 'depths.json'}, depths.csv and depths.png")
     return rows
+
+
+def uniform_networks(experiment: lab.Experiment) -> list[Widths]:
+    """Networks with one width ratio for all blocks, over the trained range."""
+    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
+    ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
+    return list(dict.fromkeys(architecture.widths_at(spec, blocks, ratio) for ratio in ratios))
 
 
 def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
@@ -287,9 +322,7 @@ def evaluate_random_networks(
         f"{len(evaluator.labels)} images",
         flush=True,
     )
-    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
-    ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
-    uniform = dict.fromkeys(architecture.widths_at(spec, blocks, ratio) for ratio in ratios)
+    uniform = uniform_networks(experiment)
     series = [{"series": "uniform"}] * len(uniform) + [{"series": "random"}] * len(networks)
     evaluator = dataclasses.replace(evaluator, comparison=None)
     rows = _evaluate(experiment, evaluator, [*uniform, *networks], series)

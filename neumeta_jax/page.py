@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from neumeta_jax import storage
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.evaluation import GridRow, WeightSlices
@@ -47,6 +48,7 @@ def network_entries(
         entry = {
             "ratio": row.width_ratio,
             "widths": list(row.widths),
+            "hidden": describe_widths(row.widths),
             "depth": spec.depth - 2 * row.widths.count(0),
             "params": row.num_params,
             "macs": row.num_macs,
@@ -59,6 +61,17 @@ def network_entries(
             entry["latency"] = measured[row.widths]
         entries.append(entry)
     return entries
+
+
+def describe_widths(widths: Sequence[int]) -> str:
+    """The different hidden widths of a network, and how many of its blocks are skipped.
+
+    >>> describe_widths((2, 0, 4, 0, 0))
+    '2 / 4, 3 of 5 blocks skipped'
+    """
+    kept = " / ".join(str(width) for width in dict.fromkeys(widths) if width) or "none"
+    skipped = f", {list(widths).count(0)} of {len(widths)} blocks skipped"
+    return kept + skipped * (0 in widths)
 
 
 def _measurements(latency: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
@@ -180,10 +193,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 def write_page(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
     """Writes `render(document)`; an existing file is replaced once the new one is complete."""
-    path = pathlib.Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(render(document), "utf-8")
-    partial.replace(path)
+    storage.write_text(path, render(document))
 
 
 def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -163,16 +163,21 @@ def from_fields(cls: type[T], fields: Mapping[str, Any], name: str) -> T:
     """A value of the dataclass `cls` from the section `name` of a config, "" for its top level.
 
     Raises:
-        UsageError: for a field that it does not have.
+        UsageError: for a field that it does not have, or a value of another type than its default.
     """
-    known = list(field_defaults(cls))
-    for field in fields:
+    known = field_defaults(cls)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    where = f"The config section {name!r}" if name else "The config"
+    for field, value in fields.items():
         if field not in known:
             close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {known}."
-            where = f"The config section {name!r}" if name else "The config"
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {list(known)}."
             raise UsageError(f"{where} has no field {field!r}; {hint}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        wanted, given = (int if type(v) is float else type(v) for v in (known[field], value))
+        if wanted is not given:
+            shown = ascii(value)[:80]
+            raise UsageError(f"{where} must have {field} like {known[field]!r}, got {shown}.")
+    return cls(**fields)
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:

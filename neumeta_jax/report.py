@@ -403,6 +403,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="default: README.md in the folder")
     parser.add_argument("--readme", type=pathlib.Path, help="to put the tables into as well")
     args = parser.parse_args(argv[1:])
+    for name, value in vars(args).items():
+        setattr(args, name, value and pathlib.Path(command_line.local(str(value), f"--{name}")))
     if not args.results.is_dir():
         raise UsageError(f"{args.results} must be a folder with the files of runs; there is none.")
     out = args.out or args.results / "README.md"

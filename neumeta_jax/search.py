@@ -587,15 +587,10 @@ class Record:
         storage.write_json(path, fields)
 
 
-def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
-    """The search in `path`, or a new one where there is no such file.
-
-    Raises:
-        ValueError: if the file is damaged, or of a search with other settings, naming them.
-    """
-    settings = json.loads(json.dumps(settings))
+def load_record(path: pathlib.Path) -> Record | None:
+    """The search in `path`, None where there is no such file; ValueError if it is damaged."""
     if not path.exists():
-        return Record(settings)
+        return None
     try:
         fields = json.loads(path.read_text())
         fields["archive"] = [
@@ -604,11 +599,21 @@ def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
         fields["containers"] = [tuple(widths) for widths in fields["containers"]]
         for name in ("latencies", "validation", "test"):
             fields[name] = {tuple(widths): value for widths, value in fields[name]}
-        record = Record(**fields)
+        return Record(**fields)
     except (ValueError, TypeError, KeyError):
         raise UsageError(
             f"{path} must hold a search, but it is damaged; remove it to start anew."
         ) from None
+
+
+def read_record(path: pathlib.Path, settings: dict[str, Any]) -> Record:
+    """The search in `path`, or a new one where there is no such file.
+
+    Raises:
+        ValueError: if the file is damaged, or of a search with other settings, naming them.
+    """
+    settings = json.loads(json.dumps(settings))
+    record = load_record(path) or Record(settings)
     differing = lab.differences(record.settings, settings)
     if differing:
         raise UsageError(
@@ -644,7 +649,12 @@ def _table(space: Space, costs: Sequence[Cost], uniform: Collection[Widths], rec
 
 FLAGS: command_line.Flags = {
     **command_line.WORKDIR,
-    "out": (str, "", "The folder to write into; default: search in the work directory."),
+    "out": (
+        str,
+        "",
+        "The folder to write into; default: search in the work directory, and below it, named by "
+        "the budgets, where that holds a search with other settings.",
+    ),
     "max_macs": (float, None, "Budget: multiply-adds of one image, such as 30e6."),
     "max_params": (float, None, "Budget: parameters of the dense network."),
     "max_latency_ms": (float, None, "Budget: milliseconds of the dense network on this device."),
@@ -717,7 +727,7 @@ def main(argv: Sequence[str]) -> None:
     if options.max_latency_ms is not None:
         settings["latency_batch"] = options.latency_batch
     settings["inr"] = lab.file_digest(opened.workdir / checkpoint.INR_FILE)
-    out = pathlib.Path(options.out or opened.workdir / "search")
+    out = pathlib.Path(options.out or _folder(opened.workdir / "search", settings))
     with lab.locked(out, name="The folder of --out"):
         record = read_record(out / STATE_FILE, settings)
         if record.strategy == "auto":
@@ -729,6 +739,15 @@ def main(argv: Sequence[str]) -> None:
             raise Interrupted(
                 f"stopped after {len(record.archive)} candidates; the same command continues."
             ) from None
+
+
+def _folder(first: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+    """Where a search goes by default: `first`, or, if that holds another one, below it."""
+    record = load_record(first / STATE_FILE)
+    if record is None or not lab.differences(record.settings, json.loads(json.dumps(settings))):
+        return first
+    named = [f"{name}={settings[name]:g}" for name in BUDGETS if settings[name] is not None]
+    return first / ",".join([*named, *(["depth"] if settings["depth"] else [])])
 
 
 COUNTED = ("macs", "params")

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import pathlib
@@ -26,19 +27,44 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
+        if system_error(error) is None:
+            raise
         raise refusal(path, error) from error
 
 
 def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> StorageError:
     """The StorageError for `error`, which writing `path` ended in; `kept` is safe all the same."""
-    lines = str(getattr(error, "strerror", None) or error).splitlines()
-    reason = lines[0][:200] if lines else type(error).__name__
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore, at length
-        reason = os.strerror(int(found[1]))
+    number = system_error(error)
+    reason = os.strerror(number) if number else (str(error).splitlines() or [repr(error)])[0][:200]
     return StorageError(
         f"{os.fspath(path)} could not be written ({reason}){kept and f'; {kept}'}; make room or "
         "make its folder writable, and run the same command again."
     )
+
+
+def system_error(error: Exception) -> int | None:
+    """The number of the operating system's error that `error` reports, if it is of that kind."""
+    if number := getattr(error, "errno", None):
+        return number
+    found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+    return int(found[1] or found[2]) if found else None  # of tensorstore, of safetensors
+
+
+def check_is_damage(path: str | os.PathLike, error: Exception) -> None:
+    """Raises unless what `path` holds, or lacks, is what made reading it end in `error`.
+
+    Raises:
+        StorageError: if the system refused to read it.
+        Exception: `error` itself, if there was no memory.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    number = system_error(error)
+    if number not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL):
+        raise StorageError(
+            f"{os.fspath(path)} could not be read ({os.strerror(number)}); let it be read, and run "
+            "the same command again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -52,7 +78,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         try:
+            partial.touch()
+            mode = partial.stat().st_mode  # that of any new file; some writers make private ones
             yield partial
+            partial.chmod(mode)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())  # or a power failure may leave the name and no content
             partial.replace(path)

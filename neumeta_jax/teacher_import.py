@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from neumeta_jax import archives, pickles
+from neumeta_jax import archives, pickles, storage
 from neumeta_jax.architecture import NUM_STAGES, ResNetSpec
 
 # The codes of safetensors; bfloat16 and booleans are read as integers, see `_native`.
@@ -47,8 +47,10 @@ _LEGACY_PROTOCOL = 1001
 _BIG_ENDIAN = "was written in big-endian order; save it again on a little-endian machine."
 
 # What training scripts call the state_dict in a checkpoint, and what wrappers put before names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "model.", "_orig_mod.")
+# An average of the weights counts where they are not there themselves.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "state_dict_ema", "model_ema", "ema")
+_PREFIXES = ("module.", "model.", "ema_model.", "_orig_mod.")
+_MAX_WRAPPERS = 3  # around one another
 
 _MAX_SIZE = 2**31  # bytes of a file, and of an entry of a zip archive
 _MAX_INFLATION = 10
@@ -74,9 +76,10 @@ _REMEDY = "save the network's state_dict() and pass that file."
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a network file under their names, as NumPy arrays.
 
-    A state_dict that lies in a checkpoint under "state_dict", "model_state_dict", "model" or "net"
-    is found there; whatever is no tensor (epoch, accuracy, ...) is left out; the prefixes
-    "module.", "model." and "_orig_mod." are stripped where all names share them.
+    A state_dict that lies in a checkpoint under one of the usual names ("state_dict", "model",
+    "net", "model_ema", "ema", ...) is found there; whatever is no tensor (epoch, accuracy, ...) and
+    the counter of an averaged model are left out; the prefixes of wrappers ("module.", ...) are
+    stripped where all names share them.
 
     Args:
         path: a `.pt`, `.pth` or `.th` file (both formats of torch.save), `.safetensors` or `.npz`.
@@ -105,14 +108,15 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             f"A network file has at most {_MAX_SIZE} bytes, got {path} of {path.stat().st_size}; "
             "save the network's state_dict() alone."
         )
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         tensors = reader(content)
         if not tensors:
             raise _RefusalError(f"holds no named tensors; {_REMEDY}")
     except (_RefusalError, archives.InflationError) as error:
         raise ValueError(f"{path} {error}") from None
     except Exception as error:  # what a damaged file raises in zipfile, pickle, ... is open-ended
+        storage.check_is_damage(path, error)
         reason = _show(str(error) or type(error).__name__, 200)
         raise ValueError(
             f"{path} is truncated or corrupt ({reason}); download or save it again."
@@ -326,17 +330,16 @@ def _read_pytorch(content: bytes) -> dict[str, np.ndarray]:
         loaded, read_record = _load_zip(content)
     else:
         loaded, read_record = _load_legacy(content)
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-            break
+    for _ in range(_MAX_WRAPPERS):
+        wrapped = [loaded.get(w) for w in _WRAPPERS] if isinstance(loaded, dict) else []
+        loaded = next((inner for inner in wrapped if isinstance(inner, dict)), loaded)
     if not isinstance(loaded, dict):
         kind = type(loaded).__name__.lstrip("_")
         raise _RefusalError(f"holds a {kind}, not a state_dict; {_REMEDY}")
     described = {
         name: tensor
         for name, tensor in loaded.items()
-        if isinstance(name, str) and isinstance(tensor, _Tensor)
+        if isinstance(name, str) and isinstance(tensor, _Tensor) and name != "n_averaged"
     }
     # Tensors may share a storage, so that a small file could describe any number of large ones.
     total = sum(

@@ -72,10 +72,12 @@ class Preprocessing:
     dtype: str = "float32"
 
     def __post_init__(self):
+        for name in ("mean", "std"):  # hashable, whatever sequences they came as
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if not (self.mixup >= 0 and self.cutmix >= 0 and self.mixup + self.cutmix <= 1):
             raise ValueError(
                 "mixup and cutmix are shares of the images and add up to 1 at most, got "
-                f"{self.mixup=} and {self.cutmix=}."
+                f"{self.mixup} and {self.cutmix}."
             )
 
     def train(
@@ -675,7 +677,9 @@ def update_mask(
     """1 where `phase` trains a parameter and 0 where it does not; broadcasts against `params`."""
     learned = {}
     for path in hyper.flat(params["learned"]):
-        if recipe.learned == "all":
+        if path in hypernetwork.groups.frozen:
+            learned[path] = jnp.float32(0)
+        elif recipe.learned == "all":
             learned[path] = jnp.float32(1)
         elif recipe.learned == "last" and hypernetwork.is_last(path):
             learned[path] = phase.learn_last.astype(jnp.float32)
@@ -825,6 +829,27 @@ def mixed_tree(
     return hyper.assemble(hypernetwork, leaves)
 
 
+# (logits, labels, soft labels) to a loss and the terms to report.
+Objective = Callable[[Any, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def recipe_objective(recipe: InrRecipe) -> Objective:
+    """Cross-entropy with the labels, and distillation, weighed as `recipe` says."""
+
+    def objective(logits, labels, targets):
+        terms = {"ce": losses.cross_entropy(logits, labels)}
+        loss = recipe.ce_weight * terms["ce"]
+        if recipe.distillation_weight:
+            terms["distillation"] = losses.distillation(
+                logits, targets, temperature=recipe.temperature
+            )
+            loss += recipe.distillation_weight * terms["distillation"]
+        terms["accuracy"] = losses.accuracy(logits, labels)
+        return loss, terms
+
+    return objective
+
+
 def inr_update(
     hypernetwork: Hypernetwork,
     recipe: InrRecipe,
@@ -833,6 +858,7 @@ def inr_update(
     *,
     num_classes: int,
     unroll: bool,
+    objective: Objective | None = None,
     mesh: jax.sharding.Mesh | None = None,
     kind: str = "train",
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -857,6 +883,7 @@ def inr_update(
         unroll: write out the loops over sizes and micro-batches. XLA's CPU backend compiles
             convolutions inside loops to code that is up to 100 times slower, and the host drives
             the loops of a GPU; on a TPU loops save memory and compilation.
+        objective: of one network on one batch, by default `recipe_objective`.
         mesh: see `data_mesh`. Each device takes an equal part of the images of every size through
             its own micro-batches, and their gradients are averaged once per step. Generation, which
             is cheap beside it, happens on every device.
@@ -865,6 +892,7 @@ def inr_update(
     shallow = kind in DEPTH_KINDS
     recipe = phase_recipe(recipe, kind)
     optimizer = inr_optimizer(recipe)
+    objective = objective or recipe_objective(recipe)
     share = recipe.batch_size // (1 if mesh is None else mesh.size)  # images per size and device
     micro = min(recipe.micro_batch or share, share)
 
@@ -899,15 +927,7 @@ def inr_update(
         return jax.tree.map(lambda *entries: jnp.stack(entries), *results)
 
     def network_loss(tree, x, y, targets, network):
-        logits = forward(tree, x, network)
-        terms = {"ce": losses.cross_entropy(logits, y)}
-        loss = recipe.ce_weight * terms["ce"]
-        if recipe.distillation_weight:
-            terms["distillation"] = losses.distillation(
-                logits, targets, temperature=recipe.temperature
-            )
-            loss += recipe.distillation_weight * terms["distillation"]
-        terms["accuracy"] = losses.accuracy(logits, y)
+        loss, terms = objective(forward(tree, x, network), y, targets)
         return loss, {"network_loss": loss, **terms}
 
     # Traced once for all that is written out; XLA inlines it.
@@ -924,8 +944,8 @@ def inr_update(
         )
         targets = jnp.zeros((*x.shape[:3], 0))
         if recipe.distillation_weight:
-            found = loop(lambda x: forward(target, x, None), x.reshape(-1, *x.shape[2:]))
-            targets = found.reshape(*x.shape[:3], -1)
+            logits = loop(lambda x: forward(target, x, None), x.reshape(-1, *x.shape[2:]))
+            targets = logits.reshape(*x.shape[:2], *logits.shape[1:])
 
         def one_size(size, network):
             tree, batch = size
@@ -1012,7 +1032,8 @@ def inr_update(
         terms = {**terms, **found}
         terms["loss"] = terms.pop("network_loss") + losses_of_weights
         metrics = {name: jnp.mean(values) for name, values in terms.items()}
-        metrics["shallow_accuracy" if shallow else "full_accuracy"] = terms["accuracy"][0]
+        if "accuracy" in terms:
+            metrics["shallow_accuracy" if shallow else "full_accuracy"] = terms["accuracy"][0]
         metrics["reconstruction"] = terms["reconstruction"][0]
         metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -7,16 +8,18 @@ import pathlib
 import resource
 import shutil
 import tempfile
+import zipfile
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from builders import flipped, refused
 
-from neumeta_jax import checkpoint, progress, resnet, storage
+from neumeta_jax import checkpoint, data, progress, resnet, storage, teacher_import
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.core import hypernetwork as hyper
@@ -55,6 +58,10 @@ def test_a_saved_tree_comes_back_with_its_metadata_and_has_the_same_bytes_each_t
     """So that the digest that train.py prints tells whether two runs ended alike."""
     assert_holds(path)
     assert list(path.parent.iterdir()) == [path]
+    other = path.with_name("other")
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode  # not for its owner alone
+    other.unlink()
     content = path.read_bytes()
     for _ in range(7):
         checkpoint.save_tree(path, TREE, METADATA)
@@ -278,6 +285,69 @@ def test_any_harmed_file_of_a_checkpoint_is_noticed_or_does_not_matter(saved, tm
     assert fallen_back >= 1
 
 
+@pytest.mark.parametrize(
+    "failure, error",
+    [(MemoryError(), MemoryError), (OSError(errno.EIO, "x"), storage.StorageError)],
+)
+def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
+    saved, path, monkeypatch, failure, error
+):
+    """No other checkpoint is taken for it and nothing renamed."""
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    images = path.with_name("images.npz")
+    images.write_bytes(b"")
+    readers = {
+        (checkpoint, "_digest"): lambda: saved.restore(TEMPLATE),
+        (safetensors, "safe_open"): lambda: checkpoint.load_tree(path),
+        (pathlib.Path, "read_bytes"): lambda: teacher_import.read_tensors(path),
+        (zipfile, "ZipFile"): lambda: data.load_dataset("mine", data_dir=images),
+    }
+    for (place, name), read in readers.items():
+        monkeypatch.setattr(place, name, fail)
+        with pytest.raises(error):
+            read()
+    monkeypatch.undo()
+    assert_restores(saved, 3)
+    assert_holds(path)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved):
+    folder = next((saved.directory / "3").glob("**/d"))
+    with (
+        forbidden(folder),
+        refused("could not be read", saved.directory, error=storage.StorageError),
+    ):
+        saved.restore(TEMPLATE)
+    assert_restores(saved, 3)
+
+
+SETTINGS = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_enable_x64": True,
+    "jax_debug_nans": True,
+    "jax_check_tracer_leaks": True,
+    "jax_transfer_guard": "disallow",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path, setting):
+    spec = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
+    family = Hypernetwork(spec, generated_blocks(spec), MLP)
+    params = hyper.init(jax.random.key(0), family, resnet.init_params(jax.random.key(1), spec))
+    checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params)
+    wanted = state_of(3)
+    with getattr(jax, setting.removeprefix("jax_"))(SETTINGS[setting]):
+        step, state = saved.restore(TEMPLATE)
+        loaded = checkpoint.load_inr(tmp_path)
+    assert step == 3 and loaded[0] == family
+    assert_equal((state, loaded[1]), (wanted, params))
+
+
 def test_what_a_killed_save_leaves_behind_is_no_checkpoint(saved):
     """Orbax writes under a temporary name first."""
     partial = saved.directory / "5.orbax-checkpoint-tmp"
@@ -304,10 +374,10 @@ def no_file_beyond(size):
 
 
 @contextlib.contextmanager
-def read_only(folder):
-    """`folder` without the right to write; for root, who needs none, as another user."""
+def forbidden(folder, mode=0):
+    """`folder` with the rights `mode`; for root, who needs none, as another user."""
     is_root = os.geteuid() == 0
-    folder.chmod(0o555)
+    folder.chmod(mode)
     if is_root:
         os.seteuid(65534)
     try:
@@ -320,7 +390,7 @@ def read_only(folder):
 
 @pytest.mark.parametrize("fault", ["File too large", "Permission denied"])
 def test_a_save_on_a_full_or_read_only_disk_says_so_and_keeps_the_last_checkpoint(saved, fault):
-    disk = no_file_beyond(200) if "large" in fault else read_only(saved.directory)
+    disk = no_file_beyond(200) if "large" in fault else forbidden(saved.directory, 0o555)
     words = saved.directory / "5", "the checkpoint of step 3 is kept"
     with disk, refused(fault, *words, error=storage.StorageError):
         saved.save(5, state_of(5))

@@ -3,6 +3,7 @@ import re
 import shlex
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -104,6 +105,16 @@ def test_where_there_is_no_config_it_is_empty_or_looked_for(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "configs")
     there = tmp_path / "configs" / "configs"
     assert f"no config files in {there}" in refusal("--config=configs/a.py")
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--config.name"])
+def test_home_folders_are_expanded_and_object_stores_refused(flag, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config, options = parse("--config=configs/a.py", f"{flag}=~/run")
+    assert (options.workdir if flag == "--workdir" else config["name"]) == "/home/me/run"
+    for url in ("gs://bucket/run", "s3://bucket/run", "gs:/bucket/run"):
+        message = refusal("--config=configs/a.py", f"{flag}={url}")
+        assert message.startswith(f"{flag} must be a path") and url in message
 
 
 @pytest.mark.parametrize("folder", ["", "configs/"])
@@ -217,12 +228,25 @@ def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, mo
     assert run(ValueError("so\nnot"), capsys) == (2, "error: so not\n")
 
 
+@pytest.mark.parametrize("failure", [AssertionError(), RuntimeError("no backend 'x'\nat all")])
+def test_where_jax_finds_no_device_a_sentence_names_the_variable(failure, capsys, monkeypatch):
+    def no_device():
+        raise failure
+
+    monkeypatch.setattr(jax, "devices", no_device)
+    monkeypatch.setenv("JAX_PLATFORMS", "other")
+    status, error = run(lambda: jax.devices(), capsys)
+    assert status == 2 and error.count("\n") == 1
+    assert "JAX_PLATFORMS=other" in error and " ".join(str(failure).split()) in error
+
+
 def test_errors_of_other_libraries_keep_their_traceback(capsys):
     for foreign, error in [
         (lambda: np.zeros(3).reshape(2, 2), ValueError),
         (lambda: np.linalg.cholesky(-np.eye(2)), np.linalg.LinAlgError),
         (lambda: pathlib.Path("nowhere").read_text(), FileNotFoundError),
         (lambda: {}["x"], KeyError),
+        (lambda: sys.setrecursionlimit(1), RecursionError),
     ]:
         with pytest.raises(error):
             run(foreign, capsys)

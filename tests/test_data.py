@@ -393,8 +393,9 @@ def test_tfds_in_tfrecord_format_or_with_damaged_files_is_refused(tmp_path):
         ("mnist", "empty", ["holds nothing"]),
         ("mnist", "absent", ["does not exist"]),
         ("digits", "typo.npz", ["does not exist"]),
+        ("digits", "notes", ["comes with scikit-learn", "--config.data.dir"]),
         ("mine", "typo.npz", ["does not exist"]),
-        ("cifar10", None, ["absent", "pass data_dir="]),
+        ("cifar10", None, ["absent", "--config.data.dir"]),
     ],
 )
 def test_missing_data_lists_what_was_looked_for(tmp_path, monkeypatch, name, folder, words):
@@ -437,14 +438,23 @@ def test_arrays_that_are_no_data_set_are_refused(key, array, words):
         data.make_dataset("cifar10", **small_arrays(**{key: array}), source="some.npz")
 
 
+@pytest.mark.parametrize("labels, absent", [([1, 2, 1, 2], 0), ([0, 1, 3, 4], 2)])
+def test_classes_of_unknown_data_are_counted_from_0_without_a_gap(labels, absent):
+    images, labels = np.zeros((4, 4, 4), np.uint8), np.array(labels)
+    with refused(f"no image of class {absent} in some.npz"):
+        data.make_dataset("mine", images, labels, images, labels, source="some.npz")
+    dataset = data.make_dataset("mine", images, labels, images, labels, num_classes=7)
+    assert dataset.num_classes == 7
+
+
 def test_fingerprint_depends_on_every_array_and_on_nothing_else():
-    dataset = data.make_dataset("a", **small_arrays())
+    dataset = data.make_dataset("cifar10", **small_arrays())
     assert len(dataset.fingerprint()) == 16
-    assert dataset.fingerprint() == data.make_dataset("b", **small_arrays()).fingerprint()
+    assert dataset.fingerprint() == data.make_dataset("mnist", **small_arrays()).fingerprint()
     prints = {dataset.fingerprint()}
     for key, array in small_arrays().items():
         array.flat[-1] ^= 1
-        prints.add(data.make_dataset("a", **small_arrays(**{key: array})).fingerprint())
+        prints.add(data.make_dataset("cifar10", **small_arrays(**{key: array})).fingerprint())
     assert len(prints) == 5
 
 
@@ -580,6 +590,9 @@ def test_normalize_is_its_formula_for_as_many_channels_as_it_has_means():
     np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     with refused("channel_statistics", "3 channels", "got 1 and 1"):
         data.normalize(images, (0.5,), (0.5,))
+    for scaled in (images / 255, np.float32(images)):
+        with refused("takes uint8 pixels from 0 to 255", f"got {scaled.dtype}"):
+            data.normalize(scaled, mean, std)
 
 
 mix = jax.jit(data.mix, static_argnames=("mixup", "cutmix"))

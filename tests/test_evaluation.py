@@ -33,6 +33,11 @@ WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
 accuracy = functools.partial(evaluation.accuracy, preprocessing=PREPROCESSING)
 
 
+def test_means_of_any_sequence_make_the_same_preprocessing():
+    mean, std = list(PREPROCESSING.mean), np.array(PREPROCESSING.std)
+    assert hash(Preprocessing(mean, std)) == hash(PREPROCESSING)
+
+
 @functools.cache
 def inr_params():
     return hyper.init(jax.random.key(1), FAMILY, BACKBONE, alpha=0.8, from_backbone=True)

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import pickletools
+import shutil
 import zipfile
 
 import chex
@@ -349,6 +350,22 @@ def test_the_command_ends_with_an_equivalence_line(workdir, tmp_path, options):
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
+def test_without_its_data_set_a_network_is_compared_on_random_images(workdir, tmp_path):
+    there = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"dir": "x"}}))
+    args = (f"--workdir={there}", "--width=1", "--num_images=7", "--format=safetensors")
+    out = run(export, *args, f"--out={tmp_path / 'net'}")
+    assert "on 7 images at random, as digits is not here; --data_dir=DIR says where" in out
+    info = export.load_safetensors(tmp_path / "net")[2]
+    assert (info["mean"], info["std"]) == ([0.3055], [0.376])
+    assert_refuses("does not exist", export, *args, f"--out={tmp_path / 'net'}", "--data_dir=y")
+    (there / "config.json").write_text(
+        json.dumps(config | {"data": config["data"] | {"name": "mine", "dir": "x"}})
+    )
+    assert_refuses("mean of mine is not known", export, *args, f"--out={tmp_path / 'net'}")
+
+
 def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_path):
     family, params, _ = checkpoint.load_inr(workdir)
     widths = (3, 5)
@@ -385,6 +402,7 @@ def nothing_runs(monkeypatch):
         ({"format": "coreml"}, "<safetensors|torch|onnx|stablehlo|litert>"),
         ({"out": None}, "An export needs --out"),
         ({"out": "/dev/null"}, "/dev/null is something else"),
+        ({"out": "b.pt"}, "A file of --format=onnx ends in .onnx, got b.pt"),
         ({"out": "missing/net.onnx"}, "missing/net.onnx must be writable, but: No such file"),
         ({"width": None}, "one of --width, --widths and --spec, got none of them"),
         ({"widths": "3,4"}, "got --width and --widths"),
@@ -438,8 +456,8 @@ def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, 
     "change, match",
     [
         (lambda f: "{", "must be JSON"),
-        (lambda f: "[1, 2]", "lacks blocks, spec, widths"),
-        (lambda f: without(f, "blocks"), "lacks blocks"),
+        (lambda f: "[1, 2]", 'must hold one network as {"widths"'),
+        (lambda f: without(f, "widths"), "has no widths"),
         (lambda f: f | {"blocks": [0, 1]}, r"blocks \[0, 1\] there, \[1, 3\] here"),
         (
             lambda f: f | {"spec": f["spec"] | {"num_classes": 100}},
@@ -460,6 +478,8 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with refused(match, UsageError):
         morphs.load_morph(path, family)
+    path.write_text('{"widths": [3, 4]}')  # as somebody writes it by hand
+    assert morphs.load_morph(path, family) == (3, 4)
 
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():

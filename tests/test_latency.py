@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import io
 import json
-import pathlib
 import sys
 
 import jax
@@ -134,7 +133,11 @@ def test_without_onnxruntime_jax_alone_is_measured(workdir, monkeypatch):
         return []
 
     monkeypatch.setattr(latency, "measure", measure)
-    status, out, err = call(f"--workdir={workdir}")
+    there = workdir / "elsewhere"
+    status, out, err = call(f"--workdir={workdir}", f"--out={there}")
     assert status == 0, err
     assert asked["runtimes"] == ("jax",) and "only JAX is measured" in out
-    assert pathlib.Path(workdir / "latency.json").is_file()
+    assert (there / "latency.json").is_file()
+    (there / "latency.json").write_text(json.dumps({"rows": [{"widths": [1, 1]}]}))
+    status, _, err = call(f"--workdir={workdir}", f"--out={there}")
+    assert status == 2 and "holds another evaluation, of other networks" in err

@@ -75,6 +75,7 @@ def test_networks_are_distinct_and_in_order_with_their_depth_and_their_latency()
     assert found == [(0.25, 14), (0.5, 12), (0.5, 14), (1.0, 12), (1.0, 14)]
     assert entries[-1]["latency"] == {"jax, batch 1": {"p50_ms": 3.0, "p90_ms": 6.0}}
     assert "latency" not in entries[0]
+    assert [e["hidden"] for e in entries[2:4]] == ["2 / 4", "8, 1 of 2 blocks skipped"]
     with refused("at least one evaluated network"):
         page.page_document([], SPEC, title="", subtitle="", trained_range=(0.5, 1))
 
@@ -192,6 +193,7 @@ def test_the_sliders_change_the_numbers_and_nothing_goes_wrong(browser, tmp_path
     assert text("int8-note") == "−5.00 points, at width 1"  # the nearest that was evaluated
     assert text("latency") == "1.50 ms" and "width ratio 0.5" in text("nearest")
     assert browser.execute_script(drawn) != before
+    assert text("slice-title").endswith("at 4 hidden channels")  # as in the network of 0.5
     press(browser, "width", Keys.HOME)
     assert text("accuracy") == "25.00 %" and "never trained" in text("nearest")
     assert text("latency-note") == "p90 3.00 ms, at width 0.5"  # the nearest that was measured

@@ -506,7 +506,7 @@ def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
     assert list(got) == list(wanted)
     assert any((got[leaf] != value).any() for leaf, value in wanted.items())
     message = refusal("train", CONFIG, f"--workdir={tmp_path / 'x'}", "--config.data.mixup=1.5")
-    assert "add up to 1 at most" in message and "self.mixup=1.5" in message
+    assert "add up to 1 at most, got 1.5 and 0.0" in message
 
 
 def test_a_work_directory_in_use_is_refused(copied):
@@ -538,13 +538,51 @@ def test_train_asks_for_a_work_directory():
         ("--config.dtype=float16", "'float16'"),
         ("--config.data.mean=0.5 --config.data.std=0.0", "(0.0,)"),
         ("--config.data.mean=0.5 --config.data.std=0.5,0.5", "(0.5, 0.5)"),
+        # What the run would meet late: in the last phases, after the teacher, in the evaluation.
+        ("--config.train.batch_size=500", "lower train.batch_size"),
+        ("--config.teacher.batch_size=5000", "lower teacher.batch_size"),
+        (
+            "--config.train.epochs=0 --config.train.final_epochs=0 --config.train.fit_steps=0",
+            "steps",
+        ),
+        ("--config.teacher.file=nothing.pt", "nothing.pt"),
+        ("--config.train.init_from=nothing", "There is no file nothing"),
+        ("--config.data.num_validation=0 --config.eval.split=validation", "num_validation above 0"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused_before_the_run(tmp_path, overrides, given):
     workdir = tmp_path / "run"
-    message = refusal("train", CONFIG, f"--workdir={workdir}", *overrides.split())
-    assert given in message
-    assert not workdir.exists()
+    for dry in ([], ["--dry_run"]):
+        message = refusal("train", CONFIG, f"--workdir={workdir}", *overrides.split(), *dry)
+        assert given in message
+        assert not workdir.exists()
+
+
+def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refused(tmp_path):
+    config = "--config=configs/baselines.py:slimmable"
+    assert "neumeta_jax.baselines" in refusal("train", config, f"--workdir={tmp_path / 'run'}")
+    fields = load_script("configs/digits").get_config("smoke").to_dict() | {
+        "trian": {"epochs": 1.0}
+    }
+    with pytest.raises(lab.UsageError, match="got 'trian' too"):
+        lab.from_config(fields, data.load_dataset("digits"))
+
+
+def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, finished):
+    first, second = {"seed": 1}, lab.read_config(finished[0])
+    black = np.zeros((10, 8, 8), np.uint8), np.arange(10)
+    others, digits = data.make_dataset("digits", *black, *black), data.load_dataset("digits")
+    for config, dataset in (first, others), (second, digits):
+        with lab.open_workdir(tmp_path, config, dataset.fingerprint()):
+            assert json.loads((tmp_path / "config.json").read_text())["seed"] == config["seed"]
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(lab.UsageError, match="was written by another config"):
+        lab.check_claim(tmp_path, second | {"seed": 2})
+    with (
+        pytest.raises(lab.UsageError, match=others.fingerprint()),
+        lab.open_workdir(tmp_path, second, others.fingerprint()),
+    ):
+        pass
 
 
 def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
@@ -561,12 +599,17 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
 
 def test_eval_evaluates_a_split_at_the_ratios_given(copied, monkeypatch):
     forbid_training(monkeypatch)
-    status, out, err = call(
-        "eval", f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
-    )
+    arguments = f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
+    before = (copied / "grid.json").read_bytes()
+    message = refusal("eval", *arguments)
+    assert "holds another evaluation, of other split and networks" in message
+    assert (copied / "grid.json").read_bytes() == before
+    there = copied / "validation"
+    status, out, err = call("eval", *arguments, f"--out={there}")
     assert status == 0, err
+    assert (copied / "grid.json").read_bytes() == before
     assert "validation split, 144 images" in out
-    document = json.loads((copied / "grid.json").read_text())
+    document = json.loads((there / "grid.json").read_text())
     assert document["split"] == "validation"
     assert [row["width_ratio"] for row in document["rows"]] == [0.75, 1.0]
     last = [line for line in read_metrics(copied) if "validation" in line][-1]
@@ -586,6 +629,18 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
+    digits = data.load_dataset("digits")
+    splits = ("train_images", "train_labels", "test_images", "test_labels")
+    arrays = {name: getattr(digits, name)[::-1] for name in splits}
+    np.savez(tmp_path / "digits.npz", **arrays)
+    arguments = f"--workdir={copied}", f"--data_dir={tmp_path}"
+    assert digits.fingerprint() in refusal("eval", *arguments)
+    elsewhere = f"--out={tmp_path / 'other'}", "--width_ratios=1"
+    assert call("eval", *arguments, *elsewhere)[0] == 0
+    assert "of other data" in refusal("eval", arguments[0], *elsewhere)
+
+
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
     forbid_training(monkeypatch)
     evaluate_grid, evaluated = evaluation.evaluate_grid, []
@@ -598,6 +653,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'figures'}",
         "--width_ratios=1,0.5",
         "--figures",
         "--sweep_ratios=1.25,0.5,0.52,1",
@@ -606,6 +662,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "figures"
     for name in ("against_macs", "sweep", "weights"):
         assert (copied / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"{name}" in out
@@ -625,6 +682,8 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         "largest_dip",
         "where",
         "split",
+        "num_samples",
+        "data",
         "versions",
     }
     wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
@@ -698,12 +757,14 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'depths'}",
         "--split=validation",
         "--width_ratios=1,0.5",
         "--skipped_blocks=1,0",
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "depths"
     found = json.loads((copied / "depths.json").read_text())
     cells = {(row["skipped_blocks"], row["width_ratio"]): row for row in found["rows"]}
     assert list(cells) == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
@@ -730,6 +791,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     status, out, err = call(
         "eval",
         f"--workdir={copied}",
+        f"--out={copied / 'page'}",
         "--width_ratios=1,0.5",
         "--sweep_ratios=0.5,0.75,1",
         "--skipped_blocks=0,1",
@@ -738,6 +800,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
         "--strategy=loop",
     )
     assert status == 0, err
+    copied /= "page"
     rows = json.loads((copied / "grid.json").read_text())["rows"]
     lines = read_csv(copied / "grid.csv")
     assert [row["width_ratio"] for row in rows] == [1.0, 0.5]
@@ -766,6 +829,8 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     "args, given",
     [
         ("--skipped_blocks=0,one", "--skipped_blocks takes numbers of blocks"),
+        ("--skipped_blocks=0,5", "--skipped_blocks takes numbers of blocks that a stage of this"),
+        ("--width_ratios=", "--width_ratios takes values with commas between, got none"),
         ("--figures --sweep_ratios=1,wide", "--sweep_ratios takes numbers"),
         ("--figures --sweep_ratios=1,1.6", "1.6"),
         ("--sweep_ratios=1,0.5", "needs --figures or --report, got 1,0.5"),
@@ -857,10 +922,19 @@ def write_teacher(path, *, leave_out=()):
     np.savez(path, **kept)
 
 
-def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path):
+def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monkeypatch):
+    """Teachers are checked in float32, whatever the run computes in."""
     write_teacher(tmp_path / "teacher.npz")
-    status, out, err = call("eval", f"--teacher={tmp_path / 'teacher.npz'}", CONFIG)
-    assert status == 0, err
+    accuracy, dtypes = evaluation.accuracy, set()
+
+    def recorded(*args, **options):
+        dtypes.add(args[4].dtype)
+        return accuracy(*args, **options)
+
+    monkeypatch.setattr(evaluation, "accuracy", recorded)
+    arguments = f"--teacher={tmp_path / 'teacher.npz'}", CONFIG, "--config.dtype=bfloat16"
+    status, out, err = call("eval", *arguments)
+    assert status == 0 and dtypes == {"float32"}, err
     assert "ResNet8, 10 classes, projection shortcuts" in out
     assert "digits, test split, 359 images" in out
     shown = [line for line in out.splitlines() if line.startswith("teacher accuracy")]

@@ -434,6 +434,15 @@ def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path)
     assert search.read_record(path, settings) == record
     with refused(r"seed \(saved 0, given 1\)", UsageError):
         search.read_record(path, {**settings, "seed": 1})
+    names = dict.fromkeys(search.BUDGETS) | {"depth": False}
+    search.Record({**names, "max_macs": 3e7}).write(path)
+    for more, below in [
+        ({"max_macs": 3e7}, ""),
+        ({"max_macs": 5e7}, "max_macs=5e+07"),
+        ({"max_params": 2e5, "depth": True}, "max_params=200000,depth"),
+    ]:
+        assert search._folder(tmp_path, {**names, **more}) == tmp_path / below
+    record.write(path)
     words = f"max_macs (saved 1.0, given {BUDGET}.0)"
     assert_refuses(words, search, *arguments(workdir, tmp_path))
     path.write_text('{"archive": 3')

@@ -174,7 +174,8 @@ def test_every_format_reads_to_the_same_arrays_and_the_same_teacher(tmp_path, na
     chex.assert_trees_all_equal(variables, teacher_import.to_variables(SPEC, tensors))
 
 
-WAYS = list(zip((".pt", ".pth", ".th", ".PT"), range(2, 6), teacher_import._WRAPPERS, strict=True))
+SUFFIXES = [".pt", ".pth", ".th", ".PT"]
+WAYS = list(zip(2 * SUFFIXES, 2 * [2, 3, 4, 5], teacher_import._WRAPPERS, strict=False))
 
 
 @both_formats
@@ -184,7 +185,10 @@ def test_all_kinds_of_pytorch_files_are_read(tmp_path, legacy, suffix, protocol,
     tensors = {"fc.weight": np.arange(6, dtype="f4").reshape(2, 3), "step": np.array(3)}
     best = tensor(np.array(0.7, "f4"))
     checkpoint = {"epoch": 3, wrapper: state_dict(tensors), "best_prec1": best, "args": [None, "x"]}
-    for saved in (state_dict(tensors), checkpoint):
+    average = state_dict(
+        {"n_averaged": np.array(9), **{f"module.{n}": tensors[n] for n in tensors}}
+    )
+    for saved in (state_dict(tensors), checkpoint, {wrapper: {"epoch": 3, "model_ema": average}}):
         content = torch_bytes(saved, legacy=legacy, protocol=protocol)
         assert_equal(read(tmp_path, content, f"teacher{suffix}"), tensors)
 

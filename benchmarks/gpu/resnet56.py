@@ -22,7 +22,7 @@ import tarfile
 
 import throughput
 
-KEPT = ("*.json", "*.jsonl", "*.csv", "*.png")
+KEPT = ("*.json", "*.jsonl", "*.csv", "*.png", "test")
 DEPTH_SHARE = 0.2  # of the time, for the phase that trains the depth term alone
 
 
@@ -81,11 +81,12 @@ def main() -> None:
         # What is tested is what is kept.
         (options.workdir / "inr.safetensors").write_bytes(compact.read_bytes())
         sizes = ["--width_ratios=1,0.9,0.75,0.6,0.5,0.4,0.3,0.25", "--skipped_blocks=0,1,2,3,4"]
-        run("eval.py", f"--workdir={options.workdir}", "--split=test", *sizes)
+        out = f"--out={options.workdir / 'test'}"  # beside the grid of the validation split
+        run("eval.py", f"--workdir={options.workdir}", "--split=test", out, *sizes)
     with tarfile.open(options.out / "run.tar.gz", "w:gz") as archive:
         for pattern in KEPT:
             for path in sorted(options.workdir.glob(pattern)):
-                archive.add(path, path.name)
+                archive.add(path, path.relative_to(options.workdir))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         ) from error
     tracer = Tracer()
     paths, arrays = leaf_paths(params), jax.tree.leaves(params)
-    inputs = [Value(tuple(map(Dim, np.shape(a))), view=True, zero=True) for a in arrays]
+    inputs = [Value(tuple(map(Dim, np.shape(a))), view=True, plain=True, zero=True) for a in arrays]
     for path, value in zip(paths, inputs, strict=True):
         value.sources = frozenset([path])
         for axis, dim in enumerate(value.dims):
@@ -107,6 +107,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         _groups(tracer, axes, atoms),
         tuple(axes.items()),
         _readers(tracer, axes),
+        tuple(path for path in axes if path in tracer.frozen),
         structure_of(params),
     )
     family = Family(groups, program, atoms, jax.tree.structure(out))

@@ -86,6 +86,8 @@ class Group:
     def obstacles(self, allowed: Iterable[str] = ()) -> tuple[str, ...]:
         """Keys of `REASONS` for which the width may not vary, but for those `allowed`."""
         missing = [f"un{past}" for role, past in _ROLES.items() if not self.has(role)]
+        if "paired" in self.flags:  # an activation reads it
+            missing = [flag for flag in missing if flag != "unread"]
         return tuple(flag for flag in (*self.flags, *missing) if flag not in set(allowed))
 
 
@@ -115,6 +117,8 @@ class Groups:
         groups: in the order of the network.
         tensors: the axes of each parameter by path, in the order of `jax.tree.leaves`.
         readers: the parameters whose products a projection can repair.
+        frozen: paths of what is cut to a width but neither generated nor trained, such as the
+            variances of a norm, which have to stay positive.
         structure: of the parameters, a PyTreeDef, None where they are nested dicts. JSON leaves it
             out: `from_json` takes it from a tree.
     """
@@ -122,6 +126,7 @@ class Groups:
     groups: tuple[Group, ...]
     tensors: tuple[tuple[str, tuple[Axis, ...]], ...]
     readers: tuple[Reader, ...]
+    frozen: tuple[str, ...] = ()
     structure: Any = None
 
     def __hash__(self) -> int:
@@ -129,7 +134,7 @@ class Groups:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.groups, self.tensors, self.readers, self.structure))
+        return hash((self.groups, self.tensors, self.readers, self.frozen, self.structure))
 
     @functools.cached_property
     def by_name(self) -> dict[str, Group]:

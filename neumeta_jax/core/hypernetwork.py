@@ -25,7 +25,7 @@ from neumeta_jax.core import stacks
 from neumeta_jax.core.groups import Groups
 from neumeta_jax.core.inr import INR, Grid
 from neumeta_jax.core.inr.base import Params, skipped_share
-from neumeta_jax.core.resize import mask_axes
+from neumeta_jax.core.resize import mask_axes, take_axes
 from neumeta_jax.core.stacks import TensorStack
 
 # The papers' INR holds 7 x 64 x 64 x 512 activations, 59 MB, per sample and layer of a ResNet56.
@@ -272,17 +272,26 @@ def check_widths(hypernetwork: Hypernetwork, widths, sizes=None, *, limited: boo
             raise ValueError(f"{name} takes widths {allowed}, got {width}{larger}.")
 
 
-def learned_at(hypernetwork: Hypernetwork, params: Mapping, widths) -> dict[str, jax.Array]:
-    """What is not generated, by path, as the network of `widths` has it."""
+def learned_at(
+    hypernetwork: Hypernetwork, params: Mapping, widths, sizes=None
+) -> dict[str, jax.Array]:
+    """What is not generated, by path, as the network of `widths` has it; see `generate`."""
     leaves = flat(params["learned"])
-    if "depth" not in params:
-        return leaves
     shares: dict[tuple[int, ...], jax.Array] = {}
-    for path, depth in flat(params["depth"]).items():
-        scope = hypernetwork.scope(path)
-        if scope not in shares:
-            shares[scope] = skipped_share(widths, scope)
-        leaves[path] = leaves[path] + shares[scope] * depth
+    for path, depth in flat(params.get("depth", {})).items():
+        if path not in hypernetwork.groups.frozen:
+            scope = hypernetwork.scope(path)
+            if scope not in shares:
+                shares[scope] = skipped_share(widths, scope)
+            leaves[path] = leaves[path] + shares[scope] * depth
+    by_name, container, repeated = hypernetwork.by_name(widths), {}, {}
+    if sizes is not None:
+        container = hypernetwork.by_name([int(size) for size in sizes])
+        full = hypernetwork.groups.sizes(container)
+        repeated = {name: np.arange(size) % full[name] for name, size in container.items()}
+    for path in hypernetwork.groups.frozen:
+        axes = hypernetwork.groups.axes[path]
+        leaves[path] = mask_axes(take_axes(leaves[path], axes, repeated), axes, by_name, container)
     return leaves
 
 
@@ -478,7 +487,7 @@ def generate(
         sample_batch=sample_batch,
     )
     tensors = skip_init(hypernetwork, tensors, params["alpha"])
-    tree = assemble(hypernetwork, learned_at(hypernetwork, params, widths) | tensors)
+    tree = assemble(hypernetwork, learned_at(hypernetwork, params, widths, sizes) | tensors)
     if dtype is not None:
         tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     return tree

@@ -18,6 +18,7 @@ class Value:
         active: it depends on the input.
         sources: the parameters it depends on, while it is not active.
         view: it is a parameter, at most moved and cast.
+        plain: it is a parameter, at most moved, cast, shifted and scaled by constants.
         zero: it is 0 where its parameters are.
         writers: the products that its channels come from.
         ancestors: all products before it.
@@ -29,6 +30,7 @@ class Value:
     active: bool = False
     sources: frozenset = frozenset()
     view: bool = False
+    plain: bool = False
     zero: bool = False
     writers: frozenset = frozenset()
     ancestors: frozenset = frozenset()
@@ -84,7 +86,7 @@ class Program:
                     f"Widths beyond the full size need no constant tied to them, but one of shape "
                     f"{array.shape} would have to grow to {shape}; make it a parameter."
                 )
-            values[value] = array[tuple(map(slice, shape))]
+            values[value] = array[tuple(map(slice, shape))] if shape else array
         for step in self.steps:
             arrays = [values[value] for value in step.inputs]
             if observe and step.transparent:

@@ -244,6 +244,8 @@ def generated_tensors(groups: Groups, names: Sequence[str]) -> dict[str, tuple[i
     In the order of the network: for each group what writes it, what touches it, what reads it and
     the biases of those products.
 
+    What is frozen is not generated.
+
     Returns:
         positions in `names`, ascending, by path.
     """
@@ -261,7 +263,7 @@ def generated_tensors(groups: Groups, names: Sequence[str]) -> dict[str, tuple[i
                         order[reader.bias] = None
     biases = {r.bias: r for r in groups.readers if r.bias}
     depends = {}
-    for path in order:
+    for path in (path for path in order if path not in groups.frozen):
         axes = list(groups.axes[path])
         if path in biases:
             reader = biases[path]

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
@@ -22,6 +23,7 @@ class Tracer:
         self.readers = {}  # product: (path, axes it reads, axes it writes)
         self.biases = {}  # product: (path, sign)
         self.skips = {}  # product: parameters applied between it and a skip connection
+        self.frozen = set()  # parameters whose sign, root, logarithm or reciprocal matters
 
     def body(self, closed: core.ClosedJaxpr, inputs: list[Value]) -> Program:
         """A jaxpr as a program of its own."""
@@ -46,7 +48,9 @@ class Tracer:
 
     def constant(self, array) -> Value:
         value = Value(tuple(Dim(n, ["constant"]) for n in np.shape(array)))
-        self.constants.append((value, jnp.asarray(array)))
+        # As part of the code: arrays of JAX would be arguments of every program around it.
+        is_key = jnp.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key)
+        self.constants.append((value, array if is_key else np.asarray(array)))
         return value
 
     def equation(self, eqn, ins: list[Value]) -> list[Value]:
@@ -91,6 +95,8 @@ class Tracer:
     def result(self, name: str, ins: list[Value], dims: tuple[Dim, ...]) -> Value:
         """A value of `dims`, with what the primitive `name` passes on."""
         active = [value for value in ins if value.active]
+        if name == "div" and active and ins[1].plain:
+            self.frozen |= ins[1].sources
         if not active:
             sources = frozenset().union(*(value.sources for value in ins))
             zero = [value.zero for value in ins]
@@ -100,7 +106,13 @@ class Tracer:
                 or (name == "div" and zero[0])
             )
             view = name in rules.MOVES and ins[0].view
-            return Value(dims, sources=sources, view=view, zero=zero)
+            if name in rules.SIGNED and ins[-1].plain:
+                self.frozen |= ins[-1].sources
+            if name in rules.COMPARED:
+                self.frozen |= frozenset().union(*(v.sources for v in ins if v.plain))
+            varying = [value for value in ins if value.sources]
+            plain = name in rules.MOVES | rules.LINEAR and [v.plain for v in varying] == [True]
+            return Value(dims, sources=sources, view=view, plain=plain, zero=zero)
         out = Value(
             dims,
             active=True,
