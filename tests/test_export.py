@@ -42,7 +42,6 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, morph
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
 
 written_formats = pytest.mark.parametrize(

@@ -815,6 +815,8 @@ def test_samples_without_a_key_and_types_without_fractions_are_refused(options, 
 def test_blocks_of_uneven_width_cannot_be_stacked():
     spec = morph(SPEC, (0,), (3,))
     family = resnet.hypernetwork(spec, BLOCKS, INRS["cell grid"])
-    leaves = {path: np.zeros(shape) for path, shape in hyper.flat(resnet.param_shapes(spec)).items()}
+    leaves = {
+        path: np.zeros(shape) for path, shape in hyper.flat(resnet.param_shapes(spec)).items()
+    }
     with refused(r"stage1_conv1_kernel .*, got \[\(3, 4, 9\), \(4, 4, 9\)"):
         hyper.pack(family, leaves)

@@ -9,7 +9,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from networks import SPECS, dense_network, no_litert, random_inr, random_params, random_pixels, refused
+from networks import (
+    SPECS,
+    dense_network,
+    no_litert,
+    random_inr,
+    random_params,
+    random_pixels,
+    refused,
+)
 
 from neumeta_jax import core, evaluation, export, quantize, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks

@@ -240,8 +240,15 @@ def test_phases_without_steps_are_left_out():
 # --- recipe ----------------------------------------------------------------------------------
 
 
-CHOICES = [*("mode", "block_init", "learned", "schedule", "fit_widths"), "warmup_phases", "optimizer"]
-LENGTHS = [*(f"{name}epochs" for name in ("", "final_", "shallow_", "depth_", "warmup_")), "fit_steps"]
+CHOICES = [
+    *("mode", "block_init", "learned", "schedule", "fit_widths"),
+    "warmup_phases",
+    "optimizer",
+]
+LENGTHS = [
+    *(f"{name}epochs" for name in ("", "final_", "shallow_", "depth_", "warmup_")),
+    "fit_steps",
+]
 
 
 @pytest.mark.parametrize(
@@ -568,7 +575,9 @@ def test_a_step_changes_active_blocks_and_nothing_else(call, params, backbone):
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
 
 
-def test_the_last_block_and_the_head_learn_once_the_last_stage_with_new_blocks_is_reached(call, params, backbone):
+def test_the_last_block_and_the_head_learn_once_the_last_stage_with_new_blocks_is_reached(
+    call, params, backbone
+):
     state, _, _ = step_once(call, params, backbone, one_phase(2))
     before, after = leaves(params["learned"]), leaves(state.params["learned"])
     changed = {n.split("'")[1] for n in before if not np.array_equal(before[n], after[n])}
@@ -761,9 +770,7 @@ def run_steps(call, state, stop, *, start=0, seed=9, after=None, **options):
 
 def run_toy(start, stop, *, steps_per_call, state=None, poisoned=-1, **options):
     state = state or training.TrainState({"seen": jnp.uint32(7), "w": jnp.float32(0)}, ())
-    call = training.chunked(
-        toy_update(poisoned), images_per_step=4, steps_per_call=steps_per_call
-    )
+    call = training.chunked(toy_update(poisoned), images_per_step=4, steps_per_call=steps_per_call)
     return run_steps(call, state, stop, start=start, steps_per_call=steps_per_call, **options)
 
 
