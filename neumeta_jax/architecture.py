@@ -1,16 +1,16 @@
 """Which networks exist: static descriptions of CIFAR ResNets, their parameters and multiply-adds.
 
 A `ResNetSpec` holds shapes and nothing else. It is hashable, so it can be a static argument of
-`jax.jit`; it imports no JAX. Batch norm is taken as folded into the convolutions, so every
-convolution has a bias.
+`jax.jit`. Batch norm is taken as folded into the convolutions, so every convolution has a bias.
 
 Reference: He et al., "Deep Residual Learning for Image Recognition", 2016, section 4.2.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from neumeta_jax.core import widths as core_widths
 
 NUM_STAGES = 3
 SHORTCUTS = ("projection", "pad")
@@ -119,6 +119,11 @@ class ResNetSpec:
     @property
     def depth(self) -> int:
         return 2 * len(self.hidden_widths) + 2
+
+    @property
+    def num_layers(self) -> int:
+        """Of those that are there: `depth` counts skipped blocks too."""
+        return 2 + 2 * sum(width > 0 for width in self.hidden_widths)
 
     @property
     def blocks_per_stage(self) -> int:
@@ -252,54 +257,14 @@ def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
     return chosen
 
 
-MAX_WIDTH_RATIO = 1.5
-
-
-def check_width_ratio(width_ratio: float) -> float:
-    """`width_ratio` itself, if it lies in (0, 1.5]."""
-    if not 0 < width_ratio <= MAX_WIDTH_RATIO:
-        raise ValueError(
-            f"A width ratio must lie in (0, {MAX_WIDTH_RATIO}], got {width_ratio}; 1 is the "
-            "full-size network."
-        )
-    return float(width_ratio)
-
-
 def widths_at(spec: ResNetSpec, blocks: Sequence[int], width_ratio: float) -> tuple[int, ...]:
     """Hidden widths of `blocks` when each keeps `width_ratio` of its channels, at least one.
-
-    The papers' compression rate gamma is `1 - width_ratio`.
 
     >>> spec = cifar_resnet(14, num_classes=10)
     >>> widths_at(spec, generated_blocks(spec), 0.37)
     (6, 12)
     """
-    check_width_ratio(width_ratio)
-    full = [spec.hidden_widths[n] for n in blocks]
-    return tuple(max(1, math.floor(width_ratio * width + 0.5)) for width in full)
-
-
-def without_last(
-    spec: ResNetSpec, blocks: Sequence[int], widths: Sequence[int], number: int
-) -> tuple[int, ...]:
-    """`widths` without the last `number` skippable ones of `blocks` in each stage: 0 for those.
-
-    A stage that has fewer loses them all.
-
-    >>> spec = cifar_resnet(20, num_classes=10)
-    >>> without_last(spec, generated_blocks(spec), (16, 16, 32, 32, 64), 1)
-    (16, 0, 32, 0, 0)
-    """
-    result = [int(width) for width in widths]
-    for stage in range(1, NUM_STAGES + 1):
-        members = [
-            position
-            for position, n in enumerate(blocks)
-            if spec.blocks[n].stage == stage and spec.blocks[n].skippable
-        ]
-        for position in members[max(0, len(members) - number) :]:
-            result[position] = 0
-    return tuple(result)
+    return core_widths.widths_at([spec.hidden_widths[n] for n in blocks], width_ratio)
 
 
 def morph(spec: ResNetSpec, blocks: Sequence[int], widths: Sequence[int]) -> ResNetSpec:

@@ -53,6 +53,7 @@ from neumeta_jax import (
 from neumeta_jax.architecture import ResNetSpec, widths_at
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper, ordering, resize
+from neumeta_jax.core.widths import check_width_ratio
 from neumeta_jax.experiment import Experiment, Workdir
 from neumeta_jax.progress import format_seconds
 from neumeta_jax.resnet import Params, ResNet
@@ -142,7 +143,7 @@ class Baseline:
             )
         ratios = self.width_ratios
         for ratio in ratios:
-            architecture.check_width_ratio(ratio)
+            check_width_ratio(ratio)
         if not ratios or ratios[0] != 1 or list(ratios) != sorted(set(ratios), reverse=True):
             raise UsageError(
                 f"baseline.width_ratios must start at 1 and decrease, got {ratios}; all methods "

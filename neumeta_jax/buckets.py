@@ -6,12 +6,12 @@ maximum of the widths that it holds, in which the channels beyond a network's wi
 JAX import.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from neumeta_jax.architecture import ResNetSpec, morph
+Count = Callable[[np.ndarray], np.ndarray]  # multiply-adds int64[rows] of widths int64[rows, names]
 
 MAX_RUNS = 1000
 
@@ -20,7 +20,7 @@ class Bucket(NamedTuple):
     """Networks that are evaluated at one shape.
 
     Attributes:
-        container: hidden widths that hold every member; 0 where all members skip the block.
+        container: widths that hold every member; 0 where all members skip the branch.
         members: the rows that it holds, increasing.
     """
 
@@ -29,8 +29,7 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(
-    spec: ResNetSpec,
-    blocks: Sequence[int],
+    num_macs: Count,
     widths: np.ndarray,
     *,
     max_buckets: int = 8,
@@ -46,29 +45,26 @@ def make_buckets(
     ratio per network the padding is within half a percent of the best contiguous partition of the
     networks in order of size; for widths drawn block by block it finds networks that are large in
     the same blocks, but the more blocks vary independently, the closer any eight containers are to
-    the full size. Takes rows^2 * blocks multiply-adds and rows^3 comparisons in NumPy, 0.6 s for
-    1,000 rows of 27 blocks. Beyond 1,000 rows neighbours in order of size start as one bucket.
+    the full size. Counts rows^2 networks and makes rows^3 comparisons in NumPy. Beyond 1,000 rows
+    neighbours in order of size start as one bucket.
 
-    >>> from neumeta_jax.architecture import cifar_resnet
-    >>> spec = cifar_resnet(14, num_classes=10)
-    >>> make_buckets(spec, (1, 3), np.array([[4, 8], [15, 30], [5, 8], [16, 0]]), max_buckets=2)
+    >>> widths = np.array([[4, 8], [15, 30], [5, 8], [16, 0]])
+    >>> make_buckets(lambda rows: rows @ [2, 1], widths, max_buckets=2)
     [Bucket(container=(5, 8), members=(0, 2)), Bucket(container=(16, 30), members=(1, 3))]
 
     Args:
-        spec, blocks: the full-size network and the positions of the blocks that vary.
-        widths: int[rows, blocks], hidden widths; 0 = block skipped.
+        num_macs: multiply-adds of networks by their widths.
+        widths: int[rows, names]; 0 = branch skipped.
         max_buckets: how many shapes are allowed.
         macs_per_bucket: what a further shape costs, in multiply-adds of one image.
     """
     rows = np.asarray(widths, np.int64)
-    fixed, per_channel = _linear_macs(spec, blocks)
-    order = np.argsort(rows @ per_channel, kind="stable")
+    order = np.argsort(num_macs(rows), kind="stable")
     runs = np.array_split(order, min(len(order), MAX_RUNS))
     groups = _merge(
         np.array([rows[run].max(axis=0) for run in runs]),
         np.array([len(run) for run in runs]),
-        fixed,
-        per_channel,
+        num_macs,
         max_buckets,
         macs_per_bucket,
     )
@@ -81,24 +77,23 @@ def make_buckets(
 
 
 def fill_containers(
-    spec: ResNetSpec,
-    blocks: Sequence[int],
+    num_macs: Count,
     widths: np.ndarray,
     containers: Sequence[Sequence[int]],
 ) -> list[Bucket]:
     """Each network in the cheapest of the given `containers` that holds it; empty ones left out.
 
     Args:
-        spec, blocks: the full-size network and the positions of the blocks that vary.
-        widths: int[rows, blocks], hidden widths; 0 = block skipped.
-        containers: hidden widths, as many as there are blocks in each.
+        num_macs: multiply-adds of networks by their widths.
+        widths: int[rows, names]; 0 = branch skipped.
+        containers: widths, as many in each.
 
     Raises:
         ValueError: if a network is held by none.
     """
     rows = np.asarray(widths, np.int64)
-    shapes = np.array(containers, np.int64).reshape(-1, len(blocks))
-    costs = container_macs(spec, blocks, rows, shapes)
+    shapes = np.array(containers, np.int64).reshape(-1, rows.shape[1])
+    costs = container_macs(num_macs, rows, shapes)
     lost = np.flatnonzero(np.isinf(costs).all(axis=1)) if len(shapes) else np.arange(len(rows))
     if len(lost):
         raise ValueError(
@@ -113,37 +108,23 @@ def fill_containers(
     return sorted((b for b in buckets if b.members), key=lambda bucket: bucket.members[0])
 
 
-def container_macs(
-    spec: ResNetSpec, blocks: Sequence[int], widths: np.ndarray, containers: np.ndarray
-) -> np.ndarray:
+def container_macs(num_macs: Count, widths: np.ndarray, containers: np.ndarray) -> np.ndarray:
     """float64[rows, containers], multiply-adds of a row in a container; inf if it does not fit."""
-    fixed, per_channel = _linear_macs(spec, blocks)
     fits = np.all(np.asarray(widths)[:, None] <= containers[None], axis=2)
-    return np.where(fits, fixed + containers @ per_channel, np.inf)
+    return np.where(fits, num_macs(containers).astype(np.float64), np.inf)
 
 
-def _linear_macs(spec: ResNetSpec, blocks: Sequence[int]) -> tuple[int, np.ndarray]:
-    """(multiply-adds without any hidden channel, those of each hidden channel int[blocks])."""
-    ones = np.ones(len(blocks), np.int64)
-    thin = morph(spec, blocks, ones.tolist()).num_macs
-    per_channel = np.array(
-        [morph(spec, blocks, row.tolist()).num_macs - thin for row in ones + np.diag(ones)],
-        np.int64,
-    )
-    return thin - int(per_channel.sum()), per_channel
-
-
-def _merge(containers, counts, fixed, per_channel, max_buckets, macs_per_bucket):
+def _merge(containers, counts, num_macs, max_buckets, macs_per_bucket):
     """Lists of the rows of `containers` that share a bucket, by greedy agglomeration."""
     number = len(containers)
     containers, counts = containers.copy(), counts.astype(np.float64)
-    macs = (fixed + containers @ per_channel).astype(np.float64)
+    macs = num_macs(containers).astype(np.float64)
     groups = [[n] for n in range(number)]
     alive = np.ones(number, bool)
 
     def increases(n):
         """What merging each of the others with `n` adds to the padded multiply-adds."""
-        union = fixed + np.maximum(containers[n], containers) @ per_channel
+        union = num_macs(np.maximum(containers[n], containers))
         added = (counts[n] + counts) * union - counts[n] * macs[n] - counts * macs
         return np.where(alive & (np.arange(number) != n), added, np.inf)
 
@@ -154,7 +135,7 @@ def _merge(containers, counts, fixed, per_channel, max_buckets, macs_per_bucket)
             break
         containers[a] = np.maximum(containers[a], containers[b])
         counts[a] += counts[b]
-        macs[a] = fixed + containers[a] @ per_channel
+        macs[a] = num_macs(containers[a : a + 1])[0]
         groups[a] += groups[b]
         alive[b] = False
         table[b] = table[:, b] = np.inf

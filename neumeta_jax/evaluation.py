@@ -16,15 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from neumeta_jax import consistency, resnet, storage, timing
-from neumeta_jax.architecture import (
-    MAX_WIDTH_RATIO,
-    ResNetSpec,
-    morph,
-    widths_at,
-)
+from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.command_line import Flags
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.widths import MAX_WIDTH_RATIO
 from neumeta_jax.resnet import ResNetHypernetwork
 from neumeta_jax.training import Preprocessing
 
@@ -227,7 +223,7 @@ def _network(job: _Job, params, widths, key):
 def _score(job: _Job, tree, images, labels):
     """(number correct, what was asked for of each image) of one network on one batch."""
     small, tree = job.hypernetwork.dense(tree, job.container, job.drawn_at)
-    logits = resnet.apply(small, tree, job.preprocessing.evaluate(images))
+    logits = job.hypernetwork.apply(small, tree, job.preprocessing.evaluate(images))
     predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     found = {}
     if job.predictions:
@@ -393,25 +389,25 @@ def compilation_macs(platform: str) -> float:
 
 def _check_grid(hypernetwork: ResNetHypernetwork, widths) -> np.ndarray:
     """`widths` as int32[N, blocks], if every row is a network."""
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
+    names = hypernetwork.names
     widths = np.asarray(widths)
-    if widths.ndim != 2 or widths.shape[1] != len(blocks) or not len(widths):
+    if widths.ndim != 2 or widths.shape[1] != len(names) or not len(widths):
         raise ValueError(
-            "widths must be int[networks, blocks] with at least one row and a column for each of "
-            f"the {len(blocks)} generated blocks, got shape {widths.shape}."
+            "widths must be int[networks, names] with at least one row and a column for each of "
+            f"the {len(names)} elastic groups, got shape {widths.shape}."
         )
     if not np.issubdtype(widths.dtype, np.integer):
         raise ValueError(
-            "widths must be integers (hidden channels, not ratios; Hypernetwork.widths(ratio) "
+            "widths must be integers (numbers of channels, not ratios; Hypernetwork.widths(ratio) "
             f"makes them), got {widths.dtype}."
         )
-    lowest = np.array([0 if spec.blocks[n].skippable else 1 for n in blocks])
-    largest = np.array(widths_at(spec, blocks, MAX_WIDTH_RATIO))
+    lowest = np.array(hypernetwork.lowest)
+    largest = hypernetwork.widths(MAX_WIDTH_RATIO)
     wrong = np.argwhere((widths < lowest) | (widths > largest))
     if len(wrong):
         row, column = wrong[0]
         raise ValueError(
-            f"{spec.blocks[blocks[column]].name} takes hidden widths from {lowest[column]} to "
+            f"{names[column]} takes widths from {lowest[column]} to "
             f"{largest[column]}, got {widths[row, column]} in row {row} of widths."
         )
     return widths.astype(np.int32)
@@ -530,9 +526,8 @@ def evaluate_grid(
     Raises:
         ValueError: for bad input, before anything is compiled.
     """
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
     widths = _check_grid(hypernetwork, widths)
-    images, labels = _check_images(spec, images, labels)
+    images, labels = _check_images(hypernetwork.spec, images, labels)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}.")
     if min(max_buckets, config_batch, batch_size) < 1:
@@ -542,7 +537,9 @@ def evaluate_grid(
         )
     if containers is not None:
         containers = [tuple(row) for row in _check_grid(hypernetwork, containers).tolist()]
-        fill_containers(spec, blocks, widths, containers)  # refuses what none of them holds
+        fill_containers(
+            hypernetwork.num_macs, widths, containers
+        )  # refuses what none of them holds
     if on_images and per_image is None:
         raise ValueError("on_images needs per_image, which says what of each image; give both.")
     hyper.check_num_samples(num_samples, key)
@@ -567,14 +564,14 @@ def evaluate_grid(
             macs_per_bucket=macs_per_compilation / len(images),
         )
     else:
-        found_buckets = fill_containers(spec, blocks, distinct, containers)
+        found_buckets = fill_containers(hypernetwork.num_macs, distinct, containers)
 
     asked = num_samples, predictions, per_image, transform
     job = _Job(hypernetwork, preprocessing, strategy, *asked, mesh, (), ())
     jobs = [_at_bucket(job, bucket, distinct) for bucket in found_buckets]
     reason = "asked for"
     if strategy == "auto":
-        work = len(images) * sum(morph(spec, blocks, row).num_macs for row in distinct.tolist())
+        work = len(images) * int(hypernetwork.num_macs(distinct).sum())
         number = max(range(len(jobs)), key=lambda n: len(found_buckets[n].members))
         members = distinct[list(found_buckets[number].members)]
         strategy, reason = _choose_strategy(
@@ -662,8 +659,7 @@ def _buckets(
     result = []
     for part, limit in zip(parts, limits, strict=True):
         for bucket in make_buckets(
-            hypernetwork.spec,
-            hypernetwork.blocks,
+            hypernetwork.num_macs,
             widths[part],
             max_buckets=limit,
             macs_per_bucket=macs_per_bucket,
@@ -709,11 +705,10 @@ class Evaluator:
 
     def describe(self, widths: tuple[int, ...]) -> dict[str, Any]:
         """What is known of a network, by the names of `GridRow`."""
-        dense = morph(self.hypernetwork.spec, self.hypernetwork.blocks, widths)
         return {
             "widths": widths,
-            "num_params": dense.num_params,
-            "num_macs": dense.num_macs,
+            "num_params": self.hypernetwork.num_params(widths),
+            "num_macs": self.hypernetwork.num_macs(widths),
             "accuracy": self.known[widths],
             **(self.comparison.found[widths]._asdict() if self.comparison else {}),
         }
@@ -777,7 +772,7 @@ class Evaluator:
         """
         low, high = trained_range
         family = self.hypernetwork
-        widths = [widths_at(family.spec, family.blocks, ratio) for ratio in width_ratios]
+        widths = [tuple(family.widths(ratio).tolist()) for ratio in width_ratios]
         rows: list[GridRow] = []
 
         def report():
@@ -872,25 +867,20 @@ def weight_slices(hypernetwork: ResNetHypernetwork, params: Mapping) -> WeightSl
     The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the
     network, SkipInit's scalar included; coordinates are exact.
     """
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    block = spec.blocks[blocks[-1]]
-    first, last = (widths_at(spec, blocks, ratio)[-1] for ratio in SLICE_RATIOS)
+    full_width = hypernetwork.full_widths[-1]
+    first, last = (int(hypernetwork.widths(ratio)[-1]) for ratio in SLICE_RATIOS)
     widths = np.arange(first, last + 1)
     # Each integer width of this block as a ratio; the others follow it, as in any network. A width
     # that was rounded up may lie beyond the largest ratio.
-    ratios = np.minimum(widths / block.hidden_width, SLICE_RATIOS[1])
-    rows = np.array([widths_at(spec, blocks, float(ratio)) for ratio in ratios], np.int32)
+    ratios = np.minimum(widths / full_width, SLICE_RATIOS[1])
+    rows = np.array([hypernetwork.widths(float(ratio)) for ratio in ratios], np.int32)
     widest = np.maximum(rows.max(axis=0), hypernetwork.full_widths)
-    (path,) = (
-        r.path
-        for r in hypernetwork.groups.readers
-        if r.path.startswith(f"{block.name}/")
-        and hypernetwork.names[-1] in hypernetwork.groups.axes[r.path][r.reads[0]].groups()
-    )
+    groups, name = hypernetwork.groups, hypernetwork.names[-1]
+    (path,) = (r.path for r in groups.readers if groups.axes[r.path][r.reads[0]].group == name)
     kernels = _readers(hypernetwork, tuple(widest.tolist()), path, dict(params), jnp.asarray(rows))
     beyond = np.arange(kernels.shape[3]) >= widths[:, None]
     kernels = np.where(beyond[:, None, None, :, None], np.nan, np.asarray(kernels))
-    return WeightSlices(block.name, block.hidden_width, widths, kernels)
+    return WeightSlices(name.partition("/")[0], full_width, widths, kernels)
 
 
 def format_row(row: GridRow) -> str:

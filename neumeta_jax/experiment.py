@@ -51,6 +51,7 @@ from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import Interrupted, UsageError, local
 from neumeta_jax.core import hypernetwork as hyper, ordering
 from neumeta_jax.core.inr import describe_inr, make_inr
+from neumeta_jax.core.widths import check_width_ratio
 from neumeta_jax.evaluation import GridRow
 from neumeta_jax.progress import MetricsFile, Progress
 from neumeta_jax.resnet import Params, ResNetHypernetwork
@@ -181,7 +182,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         spec, architecture.generated_blocks(spec, run.generated), make_inr(**config["inr"])
     )
     ratios = {
-        name: tuple(map(architecture.check_width_ratio, getattr(sections["eval"], name)))
+        name: tuple(map(check_width_ratio, getattr(sections["eval"], name)))
         for name in ("width_ratios", "progress_ratios")
     }
     augmentation = ("crop_padding", "flip", "mixup", "cutmix")
@@ -234,7 +235,7 @@ def parse_width_ratios(
             ratios.append(float(value))
         except ValueError:
             raise UsageError(f"{flag} takes numbers with commas between, got {value!r}.") from None
-    return tuple(map(architecture.check_width_ratio, ratios))
+    return tuple(map(check_width_ratio, ratios))
 
 
 def parse_sweep_ratios(figures: bool, values: Sequence[str] | None) -> tuple[float, ...]:
@@ -1377,16 +1378,15 @@ def describe(
         f"{len(splits.validation_labels)} validation, {len(splits.test_labels)} test images, "
         f"{dataset.image_size}x{dataset.image_size}x{dataset.channels}, "
         f"{dataset.num_classes} classes",
-        f"network    ResNet{spec.depth}: {spec.num_params:,} parameters, "
-        f"{spec.num_macs / 1e6:.2f} M multiply-adds; generated blocks: "
-        f"{len(hypernetwork.blocks)} of {len(spec.blocks)}",
+        f"network    {experiment.network}: {spec.num_params:,} parameters, "
+        f"{spec.num_macs / 1e6:.2f} M multiply-adds; elastic groups of channels: "
+        f"{len(hypernetwork.names)} of {len(hypernetwork.groups.groups)}",
     ]
     for name, ratio in (("smallest", recipe.min_width_ratio), ("largest", recipe.max_width_ratio)):
-        widths = architecture.widths_at(spec, hypernetwork.blocks, ratio)
-        small = architecture.morph(spec, hypernetwork.blocks, widths)
+        widths = hypernetwork.widths(ratio)
         lines.append(
-            f"{name:<10} width ratio {ratio}: {small.num_params:,} parameters, "
-            f"{small.num_macs / 1e6:.2f} M multiply-adds"
+            f"{name:<10} width ratio {ratio}: {hypernetwork.num_params(widths):,} parameters, "
+            f"{hypernetwork.num_macs(widths) / 1e6:.2f} M multiply-adds"
         )
     lines.append(
         f"INR        {describe_inr(hypernetwork.inr)}: {num_inr:,} parameters "

@@ -64,7 +64,7 @@ from neumeta_jax import (
 from neumeta_jax.architecture import Block, ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range, num_layers
+from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range
 from neumeta_jax.resnet import Params, ResNetHypernetwork
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ def to_onnx(
     shape = ["batch", spec.channels, spec.image_size, spec.image_size]
     graph = helper.make_graph(
         nodes,
-        f"resnet{num_layers(spec)}",
+        f"resnet{spec.num_layers}",
         [helper.make_tensor_value_info(INPUT_NAME, kind, shape)],
         [
             helper.make_tensor_value_info(
@@ -831,7 +831,7 @@ FLAGS: command_line.Flags = {
 
 def _chosen_widths(hypernetwork: ResNetHypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
     if options.width is not None:
-        return architecture.widths_at(hypernetwork.spec, hypernetwork.blocks, options.width)
+        return tuple(hypernetwork.widths(options.width).tolist())
     if options.spec is not None:
         return load_morph(options.spec, hypernetwork)
     try:
@@ -901,7 +901,7 @@ def main(argv: Sequence[str]) -> None:
     spec, tree = draw(hypernetwork, opened.params, widths, **noise)
     shown = ",".join(map(str, widths))
     print(
-        f"ResNet{num_layers(spec)} of {experiment.name} with hidden widths {shown}: "
+        f"ResNet{spec.num_layers} of {experiment.name} with hidden widths {shown}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
     note_range(experiment, widths)

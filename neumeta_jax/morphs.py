@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from neumeta_jax import (
-    architecture,
     evaluation,
     experiment as lab,
     plotting,
     storage,
     training,
 )
-from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.resnet import ResNetHypernetwork as ResNetHypernetwork
+from neumeta_jax.core.widths import MAX_WIDTH_RATIO
+from neumeta_jax.resnet import ResNetHypernetwork
 
 Widths = tuple[int, ...]
 
@@ -29,15 +28,10 @@ def morph_to_dict(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> di
     """One network of a family as plain JSON types, for `--spec=FILE`.
 
     Returns:
-        {"widths": hidden widths of the generated blocks (0 = skipped), "spec": the full-size
-        network, "blocks": positions of the generated blocks}; the last two tell whose widths
-        these are.
+        {"widths": channels of each elastic group (0 = skipped), and what `describe` of the
+        hypernetwork says, which tells whose widths these are}.
     """
-    return {
-        "widths": [int(width) for width in widths],
-        "spec": hypernetwork.spec.to_dict(),
-        "blocks": list(hypernetwork.blocks),
-    }
+    return {"widths": [int(width) for width in widths], **hypernetwork.describe()}
 
 
 def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tuple[int, ...]:
@@ -62,8 +56,7 @@ def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tup
         )
     wanted = morph_to_dict(hypernetwork, ())
     fields = {**wanted, **fields}
-    if fields["spec"] != wanted["spec"] or fields["blocks"] != wanted["blocks"]:
-        differing = _first_difference(fields, wanted)
+    if differing := _first_difference(fields, hypernetwork.describe()):
         raise UsageError(
             f"{path} must belong to this run's architecture, but it is of another one ({differing})"
             "; use the work directory that it was made with."
@@ -76,42 +69,35 @@ def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tup
     return check_widths(hypernetwork, widths)
 
 
-def _first_difference(fields: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    spec = fields["spec"]
-    if isinstance(spec, dict):
-        for name, value in wanted["spec"].items():
-            if spec.get(name) != value:
-                return f"{name} {ascii(spec.get(name))[:80]} there, {value} here"
-    if fields["blocks"] != wanted["blocks"]:
-        return f"blocks {ascii(fields['blocks'])[:80]} there, {wanted['blocks']} here"
-    return "other fields in its spec"
+def _first_difference(fields: Any, wanted: Any) -> str:
+    """What of the JSON value `wanted` is something else in `fields`, "" if nothing is."""
+    for name, value in wanted.items():
+        given = fields.get(name)
+        if isinstance(value, dict) and isinstance(given, dict):
+            if inner := _first_difference(given, value):
+                return inner
+        elif given != value:
+            return f"{name} {ascii(given)[:80]} there, {ascii(value)[:80]} here"
+    return ""
 
 
 def check_widths(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> tuple[int, ...]:
-    """`widths` themselves, if each lies between 0 or 1 and 1.5 times its block's full width."""
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    if len(widths) != len(blocks):
+    """`widths` themselves, if each lies between 0 or 1 and 1.5 times the full width."""
+    names = hypernetwork.names
+    if len(widths) != len(names):
         raise UsageError(
-            f"widths must have one entry for each of the {len(blocks)} generated blocks, got "
+            f"widths must have one entry for each of the {len(names)} elastic groups, got "
             f"{len(widths)}."
         )
-    highest = architecture.widths_at(spec, blocks, architecture.MAX_WIDTH_RATIO)
-    for n, width, high in zip(blocks, widths, highest, strict=True):
-        low = 0 if spec.blocks[n].skippable else 1
+    highest = hypernetwork.widths(MAX_WIDTH_RATIO).tolist()
+    for name, low, width, high in zip(names, hypernetwork.lowest, widths, highest, strict=True):
         if not low <= width <= high:
-            raise UsageError(
-                f"{spec.blocks[n].name} takes hidden widths from {low} to {high}, got {width}."
-            )
+            raise UsageError(f"{name} takes widths from {low} to {high}, got {width}.")
     return tuple(int(width) for width in widths)
 
 
-def num_layers(spec: ResNetSpec) -> int:
-    """Of a network, skipped blocks not counted; its `depth` counts them."""
-    return 2 + 2 * sum(width > 0 for width in spec.hidden_widths)
-
-
 def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str]:
-    """Names of the blocks whose widths lie outside the trained range.
+    """Names of the groups whose widths lie outside the trained range.
 
     A skipped block lies inside where training skips as many blocks of its stage.
     """
@@ -121,11 +107,8 @@ def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str
     for _, members, most in training.skippable_blocks(family, recipe) if recipe.skip_blocks else ():
         zeros = [position for position in members if widths[position] == 0]
         skipped |= set(zeros if len(zeros) <= most else ())
-    blocks = experiment.hypernetwork.blocks
-    lowest = architecture.widths_at(experiment.spec, blocks, low)
-    highest = architecture.widths_at(experiment.spec, blocks, high)
-    names = [experiment.spec.blocks[n].name for n in blocks]
-    bounds = zip(names, lowest, widths, highest, strict=True)
+    lowest, highest = family.widths(low).tolist(), family.widths(high).tolist()
+    bounds = zip(family.names, lowest, widths, highest, strict=True)
     return [
         name
         for position, (name, first, width, last) in enumerate(bounds)
@@ -134,7 +117,7 @@ def outside_range(experiment: lab.Experiment, widths: Sequence[int]) -> list[str
 
 
 def note_range(experiment: lab.Experiment, widths: Sequence[int]) -> None:
-    """Prints which blocks, if any, have widths outside the trained range."""
+    """Prints which groups, if any, have widths outside the trained range."""
     outside = outside_range(experiment, widths)
     if outside:
         low, high = experiment.trained_range
@@ -216,19 +199,17 @@ def depth_networks(
     Raises:
         ValueError: for a number of blocks that leaves out no more than a smaller one.
     """
-    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
-    networks, cells = [], []
+    family, networks, cells = experiment.hypernetwork, [], []
     for number in skipped:
-        without = functools.partial(architecture.without_last, spec, blocks, [1] * len(blocks))
+        without = functools.partial(family.without_last, [1] * len(family.names))
         if number and without(number) == without(number - 1):
             raise UsageError(
                 "--skipped_blocks takes numbers of blocks that a stage of this run can be without, "
                 f"got {number}; no stage has as many, give smaller ones."
             )
         for ratio in sorted(set(width_ratios)):
-            full = architecture.widths_at(spec, blocks, ratio)
-            networks.append(architecture.without_last(spec, blocks, full, number))
-            layers = num_layers(architecture.morph(spec, blocks, networks[-1]))
+            networks.append(family.without_last(family.widths(ratio).tolist(), number))
+            layers = family.num_layers(networks[-1])
             cells.append({"skipped_blocks": number, "num_layers": layers, "width_ratio": ratio})
     return networks, cells
 
@@ -259,9 +240,9 @@ def evaluate_depths(
 
 def uniform_networks(experiment: lab.Experiment) -> list[Widths]:
     """Networks with one width ratio for all blocks, over the trained range."""
-    spec, blocks = experiment.spec, experiment.hypernetwork.blocks
     ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
-    return list(dict.fromkeys(architecture.widths_at(spec, blocks, ratio) for ratio in ratios))
+    rows = (experiment.hypernetwork.widths(ratio).tolist() for ratio in ratios)
+    return list(dict.fromkeys(map(tuple, rows)))
 
 
 def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:

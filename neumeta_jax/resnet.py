@@ -23,6 +23,7 @@ import numpy as np
 
 from neumeta_jax import core
 from neumeta_jax.architecture import NUM_STAGES, Block, ResNetSpec, morph
+from neumeta_jax.core.counting import Count, macs_count
 from neumeta_jax.core.hypernetwork import Hypernetwork
 from neumeta_jax.core.inr import INR
 
@@ -376,6 +377,27 @@ class ResNetHypernetwork(Hypernetwork):
         widths = [min(-(-width // multiple) * multiple, full) for width, full in sizes]
         return apply(*self.dense(tree, widths), x)
 
+    def describe(self) -> dict[str, Any]:
+        """Which family it is, in JSON types."""
+        return {"spec": self.spec.to_dict(), "blocks": list(self.blocks)}
+
+    def num_macs(self, widths: Any) -> Any:
+        """Multiply-adds of an image at `widths`, see `num_params`."""
+        return _macs_count(self)(widths)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of an image: (height, width, channels)."""
+        return self.spec.image_size, self.spec.image_size, self.spec.channels
+
+    def num_layers(self, widths: Sequence[int]) -> int:
+        """Of the network of `widths`; skipped blocks do not count."""
+        return self.spec.depth - 2 * sum(width == 0 for width in widths)
+
+    def apply(self, small: ResNetSpec, tree: Mapping, x: jax.Array) -> jax.Array:
+        """Logits of a network that `dense` returned."""
+        return apply(small, tree, x)
+
     def dense(self, tree: Mapping, widths: Sequence[int], sizes=None) -> tuple[ResNetSpec, Params]:
         """The small network inside a tree of the channel numbers `sizes`: (its spec, its tree).
 
@@ -387,6 +409,11 @@ class ResNetHypernetwork(Hypernetwork):
         sliced = core.slice_params(groups, tree, self.by_name(widths))
         small = morph(self.spec, self.blocks, widths)
         return small, {name: sliced[name] for name in param_shapes(small)}
+
+
+@functools.lru_cache(maxsize=64)
+def _macs_count(hypernetwork: ResNetHypernetwork) -> Count:
+    return macs_count(family(hypernetwork.spec), hypernetwork.names)
 
 
 @functools.lru_cache(maxsize=256)

@@ -43,22 +43,22 @@ import numpy as np
 from absl import flags
 
 from neumeta_jax import (
-    architecture,
     checkpoint,
     command_line,
     diagnosis,
     evaluation,
     experiment as lab,
     plotting,
-    resnet,
     storage,
     timing,
 )
-from neumeta_jax.architecture import ResNetSpec, morph
 from neumeta_jax.buckets import container_macs, make_buckets
 from neumeta_jax.command_line import Interrupted, UsageError
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.widths import check_width_ratio
 from neumeta_jax.morphs import morph_to_dict, note_range
 from neumeta_jax.progress import format_seconds
+from neumeta_jax.resnet import ResNetHypernetwork
 
 Widths = tuple[int, ...]
 
@@ -84,14 +84,13 @@ class Space:
     """The networks to choose from.
 
     Attributes:
-        spec, blocks: the full-size network and the positions of the blocks that vary.
-        choices: hidden widths of each block, increasing; 0 = skipped.
+        family: whose networks they are.
+        choices: widths of each of its groups, increasing; 0 = skipped.
 
-    A network is a tuple of `genes`, the numbers of its blocks' widths in `choices`.
+    A network is a tuple of `genes`, the numbers of its widths in `choices`.
     """
 
-    spec: ResNetSpec
-    blocks: tuple[int, ...]
+    family: ResNetHypernetwork
     choices: tuple[Widths, ...]
 
     def widths(self, genes: Sequence[int]) -> Widths:
@@ -102,7 +101,7 @@ class Space:
         return [choices.index(width) for choices, width in pairs]
 
     def without(self, positions: Collection[int]) -> "Space":
-        """The same with some of the `blocks` left out of every network."""
+        """The same with some of the groups left out of every network."""
         choices = [(0,) if n in positions else c for n, c in enumerate(self.choices)]
         return dataclasses.replace(self, choices=tuple(choices))
 
@@ -117,37 +116,37 @@ class Space:
 
 
 def make_space(
-    spec: ResNetSpec,
-    blocks: Sequence[int],
+    family: ResNetHypernetwork,
     *,
     low: float,
     high: float,
     multiple: int = 1,
     depth: bool = False,
 ) -> Space:
-    """Every block between `low` and `high` of its full width, in multiples of `multiple`.
+    """Every group between `low` and `high` of its full width, in multiples of `multiple`.
 
-    With `depth`, blocks that do not change the shape of the residual stream may be skipped.
+    With `depth`, branches of a residual stream may be skipped.
 
     Raises:
-        ValueError: for ratios out of range or exchanged, or a block without any such width.
+        ValueError: for ratios out of range or exchanged, or a group without any such width.
     """
-    if architecture.check_width_ratio(low) > architecture.check_width_ratio(high):
+    if check_width_ratio(low) > check_width_ratio(high):
         raise UsageError(f"--min_ratio must not exceed --max_ratio, got {low} and {high}.")
     if multiple < 1:
         raise UsageError(f"--width_multiple must be at least 1, got {multiple}.")
-    lowest = architecture.widths_at(spec, blocks, low)
-    highest = architecture.widths_at(spec, blocks, high)
+    lowest, highest = family.widths(low).tolist(), family.widths(high).tolist()
     choices = []
-    for n, first, last in zip(blocks, lowest, highest, strict=True):
+    for name, skipped, first, last in zip(
+        family.names, family.lowest, lowest, highest, strict=True
+    ):
         allowed = tuple(range(-(-first // multiple) * multiple, last + 1, multiple))
         if not allowed:
             raise UsageError(
-                f"{spec.blocks[n].name} takes hidden widths from {first} to {last}, of which none "
+                f"{name} takes widths from {first} to {last}, of which none "
                 f"is a multiple of {multiple}; use a smaller --width_multiple or other ratios."
             )
-        choices.append(((0,) if depth and spec.blocks[n].skippable else ()) + allowed)
-    return Space(spec, tuple(blocks), tuple(choices))
+        choices.append(((0,) if depth and skipped == 0 else ()) + allowed)
+    return Space(family, tuple(choices))
 
 
 def _nearest(choices: Sequence[int], width: int) -> int:
@@ -161,7 +160,7 @@ def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
 
     Each width is the nearest allowed one to the ratio's.
     """
-    full = [space.spec.hidden_widths[n] for n in space.blocks]
+    full = space.family.full_widths
     # All ratios at which a width changes.
     steps = {
         (width - 0.5) / whole + 1e-9
@@ -170,7 +169,7 @@ def uniform_networks(space: Space, *, low: float, high: float) -> list[Widths]:
     }
     found = {}
     for ratio in sorted({low, high} | {step for step in steps if low < step < high}):
-        widths = architecture.widths_at(space.spec, space.blocks, ratio)
+        widths = space.family.widths(ratio).tolist()
         pairs = zip(space.choices, widths, strict=True)
         found[tuple(_nearest(choices, width) for choices, width in pairs)] = None
     return list(found)
@@ -181,21 +180,17 @@ def shallow_networks(
 ) -> list[Widths]:
     """Of each smaller depth the `NUM_SHALLOW` largest of `uniform` that keep the budgets.
 
-    Depths are those of `architecture.without_last`: 1, 2, ... blocks of each stage left out.
+    Depths are those of `Hypernetwork.without_last`: 1, 2, ... blocks of each stage left out.
     """
-    stages = [space.spec.blocks[n].stage for n in space.blocks]
     skippable = collections.Counter(
         stage
-        for stage, choices in zip(stages, space.choices, strict=True)
+        for stage, choices in zip(space.family.stages, space.choices, strict=True)
         if choices[0] == 0 and len(choices) > 1
     )
     macs = count_cost(space, "macs", None)
     found = []
     for number in range(1, max(skippable.values(), default=0) + 1):
-        shorter = dict.fromkeys(
-            architecture.without_last(space.spec, space.blocks, widths, number)
-            for widths in uniform
-        )
+        shorter = dict.fromkeys(space.family.without_last(widths, number) for widths in uniform)
         shorter = [row for row in shorter if all(map(tuple.__contains__, space.choices, row))]
         fitting = [widths for widths in shorter if _fits(space, costs, widths)]
         fitting.sort(key=lambda widths: -macs.total(space.genes(widths)))
@@ -208,22 +203,17 @@ def shallow_networks(
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Something that adds up over the blocks, and its budget.
+    """What a network costs, and a budget for it.
 
     Attributes:
         name: of the flag, without "max_".
         limit: the budget, or None for something that is only reported.
-        fixed: what the rest of the network costs.
-        tables: of each block, the cost of each of its choices.
+        total: of a network's genes.
     """
 
     name: str
     limit: float | None
-    fixed: float
-    tables: tuple[tuple[float, ...], ...]
-
-    def total(self, genes: Sequence[int]) -> float:
-        return self.fixed + sum(table[g] for table, g in zip(self.tables, genes, strict=True))
+    total: Callable[[Sequence[int]], float]
 
     def allows(self, genes: Sequence[int]) -> bool:
         return self.limit is None or self.total(genes) <= self.limit
@@ -235,44 +225,45 @@ def _fits(space: Space, costs: Sequence[Cost], widths: Widths) -> bool:
 
 def count_cost(space: Space, name: str, limit: float | None) -> Cost:
     """The cost "macs" (multiply-adds of an image) or "params" (parameters), exactly."""
-    attribute = f"num_{name}"
-    thin = morph(space.spec, space.blocks, [1] * len(space.blocks))
-    fixed = getattr(thin, attribute) - sum(getattr(thin.blocks[n], attribute) for n in space.blocks)
-    tables = tuple(
-        tuple(
-            getattr(dataclasses.replace(space.spec.blocks[n], hidden_width=width), attribute)
-            for width in choices
-        )
-        for n, choices in zip(space.blocks, space.choices, strict=True)
-    )
-    return Cost(name, limit, fixed, tables)
+    count = getattr(space.family, f"num_{name}")
+    return Cost(name, limit, lambda genes: count(space.widths(genes)))
 
 
-def measure_latency(spec: ResNetSpec, *, batch: int, dtype: str, seconds: float = 0.3) -> float:
+def measure_latency(
+    family: ResNetHypernetwork,
+    widths: Sequence[int],
+    *,
+    batch: int,
+    dtype: str,
+    seconds: float = 0.3,
+) -> float:
     """Milliseconds of one forward pass of the dense network on this device, jitted, the median.
 
     Args:
-        spec: the network's own shapes; its weights are drawn at random.
+        family, widths: the network; its weights are drawn at random.
         batch: images per pass.
         dtype: of the images.
         seconds: for how long to repeat it after compilation; at least 10 times.
     """
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.05 * rng.normal(size=leaf.shape), jnp.float32),
-        resnet.abstract_params(spec),
-    )
-    images = jnp.ones((batch, spec.image_size, spec.image_size, spec.channels), dtype)
-    network = jax.jit(lambda params, images: resnet.apply(spec, params, images))
+    sizes = [max(pair) for pair in zip(widths, family.full_widths, strict=True)]
+    full = {
+        path: 0.05 * rng.normal(size=[axis.width(family.by_name(sizes)) for axis in axes])
+        for path, axes in family.groups.tensors
+    }
+    tree = hyper.assemble(family, {path: x.astype(np.float32) for path, x in full.items()})
+    small, params = family.dense(tree, widths, sizes)
+    images = jnp.ones((batch, *family.input_shape), dtype)
+    network = jax.jit(lambda params, images: family.apply(small, params, images))
     times = timing.in_turns({"": lambda: network(params, images)}, 10, seconds=seconds)
     return 1e3 * float(np.median(times[""]))
 
 
 def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], float]) -> Cost:
-    """Latency as a sum over the blocks, from a few networks measured whole.
+    """Latency as a sum over the groups, from a few networks measured whole.
 
-    Blocks of one shape share a table: the network is measured with all of them at one width and the
-    others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
+    Groups of one size and cost share a table: the network is measured with all of them at one width
+    and the others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
     of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
 
     `limit` is in milliseconds, as is what `measure` returns for a network's widths.
@@ -280,11 +271,15 @@ def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], 
     largest = [choices[-1] for choices in space.choices]
     whole = measure(tuple(largest))
     shapes: dict[tuple, list[int]] = {}
-    for position, n in enumerate(space.blocks):
-        shape = dataclasses.replace(space.spec.blocks[n], stage=0, index=0, hidden_width=0)
-        shapes.setdefault((shape, space.choices[position]), []).append(position)
+    family = space.family
+    for position, full in enumerate(family.full_widths):
+        narrower = list(family.full_widths)
+        narrower[position] -= 1
+        per_channel = family.num_macs(family.full_widths) - family.num_macs(narrower)
+        key = full, per_channel, space.choices[position]
+        shapes.setdefault(key, []).append(position)
     tables = [np.zeros(len(choices)) for choices in space.choices]
-    for (_, choices), positions in shapes.items():
+    for (*_, choices), positions in shapes.items():
         picked = np.unique(np.linspace(0, len(choices) - 1, LATENCY_WIDTHS).round().astype(int))
         if choices[0] == 0 and len(choices) > 1:
             picked = np.unique([*picked, 1])  # skipping is no straight line
@@ -303,8 +298,12 @@ def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], 
     smallest = measure(tuple(choices[0] for choices in space.choices))
     total = sum(table[0] for table in tables)
     scale = max(whole - smallest, 0.0) / -total if total else 0.0
-    scaled = tuple(tuple((scale * table).tolist()) for table in tables)
-    return Cost("latency_ms", limit, max(whole, smallest), scaled)
+    scaled, fixed = [(scale * table).tolist() for table in tables], max(whole, smallest)
+    return Cost(
+        "latency_ms",
+        limit,
+        lambda genes: fixed + sum(t[gene] for t, gene in zip(scaled, genes, strict=True)),
+    )
 
 
 def check_budgets(space: Space, costs: Sequence[Cost]) -> None:
@@ -526,24 +525,23 @@ def add_containers(
     `macs_per_container` are the multiply-adds of one image that take as long as compiling a shape,
     divided by the number of images.
     """
-    spec, blocks = space.spec, space.blocks
+    num_macs = space.family.num_macs
     largest = np.array([choices[-1] for choices in space.choices])
     found = list(containers) or [tuple(largest.tolist())]
-    step = np.array([max(1, round(spec.hidden_widths[n] / 4)) for n in blocks])
+    step = np.array([max(1, round(full / 4)) for full in space.family.full_widths])
     rows = np.array(widths)
     proposed = {
         tuple(bucket.container): None
         for bucket in make_buckets(
-            spec,
-            blocks,
+            num_macs,
             np.minimum(-(-rows // step) * step, largest),
             macs_per_bucket=macs_per_container,
         )
     }
-    now = container_macs(spec, blocks, rows, np.array(found)).min(axis=1)
+    now = container_macs(num_macs, rows, np.array(found)).min(axis=1)
     proposed = [row for row in proposed if row not in found]
     while proposed and len(found) < MAX_CONTAINERS:
-        costs = container_macs(spec, blocks, rows, np.array(proposed))
+        costs = container_macs(num_macs, rows, np.array(proposed))
         saved = np.maximum(now[:, None] - costs, 0).sum(axis=0)
         best = int(np.argmax(saved))
         if saved[best] <= macs_per_container:
@@ -704,8 +702,7 @@ def main(argv: Sequence[str]) -> None:
     low = low if options.min_ratio is None else options.min_ratio
     high = high if options.max_ratio is None else options.max_ratio
     space = make_space(
-        hypernetwork.spec,
-        hypernetwork.blocks,
+        hypernetwork,
         low=low,
         high=high,
         multiple=options.width_multiple,
@@ -762,8 +759,8 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
 
     def latency(widths: Widths) -> float:
         if widths not in record.latencies:
-            dense = morph(space.spec, space.blocks, widths)
-            measured = measure_latency(dense, batch=options.latency_batch, dtype=dtype)
+            options_of = {"batch": options.latency_batch, "dtype": dtype}
+            measured = measure_latency(space.family, widths, **options_of)
             record.latencies[widths] = measured
         return record.latencies[widths]
 
@@ -780,7 +777,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
     images, labels = splits.validation_images, splits.validation_labels
     num_images = min(options.num_images, len(labels))
     print(
-        f"{space.size:,} networks of {len(space.blocks)} blocks with hidden widths "
+        f"{space.size:,} networks of {len(space.choices)} groups with widths "
         f"{min(map(min, space.choices))} to {max(map(max, space.choices))}; each candidate on "
         f"{num_images} of {len(labels)} validation images of {experiment.name}",
         flush=True,
@@ -871,7 +868,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
 
     # The estimate of a latency may be too low for all, but the smallest network was measured.
     finalists = finalists_of(record.archive, NUM_FINALISTS) or [
-        space.widths([0] * len(space.blocks))
+        space.widths([0] * len(space.choices))
     ]
     uniform_finalists = finalists_of(
         [c for c in record.archive if c.widths in set(uniform)], NUM_UNIFORM_FINALISTS
@@ -898,10 +895,9 @@ def _write(out, experiment, space, costs, uniform, record, winners, options) -> 
     rows = _table(space, costs, set(uniform), record)
     described = {}
     for name, widths in winners.items():
-        dense = morph(space.spec, space.blocks, widths)
         described[name] = {
-            "num_params": dense.num_params,
-            "num_macs": dense.num_macs,
+            "num_params": space.family.num_params(widths),
+            "num_macs": space.family.num_macs(widths),
             "validation_accuracy": record.validation[widths],
         }
         if widths in record.latencies:
@@ -927,7 +923,7 @@ def _write(out, experiment, space, costs, uniform, record, winners, options) -> 
     plotting.plot_search(
         out / "pareto.png",
         rows,
-        title=f"ResNet{space.spec.depth}, {experiment.name}: {len(rows)} networks from one INR",
+        title=f"{experiment.network}, {experiment.name}: {len(rows)} networks from one INR",
         column=axis.name if axis.name == "latency_ms" else f"num_{axis.name}",
         limit=axis.limit,
         winner=winners["searched"],

@@ -774,7 +774,7 @@ def skippable_blocks(
     hypernetwork: Hypernetwork, recipe: InrRecipe
 ) -> Iterator[tuple[int, list[int], int]]:
     """(stage, positions of its elastic groups that can be skipped, how many training skips)."""
-    lowest = [hypernetwork.groups[name].lowest for name in hypernetwork.names]
+    lowest = hypernetwork.lowest
     for stage in range(1, max(hypernetwork.stages) + 1):
         members = [p for p, s in enumerate(hypernetwork.stages) if s == stage and not lowest[p]]
         if members:

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds as polynomials in the widths, quick to evaluate for many networks."""
+"""Parameters and multiply-adds as polynomials in the widths, for many networks at once."""
 
 import collections
 import dataclasses

@@ -12,8 +12,7 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,27 +21,16 @@ import jax.typing
 import numpy as np
 
 from neumeta_jax.core import stacks
+from neumeta_jax.core.counting import Count, params_count
 from neumeta_jax.core.groups import Groups
 from neumeta_jax.core.inr import INR, Grid
 from neumeta_jax.core.inr.base import Params, skipped_share
 from neumeta_jax.core.resize import mask_axes, take_axes
 from neumeta_jax.core.stacks import TensorStack
+from neumeta_jax.core.widths import widths_at
 
 # The papers' INR holds 7 x 64 x 64 x 512 activations, 59 MB, per sample and layer of a ResNet56.
 SAMPLE_BATCH = 16
-
-
-MAX_WIDTH_RATIO = 1.5
-
-
-def check_width_ratio(width_ratio: float) -> float:
-    """`width_ratio` itself, if it lies in (0, 1.5]."""
-    if not 0 < width_ratio <= MAX_WIDTH_RATIO:
-        raise ValueError(
-            f"A width ratio must lie in (0, {MAX_WIDTH_RATIO}], got {width_ratio}; 1 is the "
-            "full-size network."
-        )
-    return float(width_ratio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +86,27 @@ class Hypernetwork:
         return _stacks(self)
 
     @property
+    def lowest(self) -> tuple[int, ...]:
+        """The smallest widths of `names`: 0 where a branch can be skipped, else 1."""
+        return tuple(self.groups[name].lowest for name in self.names)
+
+    def num_params(self, widths: Any) -> Any:
+        """Parameters at `widths`: an int for int[names], int64[rows] for int[rows, names]."""
+        return _params_count(self)(widths)
+
+    def without_last(self, widths: Sequence[int], number: int) -> tuple[int, ...]:
+        """`widths` without the last `number` branches of each stage that can be skipped.
+
+        A stage that has fewer loses them all.
+        """
+        result = [int(width) for width in widths]
+        for stage in range(1, max(self.stages) + 1):
+            members = [n for n, s in enumerate(self.stages) if s == stage and not self.lowest[n]]
+            for position in members[max(0, len(members) - number) :]:
+                result[position] = 0
+        return tuple(result)
+
+    @property
     def full_widths(self) -> tuple[int, ...]:
         """Widths of `names` in the full-size network."""
         return tuple(self.groups[name].size for name in self.names)
@@ -109,9 +118,7 @@ class Hypernetwork:
 
     def widths(self, width_ratio: float) -> np.ndarray:
         """int32[names]: every group keeps `width_ratio` of its channels, rounded, at least one."""
-        check_width_ratio(width_ratio)
-        kept = (max(1, math.floor(width_ratio * full + 0.5)) for full in self.full_widths)
-        return np.array([*kept], np.int32)
+        return np.array(widths_at(self.full_widths, width_ratio), np.int32)
 
     def by_name(self, widths) -> dict[str, Any]:
         """{group: width} of an array or a sequence [names]."""
@@ -135,6 +142,11 @@ class Hypernetwork:
 def _stacks(hypernetwork: Hypernetwork) -> tuple[TensorStack, ...]:
     names, groups = hypernetwork.names, hypernetwork.groups
     return stacks.tensor_stacks(groups, names, hypernetwork.label, hypernetwork.scope)
+
+
+@functools.lru_cache(maxsize=64)
+def _params_count(hypernetwork: Hypernetwork) -> Count:
+    return params_count(hypernetwork.groups, hypernetwork.names)
 
 
 @functools.lru_cache(maxsize=64)

@@ -49,7 +49,7 @@ class Tracer:
     def constant(self, array) -> Value:
         value = Value(tuple(Dim(n, ["constant"]) for n in np.shape(array)))
         # As part of the code: arrays of JAX would be arguments of every program around it.
-        is_key = jnp.issubdtype(getattr(array, "dtype", None), jax.dtypes.prng_key)
+        is_key = isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         self.constants.append((value, array if is_key else np.asarray(array)))
         return value
 

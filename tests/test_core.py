@@ -1,0 +1,496 @@
+"""Groups of channels, and what can be done with them, in networks of every kind."""
+
+import collections
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import own_networks
+import pytest
+from own_networks import CASES, PLAIN, REBUILT, TOKENS, VECTORS, draw
+
+from neumeta_jax import core
+
+every_network = pytest.mark.parametrize("name", CASES)
+COMPILED = collections.Counter()  # how often the masked network was
+TWO_LAYERS = draw({"a": (16, 8), "b": (8, 3)})
+# Sizes of the elastic groups, in the order of the network.
+ELASTIC = {
+    "glu": (12,),
+    "densenet": (8, 8, 8),
+    "stacked": (12, 20),
+    "recurrent": (10,),
+    "branching": (12, 8),
+    "language": (12, 20),
+    "standardised": (8,),
+    "mlp": (32, 24),
+    "vgg": (8, 8, 12, 20),
+    "mobilenet": (8, 32, 12),
+    "vit": (3, 4, 24, 3, 4, 24),
+    "fused": (3,),
+    "llama": (2, 2, 4, 24),
+    "lstm": (12,),
+    "shuffle": (3, 4, 4, 6),
+    "unet": (6, 8, 7),
+    "grouped": (4, 4, 8),
+    "nnx": (8,),
+    "equinox": (8, 3, 4, 16),
+    "rope": (2, 8),
+    "padded": (4, 4, 8, 2, 2, 12, 2, 2),
+    "haiku_mobilenet": (32, 8, 12),
+    "haiku_rnn": (12, 8),
+    "haiku_transformer": (12, 2, 4, 20),
+    "stax": (6, 8),
+}
+
+
+@functools.cache
+def traced(name):
+    """The network, its family, the names of its elastic groups."""
+    case = CASES[name]()
+    family = core.trace(case.apply, case.params, case.x, check=False)
+    return case, family, family.groups.elastic(*case.allowed)
+
+
+def differentiate(function):
+    """The outputs of `function(params, ...)`, and the gradients of a sum of their sines."""
+
+    def loss(*arguments):
+        out = function(*arguments)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out)), out
+
+    def run(*arguments):
+        (_, out), slopes = jax.value_and_grad(loss, has_aux=True)(*arguments)
+        return out, slopes
+
+    return jax.jit(run)
+
+
+@functools.cache
+def masked(name):
+    """A compiled function of params and widths, which may be any."""
+    case, family, _ = traced(name)
+
+    def run(params, widths):
+        COMPILED[name] += 1
+        return case.apply(core.mask_params(family.groups, params, widths), case.x)
+
+    return differentiate(run)
+
+
+def sliced(name, widths):
+    """The same of the dense network of these `widths`."""
+    case, family, _ = traced(name)
+
+    def run(params):
+        return core.apply_at(
+            family, core.slice_params(family.groups, params, widths), case.x, widths
+        )
+
+    return differentiate(run)(case.params)
+
+
+def some_widths(name, least=1, seed=0):
+    _, family, names = traced(name)
+    rng = np.random.default_rng(seed)
+    return {n: int(rng.integers(least, family.groups[n].size)) for n in names}
+
+
+def full_widths(name):
+    _, family, names = traced(name)
+    return {n: family.groups[n].size for n in names}
+
+
+def distance(a, b):
+    """The largest difference of any leaf, as a part of the largest number in it."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    arrays = ((np.asarray(x), np.asarray(y)) for x, y in pairs)
+    return max(np.max(np.abs(x - y)) / (1e-3 + np.max(np.abs(x))) for x, y in arrays)
+
+
+@every_network
+def test_the_groups_of_a_network_are_found(name):
+    _, family, names = traced(name)
+    assert tuple(family.groups[n].size for n in names) == ELASTIC[name]
+
+
+@every_network
+def test_a_masked_network_equals_the_smaller_one_and_so_do_their_gradients(name):
+    widths = some_widths(name)
+    whole, _ = masked(name)(traced(name)[0].params, full_widths(name))
+    out, slopes = masked(name)(traced(name)[0].params, widths)
+    expected, expected_slopes = sliced(name, widths)
+    assert distance(expected, out) < 1e-5
+    assert distance(expected_slopes, slopes) < 1e-3
+    assert distance(whole, out) > 1e-3
+
+
+@every_network
+def test_permuted_channels_compute_the_same(name):
+    case, family, names = traced(name)
+    orders = {n: np.roll(np.arange(family.groups[n].size), 1) for n in names}
+    permuted = jax.jit(lambda p: core.permute(family.groups, p, orders))(case.params)
+    out, _ = masked(name)(permuted, full_widths(name))
+    expected, _ = masked(name)(case.params, full_widths(name))
+    assert distance(expected, out) < 1e-5
+    assert distance(case.params, permuted) > 0.1
+
+
+@every_network
+def test_one_compilation_serves_all_widths(name):
+    case, _, _ = traced(name)
+    for seed in range(2):
+        masked(name)(case.params, some_widths(name, seed=seed))
+    assert COMPILED[name] == 1
+
+
+@every_network
+def test_groups_are_data_and_tracing_again_finds_the_same(name):
+    case, family, _ = traced(name)
+    again = core.trace(case.apply, case.params, case.x, check=False).groups
+    revived = core.Groups.from_json(family.groups.to_json(), case.params)
+    assert revived == again == family.groups
+    assert hash(revived) == hash(again) == hash(family.groups)
+    assert revived.to_json() == family.groups.to_json()
+
+
+@every_network
+def test_counts_of_a_smaller_network_are_those_of_its_arrays(name):
+    case, family, _ = traced(name)
+    widths = some_widths(name)
+    small = jax.eval_shape(lambda p: core.slice_params(family.groups, p, widths), case.params)
+    assert core.num_params(family.groups, widths) == sum(x.size for x in jax.tree.leaves(small))
+    assert core.num_params(family.groups, {}) == sum(x.size for x in jax.tree.leaves(case.params))
+    assert 0 < core.num_macs(family, widths) < core.num_macs(family, {})
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_a_network_runs_at_widths_at_which_it_was_not_traced_as_if_it_was_built_there(name):
+    _, family, _ = traced(name)
+    widths, build = REBUILT[name]
+    other = build()
+    assert jax.tree.map(jnp.shape, other.params) != jax.tree.map(jnp.shape, traced(name)[0].params)
+    assert core.num_params(family.groups, widths) == sum(
+        leaf.size for leaf in jax.tree.leaves(other.params)
+    )
+    rebuilt = core.trace(other.apply, other.params, other.x, check=False)
+    assert core.num_macs(family, widths) == core.num_macs(rebuilt, {})
+    whole_batches = name == "stax"  # its norms sum over the batch
+    more = other.x if whole_batches else np.concatenate([other.x, other.x])
+    ours = jax.jit(lambda p, x: core.apply_at(family, p, x, widths))(other.params, more)
+    assert distance(jax.jit(other.apply)(other.params, more), ours) < 1e-5
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_function_of_arrays_alone_runs_by_itself_on_sliced_parameters(name):
+    case, family, _ = traced(name)
+    widths = some_widths(name, seed=2)
+    small = core.slice_params(family.groups, case.params, widths)
+    ours = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
+    assert distance(jax.jit(case.apply)(small, case.x), ours) < 1e-5
+    assert core.num_macs(family, widths) == core.num_macs(
+        core.trace(case.apply, small, case.x, check=False), {}
+    )
+
+
+def test_counts_of_convolutions_are_those_of_the_textbook():
+    _, family, _ = traced("vgg")
+    a, b, c, d = widths = 5, 12, 9, 33
+    at = dict(zip(family.groups.elastic(), widths, strict=True))
+    products = 9 * (3 * a * 64 + a * b * 64 + b * c * 16) + 16 * c * d + 10 * d
+    assert core.num_macs(family, at) == products
+    norms_and_biases = 4 * (a + b + c) + d + 10
+    kernels = 9 * (3 * a + a * b + b * c) + 16 * c * d + 10 * d
+    assert core.num_params(family.groups, at) == kernels + norms_and_biases
+
+
+def test_counts_of_scanned_layers_are_those_of_each_layer():
+    _, family, _ = traced("stacked")
+    counted = core.num_macs(family, {"in": 7, "layers/up": 9})
+    assert counted == 16 * 7 + 3 * 2 * 7 * 9 + 7 * 4
+
+
+def test_counts_of_attention_are_those_of_its_products_too():
+    _, family, _ = traced("fused")
+    heads, tokens = 5, 5
+    projections = tokens * 16 * (3 * 4 * heads + 4 * heads + 3)
+    assert core.num_macs(family, {"qkv": heads}) == projections + 2 * heads * tokens**2 * 4
+
+
+def test_another_process_finds_the_same_groups():
+    """Sets of names are in another order there."""
+    names = ["vit", "padded", "haiku_rnn"]
+    found = f"(t.traced(name)[1].groups.to_json() for name in {names})"
+    code = f"import test_core as t; print(*{found}, sep=chr(10))"
+    seed = str(1 + int(os.environ.get("PYTHONHASHSEED", "0").replace("random", "0")))
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=pathlib.Path(__file__).parent,
+        env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.splitlines() == [traced(name)[1].groups.to_json() for name in names]
+
+
+def test_widths_may_be_mapped_over():
+    case, family, names = traced("glu")
+    widths = {names[0]: jnp.arange(1, 13)}
+    many = jax.jit(jax.vmap(lambda w: core.mask_params(family.groups, case.params, w)))(widths)
+    for n in (1, 7, 12):
+        expected = core.mask_params(family.groups, case.params, {names[0]: n})
+        assert all(np.array_equal(many[path][n - 1], leaf) for path, leaf in expected.items())
+        assert np.count_nonzero(np.any(expected["down"], 1)) == n
+
+
+def test_a_branch_of_width_0_is_skipped():
+    case, family, _ = traced("vit")
+    widths = {"up1": 0, "attention1/value": 0}
+    shorter = jax.jit(own_networks.ViT(depth=1).apply)(case.params, case.x)
+    skipped = core.mask_params(family.groups, case.params, widths)
+    assert distance(shorter, jax.jit(case.apply)(skipped, case.x)) < 1e-5
+    assert distance(shorter, jax.jit(case.apply)(case.params, case.x)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vit", "language", "mobilenet", "padded", "stax"])
+def test_width_0_means_the_same_to_a_masked_and_a_sliced_network(name):
+    case, family, names = traced(name)
+    widths = {n: 0 for n in names if family.groups[n].lowest == 0}
+    assert widths
+    out, slopes = masked(name)(case.params, full_widths(name) | widths)
+    small = core.slice_params(family.groups, case.params, widths)
+    expected = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
+    assert distance(expected, out) < 1e-5
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slopes))
+
+
+def check_masks(apply, params, x):
+    """The family, after a check that masked and sliced networks of half the widths agree."""
+    family = core.trace(apply, params, x, check=False)
+    widths = {name: family.groups[name].size // 2 for name in family.groups.elastic("stream")}
+    assert widths
+
+    @jax.jit
+    def run(params):
+        masked = apply(core.mask_params(family.groups, params, widths), x)
+        small = core.slice_params(family.groups, params, widths)
+        return masked, core.apply_at(family, small, x, widths)
+
+    assert distance(*run(params)) < 1e-5
+    return family
+
+
+ON_TOKENS = {  # what is done to h, float[batch, 5, 8], before its channels are read
+    "real": lambda h: jnp.real(jnp.exp(1j * h)),
+    "dynamic_slice": lambda h: jax.lax.dynamic_slice_in_dim(h, jnp.argmax(h[0, :, 0] * 0), 2, 1),
+    "scatter": lambda h: h.at[:, 0].set(0),
+    "segment_sum": lambda h: jax.ops.segment_sum(h[0], jnp.array([0, 1, 1, 0, 2]), 3),
+    "sort": lambda h: jnp.sort(h, 1),
+    "shift": lambda h: jnp.roll(h, 1, 1),
+    "window": lambda h: jax.lax.reduce_window(h, 0.0, jax.lax.add, (1, 2, 1), (1, 1, 1), "SAME"),
+    "while": lambda h: jax.lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * 2), (0, h)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("primitive", ON_TOKENS)
+def test_operations_on_other_axes_leave_channels_alone(primitive):
+    family = check_masks(
+        lambda p, x: ON_TOKENS[primitive](jnp.tanh(x @ p["a"])) @ p["b"], TWO_LAYERS, TOKENS
+    )
+    assert family.groups.elastic() == ("a",)
+
+
+UNSOUND = {  # finite at all widths, but not where a parameter is 0
+    "weight norm": lambda p, x: jnp.tanh(x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0))) @ p["b"],
+    "a divisor": lambda p, x: jnp.tanh(x @ p["a"] / p["c"]) @ p["b"],
+    "a logarithm": lambda p, x: jnp.log(jnp.abs(x @ p["a"])) @ p["b"],
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_groups_whose_masked_network_differs_are_found_by_numbers(case):
+    params = TWO_LAYERS | draw({"c": (8,)})
+    groups = core.trace(UNSOUND[case], params, VECTORS).groups
+    assert groups["a"].flags == ("unsound",)
+    assert not groups.elastic()
+    assert core.trace(UNSOUND[case], params, VECTORS, check=False).groups.elastic() == ("a",)
+
+
+def normalised(h):
+    return h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+
+
+def layer_norm(h):
+    return (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-3)
+
+
+RIGID = {  # what is done with h, 8 channels after a product, and the flag that tells
+    "a sum of constants": ("reduced", lambda h, b: jax.nn.sigmoid(h) @ jnp.ones((8, 1))),
+    "positive weights": ("reduced", lambda h, b: jax.nn.sigmoid(h) @ jnp.exp(b)),
+    "centred weights": ("reduced", lambda h, b: jnp.exp(h) @ (b - b.mean(0))),
+    "weights in a scan": (
+        "reduced",
+        lambda h, b: jnp.exp(h) @ jax.lax.scan(lambda w, _: (w + 1, None), b, None, 2)[0],
+    ),
+    "a norm": ("reduced", lambda h, b: normalised(h) @ b),
+    "layer norm": ("reduced", lambda h, b: layer_norm(h) @ b),
+    "softmax": ("reduced", lambda h, b: jax.nn.softmax(h) @ b),
+    "a maximum": ("reduced", lambda h, b: h.max(-1)),
+    "a product": ("reduced", lambda h, b: jnp.prod(h, -1)),
+    "attention": ("paired", lambda h, b: jnp.einsum("bc,dc->bd", h, h) @ h @ b),
+    "the output": ("output", lambda h, b: (h, h @ b)),
+    "a constant": ("constant", lambda h, b: (h * np.linspace(1, 2, 8, dtype="f")) @ b),
+    "dropout": ("random", lambda h, b: jax.random.normal(own_networks.KEY, h.shape) * h @ b),
+    "positions": ("ordered", lambda h, b: h * jnp.arange(8.0) @ b),
+    "a cumulative sum": ("ordered", lambda h, b: jnp.cumsum(h, -1) @ b),
+    "sorting": ("ordered", lambda h, b: jnp.sort(h, -1) @ b),
+    "reversing": ("ordered", lambda h, b: jnp.flip(h, -1) @ b),
+    "indexing": ("indexed", lambda h, b: h[:, jnp.argsort(b[:, 0])] @ b),
+}
+
+
+@pytest.mark.parametrize("case", RIGID)
+def test_channels_that_a_mask_cannot_remove_are_not_elastic(case):
+    flag, rest = RIGID[case]
+    groups = core.trace(
+        lambda p, x: rest(x @ p["a"], p["b"]), TWO_LAYERS, VECTORS, check=False
+    ).groups
+    assert flag in groups["a"].flags
+    assert "a" not in groups.elastic()
+
+
+def test_a_reader_sees_the_second_moments_of_its_input_and_a_constant():
+    case, family, _ = traced("glu")
+    seen = jax.jit(lambda p: core.moments(family, p, case.x, ["up"]))(case.params)
+    value, gate = jnp.split(case.x @ case.params["up"] + case.params["bias"], 2, -1)
+    h = jnp.concatenate([value * jax.nn.sigmoid(gate), jnp.ones((len(case.x), 1))], -1)
+    assert list(seen) == ["down"]
+    assert distance(h.T @ h / len(h), seen["down"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vgg", "mobilenet", "unet", "densenet", "haiku_mobilenet"])
+def test_doubled_channels_have_equal_moments(name):
+    case, family, names = traced(name)
+    half = {n: (family.groups[n].size + 1) // 2 for n in names}
+    copies = {n: np.arange(family.groups[n].size) % half[n] for n in names}
+
+    @jax.jit
+    def run(params):
+        doubled = core.select(family.groups, params, copies)
+        return core.moments(family, doubled, case.x, names)
+
+    seen, checked = run(case.params), 0
+    for reader in family.groups.readers:
+        axis = family.groups.axes[reader.path][reader.reads[0]]
+        if reader.path in seen and len(reader.reads) == 1 and axis.kind in ("group", "concat"):
+            moments = np.asarray(seen[reader.path])
+            again = np.append(axis.channels(copies), -1)  # and the constant
+            assert distance(moments, moments[np.ix_(again, again)]) < 1e-5
+            assert distance(moments, np.roll(moments, 1, 0)) > 1e-3
+            assert abs(moments[-1, -1] - 1) < 1e-6
+            checked += 1
+    assert checked >= 2
+
+
+def test_an_unknown_primitive_on_channels_is_named_with_its_line():
+    def factorise(p, x):
+        return jax.lax.linalg.lu(x @ p["a"])[0] @ p["b"]
+
+    line = factorise.__code__.co_firstlineno + 1
+    with pytest.raises(core.UnknownPrimitive, match=rf"lu .*test_core\.py:{line}.*8 channels"):
+        core.trace(factorise, TWO_LAYERS, VECTORS)
+
+
+@functools.cache
+def vit():
+    case, family, _ = traced("vit")
+    return types.SimpleNamespace(**case._asdict(), family=family, groups=family.groups)
+
+
+def foreign_params():
+    return traced("mlp")[0].params
+
+
+REFUSED = {  # a call that cannot be right, and the essential words of the answer
+    "a batch of 1": ("batch axis of 2", lambda v: core.trace(v.apply, v.params, v.x[:1])),
+    "a function that asks for values": (
+        "traceable",
+        lambda v: core.trace(lambda p, x: x if x.sum() > 0 else -x, v.params, v.x),
+    ),
+    "an unknown group": ("up9.*up0", lambda v: core.mask_params(v.groups, v.params, {"up9": 3})),
+    "an unknown group to run": (
+        "up9",
+        lambda v: core.apply_at(v.family, v.params, v.x, {"up9": 3}),
+    ),
+    "a mask of more": (
+        "from [01] to 24",
+        lambda v: core.mask_params(v.groups, v.params, {"up0": 25}),
+    ),
+    "a slice of more": (
+        "from [01] to 24",
+        lambda v: core.slice_params(v.groups, v.params, {"up0": 25}),
+    ),
+    "less than nothing": (
+        "from [01] to 24",
+        lambda v: core.slice_params(v.groups, v.params, {"up0": -1}),
+    ),
+    "a rigid group": (
+        "embed is reduced.* 12 ",
+        lambda v: core.apply_at(v.family, v.params, v.x, {"embed": 8}),
+    ),
+    "parameters of another width": (
+        r"(up|down)0/\w+ must have the shape .*8.*24",
+        lambda v: core.apply_at(v.family, v.params, v.x, {"up0": 8}),
+    ),
+    "another image": (
+        "input must have the shape",
+        lambda v: core.apply_at(v.family, v.params, v.x[:, :4], {}),
+    ),
+    "no permutation": (
+        "permutation of 0, ..., 23",
+        lambda v: core.permute(v.groups, v.params, {"up0": np.zeros(24, int)}),
+    ),
+    "a channel that is not there": (
+        "channels of up0 are 0 to 23, got",
+        lambda v: core.select(v.groups, v.params, {"up0": [24]}),
+    ),
+    "another tree to mask": (
+        "same tree",
+        lambda v: core.mask_params(v.groups, foreign_params(), {"up0": 8}),
+    ),
+    "another tree to slice": (
+        "same tree",
+        lambda v: core.slice_params(v.groups, foreign_params(), {"up0": 8}),
+    ),
+    "another tree to run": (
+        "same tree",
+        lambda v: core.apply_at(v.family, foreign_params(), v.x, {}),
+    ),
+    "groups of another network": (
+        "another network",
+        lambda v: core.Groups.from_json(traced("mlp")[1].groups.to_json(), v.params),
+    ),
+    "no groups at all": ("that to_json writes", lambda v: core.Groups.from_json('{"a": 1}')),
+    "a branch that is no branch": (
+        "from 1 to 7",
+        lambda v: core.Groups.check(traced("unet")[1].groups, {"up": 0}),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_what_cannot_be_right_is_refused_in_one_sentence(mistake):
+    words, call = REFUSED[mistake]
+    with pytest.raises(ValueError, match=words) as refusal:
+        call(vit())
+    assert re.fullmatch(r"[^\n]+\.", str(refusal.value))
