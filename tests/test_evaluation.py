@@ -411,12 +411,15 @@ def test_every_strategy_lowers_for_accelerators(strategy, platform):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"widths": WIDTHS[0]}, r"each of the 2 generated blocks, got shape \(2,\)"),
+        ({"widths": WIDTHS[0]}, r"each of the 2 elastic groups, got shape \(2,\)"),
         ({"widths": WIDTHS[:, :1]}, r"got shape \(6, 1\)"),
         ({"widths": WIDTHS[:0]}, r"got shape \(0, 2\)"),
         ({"widths": WIDTHS / 2}, "integers .*got float64"),
-        ({"widths": [[4, 6], [4, -1]]}, "stage2_block1 takes .* from 0 to 9, got -1 in row 1"),
-        ({"widths": [[7, 6]]}, "stage1_block1 takes .* from 0 to 6, got 7 in row 0"),
+        (
+            {"widths": [[4, 6], [4, -1]]},
+            "stage2_block1/conv1 takes .* from 0 to 9, got -1 in row 1",
+        ),
+        ({"widths": [[7, 6]]}, "stage1_block1/conv1 takes .* from 0 to 6, got 7 in row 0"),
         ({"strategy": "scan"}, r"strategy must be one of \('auto', .*got 'scan'"),
         ({"max_buckets": 0}, "at least 1, got max_buckets=0"),
         ({"config_batch": 0}, "config_batch=0"),

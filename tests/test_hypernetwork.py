@@ -407,6 +407,23 @@ def test_generation_calls_no_linear_algebra_library(inr):
         assert name not in program
 
 
+# --- widths ----------------------------------------------------------------------------------
+
+
+def test_the_last_skippable_blocks_of_each_stage_are_left_out():
+    spec = cifar_resnet(20, num_classes=10)
+    inner, everything = (
+        resnet.hypernetwork(spec, generated_blocks(spec, which), Grid())
+        for which in ("inner", "all")
+    )
+    widths = (16, 12, 32, 20, 64)
+    assert inner.without_last(widths, 0) == widths
+    assert inner.without_last(widths, 1) == (16, 0, 32, 0, 0)
+    assert inner.without_last(widths, 5) == (0,) * 5
+    kept = [n for n, width in enumerate(everything.without_last(spec.hidden_widths, 9)) if width]
+    assert kept == [n for n, block in enumerate(spec.blocks) if not block.skippable]
+
+
 # --- noise, samples and types ----------------------------------------------------------------
 
 
