@@ -12,6 +12,7 @@ Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protoco
 [0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
 generated blocks of each stage, the last ones, with one size more in each step and a depth term in
 the weights, which two last phases train alone, first for the shallowest network at full width;
+`:full` makes the whole network narrow, residual streams included, in [0.5, 1];
 `:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
 `:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
 with this recipe.
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from neumeta_jax import recipes
 
-PRESETS = ("", "protocol_a", "depth", "smoke", "grid", "per_tensor_mlp")
+PRESETS = ("", "protocol_a", "depth", "full", "smoke", "grid", "per_tensor_mlp")
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -74,6 +75,10 @@ def get_config(preset: str = "") -> ConfigDict:
         config.train.depth_epochs = 4.5
         config.train.num_random_sizes = 3
         config.train.skip_blocks = 0.5
+    if preset == "full":
+        config.generated = "full"
+        config.train.min_width_ratio = 0.5  # a quarter of the multiply-adds
+        config.eval.width_ratios = (1.25, 1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
     if preset == "grid":
         config.channel_order = "smoothness"
         config.inr = recipes.inr("grid")

@@ -226,7 +226,7 @@ def cifar_resnet(
     )
 
 
-GENERATED = ("inner", "not_first", "all")
+GENERATED = ("inner", "not_first", "all", "full")
 
 
 def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
@@ -234,14 +234,15 @@ def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
 
     "inner" leaves out the first block of each stage and the last block of the network: 23 of the
     27 blocks of a ResNet56 (arXiv 2505.05510). "not_first" has the last block too, so that every
-    block can be skipped (see `Block.skippable`). "all" takes every block.
+    block can be skipped (see `Block.skippable`). "all" takes every block, as does "full", where the
+    widths of the residual streams vary too.
 
     >>> len(generated_blocks(cifar_resnet(56, num_classes=100)))
     23
     """
     if which not in GENERATED:
         raise ValueError(f"generated must be one of {GENERATED}, got {which!r}.")
-    if which == "all":
+    if which in ("all", "full"):
         return tuple(range(len(spec.blocks)))
     last = len(spec.blocks) - 1
     chosen = tuple(

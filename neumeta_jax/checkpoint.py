@@ -133,8 +133,7 @@ def save_inr(
 ) -> None:
     """Writes a trained INR with all that `load_inr` needs to generate networks from it."""
     fields = {
-        "spec": hypernetwork.spec.to_dict(),
-        "blocks": list(hypernetwork.blocks),
+        **hypernetwork.describe(),
         "inr": describe_inr(hypernetwork.inr),
     }
     save_tree(path, params, {**fields, **metadata})
@@ -189,6 +188,7 @@ def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[
     elif not path.exists() and str(path) in pretrained():
         path = PRETRAINED / f"{path}.safetensors"
     params, metadata = load_tree(path)
+    params.setdefault("learned", {})  # nothing, where everything is generated
     missing = {"spec", "blocks", "inr"} - set(metadata)
     if missing:
         raise ValueError(f"{path} must hold a trained INR, but its header lacks {sorted(missing)}.")
@@ -196,7 +196,8 @@ def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[
         spec = ResNetSpec.from_dict(metadata.pop("spec"))
         blocks, inr = tuple(metadata.pop("blocks")), make_inr(**metadata.pop("inr"))
         _check_numbers(spec, blocks, inr)
-        hypernetwork = resnet.hypernetwork(spec, blocks, inr)
+        streams = metadata.pop("streams", False) is True
+        hypernetwork = resnet.hypernetwork(spec, blocks, inr, streams=streams)
         # Whatever the caller asks of JAX, an error within is the header's.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             _check_shapes(hypernetwork, params)

@@ -179,7 +179,10 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
         shortcut=network.shortcut,
     )
     hypernetwork = resnet.hypernetwork(
-        spec, architecture.generated_blocks(spec, run.generated), make_inr(**config["inr"])
+        spec,
+        architecture.generated_blocks(spec, run.generated),
+        make_inr(**config["inr"]),
+        streams=run.generated == "full",
     )
     ratios = {
         name: tuple(map(check_width_ratio, getattr(sections["eval"], name)))
@@ -855,12 +858,13 @@ def measure_moments(
     spec = experiment.spec
     chosen = images[:NUM_MOMENT_IMAGES]
     family = resnet.family(spec)
-    hidden = [resnet.hidden_group(block) for block in spec.blocks]
+    names = [resnet.hidden_group(block) for block in spec.blocks]
+    names += experiment.hypernetwork.names
 
     @jax.jit
     def measure(params, images):
         x = experiment.preprocessing.evaluate(images).astype(jnp.float32)
-        return core.moments(family, params, x, hidden)
+        return core.moments(family, params, x, names)
 
     batch_size = min(experiment.evaluation.batch_size, len(chosen))
     batches = range(0, len(chosen) - batch_size + 1, batch_size)  # what is left over is left out

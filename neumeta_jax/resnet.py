@@ -330,26 +330,34 @@ def hidden_group(block: Block) -> str:
     return f"{block.name}/conv1"
 
 
+STREAM_GROUPS = ("stem", "stage2_block0/conv2", "stage3_block0/conv2")
+
+
 @dataclasses.dataclass(frozen=True)
 class ResNetHypernetwork(Hypernetwork):
     """A family of CIFAR ResNets: the full-size `spec`, and which of its `blocks` are generated.
 
-    Tensors are stacked by (stage, stream shape, layer, kind); what is not skipped of a stage makes
-    up for what is; SkipInit goes into every generated block. See `hypernetwork`.
+    The first groups are the hidden channels of these blocks; with `streams` those of the residual
+    streams follow, so that the whole network becomes narrow. Tensors of blocks are stacked by
+    (stage, stream shape, layer, kind); what is not skipped of a stage makes up for what is;
+    SkipInit goes into every generated block. See `hypernetwork`.
     """
 
     spec: ResNetSpec
     blocks: tuple[int, ...]
+    streams: bool = False
 
     def __hash__(self) -> int:
-        return hash((self.spec, self.blocks, self.inr))
+        return hash((self.spec, self.blocks, self.streams, self.inr))
 
-    def label(self, path: str) -> str:
-        name, layer, kind = path.split("/")
-        block = _by_name(self.spec)[name]
+    def label(self, path: str) -> str | None:
+        name, *layer = path.split("/")
+        block = _by_name(self.spec).get(name)
+        if block is None:
+            return None
         # The first block of a stage may read a narrower stream than the others.
         entry = "" if block.in_width == block.out_width else "_entry"
-        return f"stage{block.stage}{entry}_{layer}_{kind}"
+        return f"stage{block.stage}{entry}_{'_'.join(layer)}"
 
     def scope(self, path: str) -> tuple[int, ...]:
         block = _by_name(self.spec).get(path.partition("/")[0])
@@ -358,14 +366,46 @@ class ResNetHypernetwork(Hypernetwork):
         return tuple(position for position, block in members if block.stage == stage)
 
     def scaled(self, name: str) -> bool:
-        return True
+        return name not in STREAM_GROUPS
 
     def is_last(self, path: str) -> bool:
         return path.partition("/")[0] in (self.spec.blocks[-1].name, "head")
 
     @property
     def stages(self) -> tuple[int, ...]:
-        return tuple(self.spec.blocks[n].stage for n in self.blocks)
+        streams = tuple(range(1, NUM_STAGES + 1)) if self.streams else ()
+        return tuple(self.spec.blocks[n].stage for n in self.blocks) + streams
+
+    def describe(self) -> dict[str, Any]:
+        """Which family it is, in JSON types."""
+        fields = {"spec": self.spec.to_dict(), "blocks": list(self.blocks)}
+        return fields | ({"streams": True} if self.streams else {})
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of an image: (height, width, channels)."""
+        return self.spec.image_size, self.spec.image_size, self.spec.channels
+
+    def num_macs(self, widths: Any) -> Any:
+        """Multiply-adds of an image at `widths`, see `num_params`."""
+        return _macs_count(self)(widths)
+
+    def num_layers(self, widths: Sequence[int]) -> int:
+        """Of the network of `widths`; skipped blocks do not count."""
+        return self.spec.depth - 2 * sum(width == 0 for width in widths)
+
+    def at(self, widths: Sequence[int]) -> ResNetSpec:
+        """The network of `widths`."""
+        hidden = [int(width) for width in widths[: len(self.blocks)]]
+        small = morph(self.spec, self.blocks, hidden)
+        if not self.streams:
+            return small
+        streams = tuple(int(width) for width in widths[len(self.blocks) :])
+        return dataclasses.replace(small, stage_widths=streams)
+
+    def apply(self, small: ResNetSpec, tree: Mapping, x: jax.Array) -> jax.Array:
+        """Logits of a network that `dense` returned."""
+        return apply(small, tree, x)
 
     def forward(self, tree: Mapping, x: jax.Array, widths: Sequence[int] | None = None):
         """Logits of a masked tree; the network cut out of it runs where `widths` are given."""
@@ -377,37 +417,15 @@ class ResNetHypernetwork(Hypernetwork):
         widths = [min(-(-width // multiple) * multiple, full) for width, full in sizes]
         return apply(*self.dense(tree, widths), x)
 
-    def describe(self) -> dict[str, Any]:
-        """Which family it is, in JSON types."""
-        return {"spec": self.spec.to_dict(), "blocks": list(self.blocks)}
-
-    def num_macs(self, widths: Any) -> Any:
-        """Multiply-adds of an image at `widths`, see `num_params`."""
-        return _macs_count(self)(widths)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Of an image: (height, width, channels)."""
-        return self.spec.image_size, self.spec.image_size, self.spec.channels
-
-    def num_layers(self, widths: Sequence[int]) -> int:
-        """Of the network of `widths`; skipped blocks do not count."""
-        return self.spec.depth - 2 * sum(width == 0 for width in widths)
-
-    def apply(self, small: ResNetSpec, tree: Mapping, x: jax.Array) -> jax.Array:
-        """Logits of a network that `dense` returned."""
-        return apply(small, tree, x)
-
     def dense(self, tree: Mapping, widths: Sequence[int], sizes=None) -> tuple[ResNetSpec, Params]:
         """The small network inside a tree of the channel numbers `sizes`: (its spec, its tree).
 
-        Keeps the first `widths[i]` channels of `blocks[i]`; blocks of width 0 leave the tree.
+        Keeps the first channels of each group; blocks of width 0 leave the tree.
         """
-        groups, widths = self.groups, [int(width) for width in widths]
+        groups, small = self.groups, self.at(widths)
         if sizes is not None:
-            groups = groups.resized(self.by_name(sizes))
-        sliced = core.slice_params(groups, tree, self.by_name(widths))
-        small = morph(self.spec, self.blocks, widths)
+            groups = groups.resized(self.by_name([int(size) for size in sizes]))
+        sliced = core.slice_params(groups, tree, self.by_name([int(width) for width in widths]))
         return small, {name: sliced[name] for name in param_shapes(small)}
 
 
@@ -421,7 +439,25 @@ def _by_name(spec: ResNetSpec) -> dict[str, Block]:
     return {block.name: block for block in spec.blocks}
 
 
-def hypernetwork(spec: ResNetSpec, blocks: Sequence[int], inr: INR) -> ResNetHypernetwork:
-    """The family of `spec` whose `blocks`, positions in `spec.blocks`, an `inr` generates."""
-    names = tuple(hidden_group(spec.blocks[n]) for n in blocks)
-    return ResNetHypernetwork(family(spec).groups, names, inr, spec, tuple(blocks))
+def hypernetwork(
+    spec: ResNetSpec, blocks: Sequence[int], inr: INR, *, streams: bool = False
+) -> ResNetHypernetwork:
+    """The family of `spec` whose `blocks`, positions in `spec.blocks`, an `inr` generates.
+
+    Args:
+        spec: the full-size network.
+        blocks: whose hidden widths vary.
+        inr: what generates them.
+        streams: whether the widths of the residual streams vary too, with all that writes or reads
+            them: the stem, the head and every block.
+
+    Raises:
+        ValueError: for streams that padded shortcuts tie to each other.
+    """
+    if streams and spec.shortcut != "projection":
+        raise ValueError(
+            "Residual streams vary independently with shortcut='projection' only, got "
+            f"{spec.shortcut!r}; import or train a network with projections."
+        )
+    names = tuple(hidden_group(spec.blocks[n]) for n in blocks) + STREAM_GROUPS * streams
+    return ResNetHypernetwork(family(spec).groups, names, inr, spec, tuple(blocks), streams)

@@ -263,8 +263,8 @@ def latency_cost(space: Space, limit: float | None, measure: Callable[[Widths], 
     """Latency as a sum over the groups, from a few networks measured whole.
 
     Groups of one size and cost share a table: the network is measured with all of them at one width
-    and the others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup tables
-    of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
+    and the others at their largest, at `LATENCY_WIDTHS` widths with straight lines between. Lookup
+    tables of layers are how ProxylessNAS (Cai et al. 2019, arXiv 1812.00332) models latency.
 
     `limit` is in milliseconds, as is what `measure` returns for a network's widths.
     """

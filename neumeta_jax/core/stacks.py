@@ -313,7 +313,7 @@ def tensor_stacks(
         )
         stacked.setdefault(key, []).append(path)
     places = {
-        path: (label(path) or paths[0], row)
+        path: (label(path) or paths[0].replace("/", "."), row)
         for paths in stacked.values()
         for row, path in enumerate(paths)
     }
