@@ -300,8 +300,11 @@ def slice_params(
         ValueError: if a width exceeds the number of channels that `params` has.
     """
     small = morph(spec, blocks, widths)
+    groups = family(spec).groups
     at = {hidden_group(spec.blocks[n]): int(w) for n, w in zip(blocks, widths, strict=True)}
-    sliced = core.slice_params(family(spec).groups, params, at)
+    # One channel, or none, is no group: it stays, or leaves the tree with its block.
+    at = {name: width for name, width in at.items() if width > 1 or name in groups.by_name}
+    sliced = core.slice_params(groups, params, at)
     return small, {name: sliced[name] for name in param_shapes(small)}
 
 
@@ -452,7 +455,7 @@ def hypernetwork(
             them: the stem, the head and every block.
 
     Raises:
-        ValueError: for streams that padded shortcuts tie to each other.
+        ValueError: for streams that padded shortcuts tie to each other, or a group of 1 channel.
     """
     if streams and spec.shortcut != "projection":
         raise ValueError(
@@ -460,4 +463,10 @@ def hypernetwork(
             f"{spec.shortcut!r}; import or train a network with projections."
         )
     names = tuple(hidden_group(spec.blocks[n]) for n in blocks) + STREAM_GROUPS * streams
-    return ResNetHypernetwork(family(spec).groups, names, inr, spec, tuple(blocks), streams)
+    groups = family(spec).groups
+    if single := [name for name in names if name not in groups.by_name]:
+        raise ValueError(
+            "Widths vary for groups of 2 channels or more, of which this network has no "
+            f"{', '.join(single)}; generate other blocks."
+        )
+    return ResNetHypernetwork(groups, names, inr, spec, tuple(blocks), streams)
