@@ -379,6 +379,13 @@ class ResNetHypernetwork(Hypernetwork):
         streams = tuple(range(1, NUM_STAGES + 1)) if self.streams else ()
         return tuple(self.spec.blocks[n].stage for n in self.blocks) + streams
 
+    @property
+    def lowest(self) -> tuple[int, ...]:
+        # Channels that only a padded shortcut brings in would make a sound network too, but blocks
+        # that change the shape are part of every `ResNetSpec`.
+        blocks = tuple(0 if self.spec.blocks[n].skippable else 1 for n in self.blocks)
+        return blocks + (1,) * (len(self.names) - len(blocks))
+
     def describe(self) -> dict[str, Any]:
         """Which family it is, in JSON types."""
         fields = {"spec": self.spec.to_dict(), "blocks": list(self.blocks)}

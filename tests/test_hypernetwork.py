@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import refused
+from networks import random_params, refused
 from test_coordinates import reference_features
 
 from neumeta_jax import core, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
+from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks, morph, widths_at
 from neumeta_jax.core import coordinates, hypernetwork as hyper
 from neumeta_jax.core.inr import (
     INR_KINDS,
@@ -827,6 +827,25 @@ def test_samples_without_a_key_and_types_without_fractions_are_refused(options, 
     family, params = case(INRS["cell grid"])
     with refused(words):
         hyper.generate(family, params, family.widths(1.0), **options)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_a_block_that_changes_the_shape_cannot_be_skipped(shortcut):
+    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), shortcut=shortcut)
+    family = resnet.hypernetwork(spec, (0, 1, 2), Grid())
+    assert family.lowest == (0, 1, 1)
+    with refused("stage2_block0/conv1 takes widths from 1 to 6, got 0"):
+        hyper.generate(family, {}, (0, 0, 8))
+
+
+def test_a_group_of_one_channel_cannot_vary_and_leaves_with_its_block():
+    spec = morph(SPEC, (1,), (1,))
+    with refused("has no stage1_block1/conv1; generate other blocks"):
+        resnet.hypernetwork(spec, (0, 1), Grid())
+    params = random_params(spec)
+    for width in (0, 1):
+        small, tree = resnet.slice_params(spec, params, (0, 1), (2, width))
+        assert jax.tree.map(np.shape, tree) == resnet.param_shapes(small)
 
 
 def test_blocks_of_uneven_width_cannot_be_stacked():
