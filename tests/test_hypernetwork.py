@@ -66,9 +66,9 @@ def fast_key(seed):
 
 
 @functools.cache
-def case(inr, blocks=BLOCKS):
+def case(inr, blocks=BLOCKS, streams=False):
     """A family and parameters of it at random."""
-    family = resnet.hypernetwork(SPEC, blocks, inr)
+    family = resnet.hypernetwork(SPEC, blocks, inr, streams=streams)
 
     def init(key):
         return hyper.init(key, family, resnet.init_params(key, SPEC))
@@ -290,14 +290,17 @@ def test_one_compilation_generates_what_the_equations_give_at_every_width(inr):
 
 
 @all_kinds
-def test_the_dense_network_is_the_masked_one_without_zeros(inr):
-    family, params = case(inr)
-    widths = WIDTHS["partly skipped"]
+@pytest.mark.parametrize("streams", [(), (3, 4, 8)], ids=["blocks", "blocks and streams"])
+def test_the_dense_network_is_the_masked_one_without_zeros(inr, streams):
+    family, params = case(inr, streams=bool(streams))
+    widths = (*WIDTHS["partly skipped"], *streams)
     masked = generate(family, params, widths)
     # Generated in a smaller container, and cut out of the full one.
     smaller = family.dense(generate(family, params, widths, sizes=widths), widths, widths)
     spec, tree = family.dense(masked, widths)
-    assert smaller[0] == spec == morph(SPEC, BLOCKS, widths)
+    assert smaller[0] == spec == family.at(widths)
+    shapes = resnet.param_shapes(spec)
+    assert jax.tree.map(np.shape, tree) == shapes and list(tree) == list(shapes)
     assert_same_tree(smaller[1], tree)
     logits = apply(spec, tree, IMAGES)
     scale = float(jnp.abs(logits).max())

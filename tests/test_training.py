@@ -11,7 +11,7 @@ import pytest
 from networks import refused
 
 from neumeta_jax import data, losses, resnet, training
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
 from neumeta_jax.core.inr.grid import RESAMPLING
@@ -34,8 +34,8 @@ NUM_IMAGES = 24
 
 
 @functools.cache
-def family_of(depth, which="inner", inr=Grid(), stage_widths=(4, 6, 8)):  # noqa: B008
-    spec = cifar_resnet(depth, num_classes=5, stage_widths=stage_widths, image_size=8)
+def family_of(depth, which="inner", inr=Grid(), stage_widths=(4, 6, 8), **fields):  # noqa: B008
+    spec = cifar_resnet(depth, num_classes=5, stage_widths=stage_widths, image_size=8, **fields)
     return resnet.hypernetwork(spec, generated_blocks(spec, which), inr)
 
 
@@ -402,8 +402,9 @@ def test_the_depth_phase_draws_networks_that_skip_blocks(sandwich):
     np.testing.assert_array_equal(plain[1:], drawn(recipe, 39))
 
 
-def test_blocks_that_change_the_shape_are_never_skipped():
-    family = family_of(14, "all")
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_blocks_that_change_the_shape_are_never_skipped(shortcut):
+    family = family_of(14, "all", shortcut=shortcut)
     recipe = InrRecipe(skip_blocks=1.0, max_skipped=1.0)
     skipped = drawn(recipe, 500, family=family) == 0
     skippable = np.array([block.skippable for block in family.spec.blocks])
