@@ -184,6 +184,22 @@ def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
         assert_close(masked_logits(family.by_name(np.array(widths))), expected)
 
 
+def test_what_is_masked_may_be_anything_and_gets_no_gradient():
+    spec, widths = small_spec(), (0, 3, 2, 0, 5, 1)
+    groups = resnet.family(spec).groups
+    by_name = {resnet.hidden_group(b): w for b, w in zip(spec.blocks, widths, strict=True)}
+    params, images = random_params(spec), random_images(spec)
+    mask = jax.jit(lambda tree: core.mask_params(groups, tree, by_name))
+    kept = jax.tree.map(lambda x: np.asarray(x) > 0, mask(jax.tree.map(np.ones_like, params)))
+    poisoned = jax.tree.map(lambda x, keep: np.where(keep, x, np.nan), params, kept)
+    loss = jax.jit(jax.grad(lambda tree: jnp.sum(resnet.apply(spec, mask(tree), images) ** 2)))
+    gradient = loss(poisoned)
+    jax.tree.map(np.testing.assert_array_equal, gradient, loss(params))
+    for x, keep in zip(jax.tree.leaves(gradient), jax.tree.leaves(kept), strict=True):
+        assert np.isfinite(x).all() and not np.asarray(x)[~keep].any()
+        assert np.asarray(x)[keep].any() == keep.any()
+
+
 def test_slicing_beyond_the_tree_is_refused():
     spec = small_spec()
     with refused("stage2_block1/conv1 takes widths from 0 to 6, got 7"):

@@ -14,7 +14,6 @@ from neumeta_jax import data, losses, resnet, training
 from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
-from neumeta_jax.core.inr.grid import RESAMPLING
 from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
@@ -215,47 +214,40 @@ def test_all_phases_warm_up_where_the_recipe_says_so():
     assert [phase.warmup_steps for phase in found] == [10] * 5 + [5]  # no longer than the phase
 
 
-def test_training_at_once_is_one_phase():
-    recipe = InrRecipe(mode="at_once", epochs=2.0)
-    (phase,) = training.phases(FAMILY, recipe, num_images=5120)
-    assert (phase.start, phase.stop, phase.num_active, phase.new_blocks) == (0, 20, 2, (0, 1))
-
-
-def test_fit_comes_first_and_the_final_phase_last():
-    recipe = InrRecipe(fit_steps=3, epochs=1.0, final_epochs=2.0)
+@pytest.mark.parametrize(
+    "recipe, wanted",
+    [
+        (
+            InrRecipe(fit_steps=3, epochs=1.0, final_epochs=2.0),
+            [
+                ("fit", "fit", 3, (0, 1)),
+                ("block 1 of 2", "train", 10, (0,)),
+                ("block 2 of 2", "train", 10, (1,)),
+                ("final", "train", 20, ()),
+            ],
+        ),
+        (InrRecipe(mode="at_once", epochs=2.0), [("all blocks", "train", 20, (0, 1))]),
+        (InrRecipe(epochs=0.0), []),  # phases without steps are left out
+    ],
+    ids=["blockwise", "at once", "no epochs"],
+)
+def test_fit_comes_first_and_the_final_phase_last(recipe, wanted):
     found = training.phases(FAMILY, recipe, num_images=5120)
-    assert [(p.name, p.kind, p.stop - p.start, p.num_active) for p in found] == [
-        ("fit", "fit", 3, 2),
-        ("block 1 of 2", "train", 10, 1),
-        ("block 2 of 2", "train", 10, 2),
-        ("final", "train", 20, 2),
-    ]
-    assert found[-1].new_blocks == ()
-
-
-def test_phases_without_steps_are_left_out():
-    assert training.phases(FAMILY, InrRecipe(epochs=0.0), num_images=5120) == ()
+    assert [(p.name, p.kind, p.stop - p.start, p.new_blocks) for p in found] == wanted
 
 
 # --- recipe ----------------------------------------------------------------------------------
 
 
-CHOICES = [
-    *("mode", "block_init", "learned", "schedule", "fit_widths"),
-    "warmup_phases",
-    "optimizer",
-]
-LENGTHS = [
-    *(f"{name}epochs" for name in ("", "final_", "shallow_", "depth_", "warmup_")),
-    "fit_steps",
-]
+CHOICES = [f.name for f in dataclasses.fields(InrRecipe) if f.type in (str, "str")]
+LENGTHS = [f.name for f in dataclasses.fields(InrRecipe) if f.name.endswith("epochs")]
 
 
 @pytest.mark.parametrize(
     "fields, words",
     [
         *(({name: "upside"}, f"{name} must be one of .*, got 'upside'") for name in CHOICES),
-        *(({name: -1}, name) for name in LENGTHS),
+        *(({name: -1}, name) for name in (*LENGTHS, "fit_steps")),
         *(
             ({"min_width_ratio": low, "max_width_ratio": high}, rf"got \[{low}, {high}\]")
             for low, high in ((0.0, 1.0), (-0.5, 1.0), (0.8, 0.7), (0.5, 1.25))
@@ -287,13 +279,6 @@ def test_a_teachers_recipe_refuses_what_trains_nothing(field, value):
 # --- schedules and widths --------------------------------------------------------------------
 
 
-def scales(schedule, *, start=100, num_steps, warmup_steps):
-    phase = PhaseInputs(start, num_steps, warmup_steps, np.ones(2, bool), True, {})
-    recipe = InrRecipe(schedule=schedule)
-    steps = jnp.arange(start, start + num_steps)
-    return np.asarray(training.learning_rate_scale(recipe, steps, phase))
-
-
 @pytest.mark.parametrize("schedule", training.SCHEDULES)
 @pytest.mark.parametrize("num_steps, warmup_steps", [(40, 10), (40, 0), (10, 10)])
 def test_schedules_warm_up_linearly_and_stay_or_fall_by_half_a_cosine(
@@ -304,7 +289,8 @@ def test_schedules_warm_up_linearly_and_stay_or_fall_by_half_a_cosine(
     if schedule == "cosine":
         after = 0.5 * (1 + np.cos(np.pi * (done - warmup_steps) / max(num_steps - warmup_steps, 1)))
     wanted = np.where(done < warmup_steps, (done + 1) / max(warmup_steps, 1), after)
-    actual = scales(schedule, num_steps=num_steps, warmup_steps=warmup_steps)
+    phase = PhaseInputs(100, num_steps, warmup_steps, np.ones(2, bool), True, {})
+    actual = training.learning_rate_scale(InrRecipe(schedule=schedule), 100 + done, phase)
     np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -594,26 +580,6 @@ def test_all_or_none_of_the_learned_parameters_train(params, learned, flag):
     assert set(map(float, jax.tree.leaves(mask["learned"]))) == {flag}
 
 
-def test_the_depth_term_learns_from_networks_that_skip_blocks_only(deep_params, backbone):
-    family, params = DEEP, deep_params
-    inputs = training.phase_inputs(family, RECIPE, one_phase(2))
-    full = jnp.array(family.full_widths)
-
-    def loss(params, widths):
-        generated = hyper.generate_tensors(family, params["inr"], widths)
-        tree = training.mixed_tree(
-            family, params, generated, hyper.flat(backbone), inputs.active, widths
-        )
-        return jnp.sum(resnet.apply(SPEC, tree, jnp.ones((1, 8, 8, 3))) ** 2)
-
-    gradient = jax.jit(jax.grad(loss))
-    for widths, stages in ((full, set()), (full.at[1].set(0), {2})):
-        found = gradient(params, widths)
-        learned = {name for name, x in leaves(found["depth"]).items() if np.any(x)}
-        assert all(f"stage{stage}_" in name for name in learned for stage in stages)
-        assert bool(learned) == bool(stages)
-
-
 def depth_step(deep_params, backbone, recipe, *, unroll, kind, **rates):
     """A step of `recipe`, with the learning rates `rates` in place of its own."""
     call = step_of(DEEP, recipe, unroll=unroll, kind=kind)
@@ -803,26 +769,6 @@ def test_calls_end_at_epochs_and_at_every_stride():
     assert steps == [4, 5, 6, 8, 10, 12, 15]
 
 
-def test_inr_steps_in_chunks_end_at_the_same_parameters(call, looped_call, params, backbone):
-    phase = one_phase(2)
-    inputs = training.phase_inputs(FAMILY, RECIPE, phase)
-    ends = [
-        run_steps(
-            chunk,
-            training.start_phase(params, FAMILY, RECIPE, phase),
-            2,
-            images_per_step=RECIPE.images_per_step,
-            steps_per_call=steps_per_call,
-            rest=(backbone, inputs),
-        )
-        for chunk, steps_per_call in ((call, 1), (looped_call, 5))
-    ]
-    # Adam turns a gradient near zero into a whole step, so the parameters' tolerance is a fraction
-    # of one, and the moments' is tight.
-    chex.assert_trees_all_close(ends[1].params, ends[0].params, rtol=1e-3, atol=2e-3)
-    chex.assert_trees_all_close(ends[1].opt_state, ends[0].opt_state, rtol=1e-2, atol=1e-4)
-
-
 def chunk_arguments(params, backbone):
     """What `looped_call` takes for two steps, on the device."""
     phase = one_phase(2)
@@ -901,23 +847,6 @@ def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, pa
         with pytest.raises(DrawnError):
             update(state, step, jax.random.key(0), None, None, backbone, inputs)
     assert len(set(drawn)) > 1
-
-
-# --- closed-form start -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("resampling", RESAMPLING)
-def test_a_grid_that_starts_from_the_backbone_reproduces_its_logits(resampling):
-    family = family_of(14, "all", Grid(resampling=resampling))
-    backbone = random_backbone(family.spec)
-    start = init(family, backbone)
-    recipe = InrRecipe(mode="at_once", block_init="teacher", alpha_init=1.0)
-    phase = training.phases(family, recipe, num_images=512)[0]
-    state = training.start_phase(start, family, recipe, phase)
-    tree = generate(family, state.params, np.array(family.full_widths, np.int32))
-    images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
-    apply = jax.jit(lambda tree: resnet.apply(family.spec, tree, images))
-    np.testing.assert_allclose(apply(tree), apply(backbone), rtol=1e-4, atol=1e-5)
 
 
 # --- teacher ---------------------------------------------------------------------------------
