@@ -84,13 +84,11 @@ def main(argv):
             raise command_line.UsageError(
                 "--teacher=FILE needs --config=FILE, for data and images."
             )
-        needs_inr = [options.random_ratios, options.random_networks, options.spec]
-        needs_inr.append(options.skipped_blocks)
-        given = options.figures or options.report or options.int8
-        if given or any(value is not None for value in needs_inr):
+        others = FLAGS.keys() - {"teacher", "split", "data_dir"}
+        if given := sorted(name for name in others if options[name].present):
             raise command_line.UsageError(
-                "--figures, --report, --int8, --random_ratios, --random_networks, --skipped_blocks "
-                "and --spec need a trained INR, got --teacher; use --workdir."
+                f"--{', --'.join(given)} and --teacher were given together, but a file of a "
+                "teacher is checked alone; leave one of them out."
             )
         if options.data_dir:
             config["data"]["dir"] = options.data_dir

@@ -121,6 +121,10 @@ class ResNetSpec:
         return 2 * len(self.hidden_widths) + 2
 
     @property
+    def title(self) -> str:
+        return f"ResNet{self.depth}"
+
+    @property
     def num_layers(self) -> int:
         """Of those that are there: `depth` counts skipped blocks too."""
         return 2 + 2 * sum(width > 0 for width in self.hidden_widths)
@@ -173,6 +177,11 @@ class ResNetSpec:
         stem = 9 * self.channels * self.stage_widths[0] * self.image_size**2
         head = self.stage_widths[-1] * self.num_classes
         return stem + sum(block.num_macs for block in self.blocks) + head
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Of an image: (height, width, channels)."""
+        return self.image_size, self.image_size, self.channels
 
     def to_dict(self) -> dict:
         """The spec as plain JSON types; `from_dict` is the inverse."""

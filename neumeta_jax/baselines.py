@@ -549,7 +549,7 @@ def sgd_update(
                 "accuracy": losses.accuracy(logits[-1], y),
                 "full_accuracy": losses.accuracy(logits[0], y),
             }
-            return loss, (stats, found)
+            return loss, ({"batch_stats": stats}, found)
 
         return training.sgd_step(optimizer, state, loss_fn)
 
@@ -736,7 +736,7 @@ class Run:
             momentum=baseline.momentum,
             weight_decay=baseline.weight_decay,
         )
-        optimizer = training.sgd_optimizer(recipe, baseline.num_steps)
+        optimizer = training.teacher_optimizer(recipe, baseline.num_steps)
         preprocessing = experiment.preprocessing
 
         def fresh():
@@ -1082,6 +1082,11 @@ def main(argv: Sequence[str]) -> None:
     config = within_budget(config, options.budget, len(splits.train_labels))
     baseline = section(config)
     experiment = lab.from_config(config, dataset)
+    if not isinstance(experiment.spec, ResNetSpec):
+        raise UsageError(
+            "Methods are compared on CIFAR ResNets, got network.factory="
+            f"{experiment.spec.factory!r}; leave it empty."
+        )
     read = SPLITS[:1] if options.trial else SPLITS
     for split in read:
         lab.evaluation_split(splits, split)

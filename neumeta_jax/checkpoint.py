@@ -22,11 +22,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from neumeta_jax import resnet, storage
-from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax import families, storage
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.core.inr import INR, describe_inr, make_inr
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.core.inr import describe_inr, make_inr
+from neumeta_jax.families import Family
+from neumeta_jax.resnet import Params
 
 # Orbax takes a quarter of the time of all imports. A run that starts needs it at its first save.
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _reason(error: Exception) -> str:
 
 
 def save_inr(
-    path: str | os.PathLike, hypernetwork: ResNetHypernetwork, params: Mapping, **metadata: Any
+    path: str | os.PathLike, hypernetwork: Family, params: Mapping, **metadata: Any
 ) -> None:
     """Writes a trained INR with all that `load_inr` needs to generate networks from it."""
     fields = {
@@ -168,12 +168,12 @@ def unpack(name: str, workdir: pathlib.Path) -> None:
             shutil.copyfile(PRETRAINED / f"{name}{suffix}", partial)
 
 
-def load(name: str) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
+def load(name: str) -> tuple[Family, Params, dict[str, Any]]:
     """`load_inr`; `name` is one of `pretrained()`, a work directory of train.py, or a file."""
     return load_inr(name)
 
 
-def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[str, Any]]:
+def load_inr(path: str | os.PathLike) -> tuple[Family, Params, dict[str, Any]]:
     """The (hypernetwork, params, metadata) of a trained INR; parameters are float32.
 
     `path` is a work directory of train.py, the file `inr.safetensors` in it, or the name of one of
@@ -189,15 +189,16 @@ def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[
         path = PRETRAINED / f"{path}.safetensors"
     params, metadata = load_tree(path)
     params.setdefault("learned", {})  # nothing, where everything is generated
-    missing = {"spec", "blocks", "inr"} - set(metadata)
-    if missing:
-        raise ValueError(f"{path} must hold a trained INR, but its header lacks {sorted(missing)}.")
+    kinds = {"spec", "blocks", "inr"}, {"network", "names", "inr"}
+    if not any(kind <= set(metadata) for kind in kinds):
+        missing = sorted(kinds["network" in metadata] - set(metadata))
+        raise ValueError(f"{path} must hold a trained INR, but its header lacks {missing}.")
     try:
-        spec = ResNetSpec.from_dict(metadata.pop("spec"))
-        blocks, inr = tuple(metadata.pop("blocks")), make_inr(**metadata.pop("inr"))
-        _check_numbers(spec, blocks, inr)
-        streams = metadata.pop("streams", False) is True
-        hypernetwork = resnet.hypernetwork(spec, blocks, inr, streams=streams)
+        inr = make_inr(**metadata.pop("inr"))
+        families.check_numbers(describe_inr(inr).values())
+        hypernetwork = families.from_description(metadata, inr)
+        for name in hypernetwork.describe():
+            del metadata[name]
         # Whatever the caller asks of JAX, an error within is the header's.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             _check_shapes(hypernetwork, params)
@@ -210,26 +211,11 @@ def load_inr(path: str | os.PathLike) -> tuple[ResNetHypernetwork, Params, dict[
     return hypernetwork, jax.tree.map(lambda x: x.astype(jnp.float32), params), metadata
 
 
-_MAX_NUMBER = 2**16  # of channels, blocks, layers, ... that a header may ask for
-
-
-def _check_numbers(spec: ResNetSpec, blocks: tuple[int, ...], inr: INR) -> None:
-    """Raises ValueError unless what came from a header is small enough to be believed."""
-    numbers = (*dataclasses.astuple(spec), blocks, *describe_inr(inr).values())
-    for number in itertools.chain(*(n if isinstance(n, tuple) else (n,) for n in numbers)):
-        if type(number) not in (int, float, str, bool) or (
-            type(number) is int and not 0 <= number <= _MAX_NUMBER
-        ):
-            raise ValueError(f"numbers from 0 to {_MAX_NUMBER} are read, got {number!r}"[:200])
-    if list(blocks) != sorted({n for n in blocks if n < len(spec.blocks)}):
-        raise ValueError(f"blocks must count upwards below {len(spec.blocks)}, got {blocks}"[:200])
-
-
-def _check_shapes(hypernetwork: ResNetHypernetwork, params: Mapping) -> None:
+def _check_shapes(hypernetwork: Family, params: Mapping) -> None:
     """Raises ValueError unless `params` are those of `hypernetwork`."""
     wanted = jax.eval_shape(
         lambda tree: hyper.init(jax.random.key(0), hypernetwork, tree),
-        resnet.abstract_params(hypernetwork.spec),
+        hypernetwork.network.abstract_params(),
     )
     if difference := first_difference(params, wanted):
         raise ValueError(difference)

@@ -857,5 +857,8 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
             f"Images with {images.shape[-1]} channels need as many means and stds, "
             f"got {len(mean)} and {len(std)}; use channel_statistics."
         )
-    scaled = images.astype(jnp.float32) / 255
-    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    shift, scale = (
+        jnp.expand_dims(jnp.asarray(numbers, jnp.float32), range(images.ndim - 1))
+        for numbers in (mean, std)
+    )
+    return (images.astype(jnp.float32) / 255 - shift) / scale

@@ -14,6 +14,7 @@ import numpy as np
 
 from neumeta_jax import core, data, losses, resnet, training
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.families import Family
 from neumeta_jax.resnet import ResNetHypernetwork
 from neumeta_jax.training import Images, InrRecipe, PhaseInputs, Preprocessing
 
@@ -44,16 +45,20 @@ def _first(found: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def locate_in_teacher(
-    spec: resnet.ResNetSpec,
+    network: Any,
     preprocessing: Preprocessing,
     variables: Mapping,
     step: Step,
     images: Images,
 ) -> str:
-    """Where a network with batch norm is first not finite, for an error's sentence; "" if nowhere.
+    """Where a ResNet with batch norm is first not finite, for an error's sentence; "" of others.
 
     `variables` are the linen ones before the step; `step` and `images` are what it saw.
     """
+
+    spec = network.spec
+    if not isinstance(spec, resnet.ResNetSpec):
+        return ""
 
     @jax.jit
     def activations(variables, images, labels):
@@ -79,7 +84,7 @@ def locate_in_teacher(
 
 
 def locate_in_inr(
-    hypernetwork: ResNetHypernetwork,
+    hypernetwork: Family,
     recipe: InrRecipe,
     preprocessing: Preprocessing,
     params: Mapping,
@@ -92,9 +97,12 @@ def locate_in_inr(
 ) -> str:
     """Where a step of INR training is first not finite, for an error's sentence; "" if nowhere.
 
-    `params` are those before the step, `step` and `images` what it saw, `teacher` and `phase` its
-    other arguments; `kind` is that of the phase, "fit" or one of `training.STEP_KINDS`.
+    Of ResNets only. `params` are those before the step, `step` and `images` what it saw, `teacher`
+    and `phase` its other arguments; `kind` is that of the phase, "fit" or one of
+    `training.STEP_KINDS`.
     """
+    if not isinstance(hypernetwork, ResNetHypernetwork):
+        return ""
     spec, blocks = hypernetwork.spec, hypernetwork.blocks
     names = [spec.blocks[n].name for n in blocks]
     step_key = jax.random.fold_in(step.key, step.number)
@@ -175,61 +183,73 @@ class Idle(NamedTuple):
     """What a family's networks have and do not use.
 
     Attributes:
-        channels: by name of a generated block, how many of its hidden channels never fire at full
-            width, where there are any.
-        blocks: positions of the generated blocks whose removal changes no logit, neither at full
-            width nor at the smallest.
+        channels: by name of an elastic group, how many of its channels never fire at full width,
+            where there are any; of groups that only products read.
+        groups: positions of the groups whose removal, with their branch, changes no logit, neither
+            at full width nor at the smallest.
     """
 
     channels: dict[str, int]
-    blocks: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+NUM_FIRST_IMAGES = 64  # what changes a logit of these need not be tried on all
 
 
 def idle_parts(
-    hypernetwork: ResNetHypernetwork, params: Mapping, images: jax.Array, smallest: Sequence[int]
+    hypernetwork: Family, params: Mapping, images: jax.Array, smallest: Sequence[int]
 ) -> Idle:
     """What does nothing on normalised `images`, float[batch, size, size, channels].
 
     Args:
         hypernetwork, params: a trained family.
         images: to look at; what fires on others only is missed.
-        smallest: the smallest hidden widths to look at.
+        smallest: the smallest widths to look at.
     """
-    spec = hypernetwork.spec
-    names = [spec.blocks[n].name for n in hypernetwork.blocks]
+    names, network = hypernetwork.names, hypernetwork.network
 
     @jax.jit
-    def look(params, widths, images):
-        tree = hyper.generate(hypernetwork, params, widths)
-        return resnet.activity(spec, tree, images), resnet.apply(spec, tree, images)
+    def tree_at(params, widths):
+        return hyper.generate(hypernetwork, params, widths)
 
-    channels: dict[str, int] = {}
-    idle = set(range(len(names)))
-    for number, chosen in enumerate((hypernetwork.full_widths, smallest)):
-        widths = np.array(chosen, np.int32)
-        found, logits = jax.device_get(look(params, widths, images))
-        if number == 0:
-            silent = {name: int(np.sum(found[name][0] <= 0)) for name in names}
-            channels = {name: count for name, count in silent.items() if count}
-        for position in sorted(idle):
-            without = widths.copy()
-            without[position] = 0
-            # A block that leaves the stream as it is can still have a part in a depth term.
-            if found[names[position]][1] > 0 or not np.allclose(
-                jax.device_get(look(params, without, images))[1], logits, rtol=1e-5, atol=1e-5
-            ):
-                idle.remove(position)
-    return Idle(channels, tuple(sorted(idle)))
+    @jax.jit
+    def energies(tree, images):
+        moments = core.moments(network.family, tree, images.astype(jnp.float32), names)
+        return {path: jnp.diagonal(moment)[:-1] for path, moment in moments.items()}
+
+    forward = jax.jit(network.apply)
+    full = np.array(hypernetwork.full_widths, np.int32)
+    silent: dict[str, np.ndarray] = {}
+    for path, energy in jax.device_get(energies(tree_at(params, full), images)).items():
+        (reader,) = (r for r in hypernetwork.groups.readers if r.path == path)
+        axes = [hypernetwork.groups.axes[path][n] for n in reader.reads]
+        if len(axes) == 1 and axes[0].group in names:
+            name = axes[0].group
+            silent[name] = silent.get(name, True) & (energy <= 0)
+    channels = {name: int(flags.sum()) for name, flags in silent.items() if flags.any()}
+
+    idle = [n for n, lowest in enumerate(hypernetwork.lowest) if lowest == 0]
+    for widths in (full, np.array(smallest, np.int32)):
+        whole = tree_at(params, widths)
+        for some in (images[:NUM_FIRST_IMAGES], images) if idle else ():
+            logits = jax.device_get(forward(whole, some))
+            for position in tuple(idle):
+                without = widths.copy()
+                without[position] = 0
+                others = jax.device_get(forward(tree_at(params, without), some))
+                if not np.allclose(others, logits, rtol=1e-5, atol=1e-5):
+                    idle.remove(position)
+    return Idle(channels, tuple(idle))
 
 
-def describe_idle(hypernetwork: ResNetHypernetwork, idle: Idle) -> list[str]:
+def describe_idle(hypernetwork: Family, idle: Idle) -> list[str]:
     """Sentences on what does nothing; none where all does something."""
-    spec, lines = hypernetwork.spec, []
-    widths = {spec.blocks[n].name: spec.blocks[n].hidden_width for n in hypernetwork.blocks}
+    names, lines = hypernetwork.names, []
+    sizes = dict(zip(names, hypernetwork.full_widths, strict=True))
     if idle.channels:
-        parts = [f"{count} of {widths[name]} in {name}" for name, count in idle.channels.items()]
-        lines.append(f"hidden channels that never fire: {', '.join(parts)}")
-    if idle.blocks:
-        names = [spec.blocks[hypernetwork.blocks[position]].name for position in idle.blocks]
-        lines.append(f"blocks that change no logit and can be left out: {', '.join(names)}")
+        parts = [f"{count} of {sizes[name]} in {name}" for name, count in idle.channels.items()]
+        lines.append(f"channels that never fire: {', '.join(parts)}")
+    if idle.groups:
+        branches = ", ".join(names[position] for position in idle.groups)
+        lines.append(f"branches that change no logit and can be left out: {branches}")
     return lines

@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from neumeta_jax import consistency, resnet, storage, timing
-from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax import consistency, families, storage, timing
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.command_line import Flags
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.widths import MAX_WIDTH_RATIO
-from neumeta_jax.resnet import ResNetHypernetwork
+from neumeta_jax.families import Family
 from neumeta_jax.training import Preprocessing
 
 
@@ -68,17 +67,13 @@ class Comparison:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_correct(spec, preprocessing, tree, images, labels):
-    images = preprocessing.evaluate(images)
-    if "batch_stats" in tree:
-        logits = jnp.asarray(resnet.ResNet(spec).apply(tree, images))
-    else:
-        logits = resnet.apply(spec, tree, images)
+def _count_correct(network, preprocessing, tree, images, labels):
+    logits = network.apply(tree, preprocessing.evaluate(images))
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
 def accuracy(
-    spec: ResNetSpec,
+    network: Any,
     tree: Mapping,
     images: np.ndarray,
     labels: np.ndarray,
@@ -88,7 +83,8 @@ def accuracy(
 ) -> float:
     """Top-1 accuracy in [0, 1] of a network on uint8 images NHWC, labels int[n].
 
-    `tree` is a folded one, or linen variables, whose batch-norm statistics then count.
+    `network` is a `resnet.Network` or `networks.linen.Network`; batch-norm statistics of linen
+    variables count.
     """
     if len(images) == 0:
         raise ValueError("Evaluation needs at least one image, got an empty split.")
@@ -100,7 +96,7 @@ def accuracy(
         if missing:  # one shape, one compilation; no image has the label -1
             x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
             y = np.concatenate([y, np.full(missing, -1, y.dtype)])
-        correct.append(_count_correct(spec, preprocessing, tree, x, y))
+        correct.append(_count_correct(network, preprocessing, tree, x, y))
     return sum(int(n) for n in correct) / len(images)
 
 
@@ -178,7 +174,7 @@ class _Job:
             depends on them.
     """
 
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Family
     preprocessing: Preprocessing
     strategy: str
     num_samples: int
@@ -223,7 +219,7 @@ def _network(job: _Job, params, widths, key):
 def _score(job: _Job, tree, images, labels):
     """(number correct, what was asked for of each image) of one network on one batch."""
     small, tree = job.hypernetwork.dense(tree, job.container, job.drawn_at)
-    logits = job.hypernetwork.apply(small, tree, job.preprocessing.evaluate(images))
+    logits = families.run(small, tree, job.preprocessing.evaluate(images))
     predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     found = {}
     if job.predictions:
@@ -387,7 +383,7 @@ def compilation_macs(platform: str) -> float:
     return _MACS_PER_COMPILATION.get(platform, _MACS_PER_COMPILATION_ELSEWHERE)
 
 
-def _check_grid(hypernetwork: ResNetHypernetwork, widths) -> np.ndarray:
+def _check_grid(hypernetwork: Family, widths) -> np.ndarray:
     """`widths` as int32[N, blocks], if every row is a network."""
     names = hypernetwork.names
     widths = np.asarray(widths)
@@ -413,11 +409,11 @@ def _check_grid(hypernetwork: ResNetHypernetwork, widths) -> np.ndarray:
     return widths.astype(np.int32)
 
 
-def _check_images(spec: ResNetSpec, images, labels) -> tuple[np.ndarray, np.ndarray]:
+def _check_images(spec: Any, images, labels) -> tuple[np.ndarray, np.ndarray]:
     images, labels = np.asarray(images), np.asarray(labels)
     if len(images) == 0:
         raise ValueError("Evaluation needs at least one image, got an empty split.")
-    shape = (spec.image_size, spec.image_size, spec.channels)
+    shape = spec.input_shape
     if images.shape[1:] != shape or images.dtype != np.uint8:
         raise ValueError(
             f"images must be uint8[n, {', '.join(map(str, shape))}] for this network, got "
@@ -451,7 +447,7 @@ def _check_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def evaluate_grid(
-    hypernetwork: ResNetHypernetwork,
+    hypernetwork: Family,
     params: Mapping,
     widths: np.ndarray,
     images: np.ndarray,
@@ -639,7 +635,7 @@ def _at_bucket(job: _Job, bucket: Bucket, widths: np.ndarray) -> _Job:
 
 
 def _buckets(
-    hypernetwork: ResNetHypernetwork,
+    hypernetwork: Family,
     widths: np.ndarray,
     *,
     noisy: bool,
@@ -689,7 +685,7 @@ class Evaluator:
         comparison: with the full network, of all that is known; None: that is not asked for.
     """
 
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Family
     params: Mapping
     images: np.ndarray
     labels: np.ndarray
@@ -861,7 +857,7 @@ def _readers(hypernetwork, sizes, path, params, widths):
     return jax.lax.map(kernel, widths)
 
 
-def weight_slices(hypernetwork: ResNetHypernetwork, params: Mapping) -> WeightSlices:
+def weight_slices(hypernetwork: Family, params: Mapping) -> WeightSlices:
     """conv2 of the last generated block at every hidden width that it takes, in one compilation.
 
     The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the

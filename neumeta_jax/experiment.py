@@ -50,11 +50,15 @@ from neumeta_jax import (
 from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import Interrupted, UsageError, local
 from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax.core.family import num_values
 from neumeta_jax.core.inr import describe_inr, make_inr
 from neumeta_jax.core.widths import check_width_ratio
 from neumeta_jax.evaluation import GridRow
+from neumeta_jax.families import Family
+from neumeta_jax.networks import linen
+from neumeta_jax.networks.linen import LinenSpec
 from neumeta_jax.progress import MetricsFile, Progress
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.resnet import Params
 from neumeta_jax.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -72,14 +76,14 @@ class Experiment:
     name: str
     fingerprint: str
     run: recipes.Run
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Any  # a Family; the comparison with other methods has ResNets only
     preprocessing: Preprocessing
     teacher: recipes.Teacher
     recipe: recipes.Train
     evaluation: recipes.Evaluation
 
     @property
-    def spec(self) -> ResNetSpec:
+    def spec(self) -> Any:
         return self.hypernetwork.spec
 
     @property
@@ -88,7 +92,7 @@ class Experiment:
 
     @property
     def network(self) -> str:
-        return f"ResNet{self.spec.depth}"
+        return self.spec.title
 
     @property
     def in_float32(self) -> "Experiment":
@@ -102,14 +106,12 @@ class Experiment:
         return {"num_samples": num_samples, "key": key}
 
     def accuracy(
-        self, tree: Params, images: np.ndarray, labels: np.ndarray, spec: ResNetSpec | None = None
+        self, tree: Params, images: np.ndarray, labels: np.ndarray, network: Any = None
     ) -> float:
-        """`evaluation.accuracy` of a tree, of the full size unless `spec` says otherwise."""
+        """`evaluation.accuracy` of a tree, of the full size unless `network` says otherwise."""
+        network = network or self.hypernetwork.network
         options = {"batch_size": self.evaluation.batch_size}
-        preprocessing = self.preprocessing
-        return evaluation.accuracy(
-            spec or self.spec, tree, images, labels, preprocessing, **options
-        )
+        return evaluation.accuracy(network, tree, images, labels, self.preprocessing, **options)
 
 
 @contextlib.contextmanager
@@ -170,20 +172,7 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
             f"data.mean and data.std need {dataset.channels} entries, those of std above 0, got "
             f"{mean} and {std}."
         )
-    spec = architecture.cifar_resnet(
-        network.depth,
-        num_classes=dataset.num_classes,
-        stage_widths=network.stage_widths,
-        image_size=dataset.image_size,
-        channels=dataset.channels,
-        shortcut=network.shortcut,
-    )
-    hypernetwork = resnet.hypernetwork(
-        spec,
-        architecture.generated_blocks(spec, run.generated),
-        make_inr(**config["inr"]),
-        streams=run.generated == "full",
-    )
+    hypernetwork = _hypernetwork(network, run, make_inr(**config["inr"]), dataset)
     ratios = {
         name: tuple(map(check_width_ratio, getattr(sections["eval"], name)))
         for name in ("width_ratios", "progress_ratios")
@@ -206,6 +195,28 @@ def from_config(config: Mapping[str, Any], dataset: data.Dataset) -> Experiment:
     )
 
 
+def _hypernetwork(
+    network: recipes.Network, run: recipes.Run, inr: Any, dataset: data.Dataset
+) -> Family:
+    """The family of the section `network` on the images of a data set."""
+    sizes = {name: getattr(dataset, name) for name in ("num_classes", "image_size", "channels")}
+    streams = run.generated == "full"
+    if network.factory:
+        try:
+            fields = json.loads(network.fields)
+        except json.JSONDecodeError as error:
+            raise UsageError(
+                f"network.fields must be JSON such as '{{\"width\": 32}}', got {network.fields!r} "
+                f"({error})."
+            ) from None
+        spec = linen.LinenSpec.from_dict({"factory": network.factory, "fields": fields, **sizes})
+        return linen.hypernetwork(spec, inr, streams=streams)
+    shapes = {"stage_widths": network.stage_widths, "shortcut": network.shortcut}
+    spec = architecture.cifar_resnet(network.depth, **shapes, **sizes)
+    blocks = architecture.generated_blocks(spec, run.generated)
+    return resnet.hypernetwork(spec, blocks, inr, streams=streams)
+
+
 def for_teacher(config: Mapping[str, Any], dataset: data.Dataset, spec: ResNetSpec) -> Experiment:
     """The experiment of `config` with a teacher's `spec` in place of the config's network."""
     if spec.num_classes != dataset.num_classes or spec.channels != dataset.channels:
@@ -218,7 +229,7 @@ def for_teacher(config: Mapping[str, Any], dataset: data.Dataset, spec: ResNetSp
     return dataclasses.replace(experiment, hypernetwork=family)
 
 
-def check_same_family(experiment: Experiment, hypernetwork: ResNetHypernetwork) -> None:
+def check_same_family(experiment: Experiment, hypernetwork: Family) -> None:
     """Raises ValueError if a saved INR generates other networks than the experiment's."""
     if hypernetwork != experiment.hypernetwork:
         raise UsageError(
@@ -420,15 +431,17 @@ class TrainedRun(NamedTuple):
 
     workdir: pathlib.Path
     config: dict[str, Any]
-    hypernetwork: ResNetHypernetwork
+    hypernetwork: Family
     params: Params
     metadata: dict[str, Any]
 
     def without_data(self, num_images: int) -> tuple[Experiment, data.Splits]:
         """The experiment with as many random images in place of each split of its data."""
         spec, rng = self.hypernetwork.spec, np.random.default_rng(0)
-        size = spec.image_size, spec.image_size, spec.channels
-        split = rng.integers(0, 256, (num_images, *size), np.uint8), np.zeros(num_images, int)
+        split = (
+            rng.integers(0, 256, (num_images, *spec.input_shape), np.uint8),
+            np.zeros(num_images, int),
+        )
         name, known = self.config["data"]["name"], {"mean", "std"} & set(self.metadata)
         section = self.config["data"] | {field: self.metadata[field] for field in known}
         if not section["mean"] and name not in data.NORMALIZATION:
@@ -738,7 +751,7 @@ def _on_device(splits: data.Splits) -> Images:
 
 def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits) -> Params:
     """Trains the full-size network with batch norm; returns its linen variables."""
-    recipe, spec = experiment.teacher, experiment.spec
+    recipe, network = experiment.teacher, experiment.hypernetwork.network
     preprocessing = experiment.preprocessing
     num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
     key, images, mesh = phase_key(experiment, 0), _on_device(splits), data_mesh(experiment)
@@ -748,12 +761,12 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: data.Splits)
         return {"1.0": experiment.accuracy(state.params, *chosen)} if len(chosen[1]) else {}
 
     def locate(state, step):
-        return diagnosis.locate_in_teacher(spec, preprocessing, state.params, step, images)
+        return diagnosis.locate_in_teacher(network, preprocessing, state.params, step, images)
 
     part = Part(workdir, experiment.run, "teacher", "teacher", key, images, num_steps, mesh)
     state = part.train(
-        training.teacher_update(spec, recipe, preprocessing, num_steps, mesh=mesh),
-        lambda: training.teacher_init(key, spec, recipe, num_steps),
+        training.teacher_update(network, recipe, preprocessing, num_steps, mesh=mesh),
+        lambda: training.teacher_init(key, network, recipe, num_steps),
         images_per_step=recipe.batch_size,
         shown=("loss", "accuracy"),
         evaluate=evaluate,
@@ -787,8 +800,12 @@ def load_start(experiment: Experiment) -> Params | None:
 
 
 def import_teacher(experiment: Experiment, path: str) -> Params:
-    """Linen variables of a PyTorch network from a file; it must have the experiment's spec."""
+    """Linen variables of the experiment's network from a file: of PyTorch, or of another run."""
     spec = experiment.spec
+    if isinstance(spec, LinenSpec):
+        variables, _ = checkpoint.load_tree(path)
+        experiment.hypernetwork.groups.leaves(variables, {})
+        return variables
     _, variables = teacher_import.load_teacher(path, image_size=spec.image_size, spec=spec)
     return variables
 
@@ -819,7 +836,7 @@ def fold_and_order(
     `images` and `labels` are what accuracy is measured on, in float32; channels are ordered by
     importance on `train_images`.
     """
-    spec, number = experiment.spec, len(labels)
+    network, number = experiment.hypernetwork.network, len(labels)
     report = {}
 
     def measure(name, tree):
@@ -829,11 +846,11 @@ def fold_and_order(
             print(f"teacher accuracy {name}: {100 * found:.2f} % ({correct})", flush=True)
 
     measure("as trained", variables)
-    params = resnet.fold_batch_norm(variables)
+    params = network.fold(variables)
     measure("folded", params)
     if experiment.run.channel_order == "as_trained":
         return Backbone(params, report)
-    groups = resnet.family(spec).groups
+    groups = experiment.hypernetwork.groups
     before = ordering.total_variation(groups, params)
     if experiment.run.channel_order == "smoothness":
         params, _ = ordering.smooth(groups, params)
@@ -851,15 +868,15 @@ def fold_and_order(
 def measure_moments(
     experiment: Experiment, params: Params, images: np.ndarray
 ) -> dict[str, jax.Array]:
-    """`core.moments` of the hidden channels of all blocks over the first 2,000 uint8 `images`.
+    """`core.moments` of the elastic groups over the first 2,000 uint8 `images`.
+
+    Of a ResNet those of the hidden channels of all blocks, generated or not, are measured too.
 
     Does not wait for the device, so that the caller can trace what comes next meanwhile.
     """
-    spec = experiment.spec
-    chosen = images[:NUM_MOMENT_IMAGES]
-    family = resnet.family(spec)
-    names = [resnet.hidden_group(block) for block in spec.blocks]
-    names += experiment.hypernetwork.names
+    hypernetwork, chosen = experiment.hypernetwork, images[:NUM_MOMENT_IMAGES]
+    family = hypernetwork.network.family
+    names = {*hypernetwork.names, *family.groups.elastic()}
 
     @jax.jit
     def measure(params, images):
@@ -888,7 +905,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: data.Spli
             return params
         return _make_backbone(path, experiment, splits, trained)
 
-    return hosts.from_first(load_or_make, resnet.abstract_params(experiment.spec))
+    return hosts.from_first(load_or_make, experiment.hypernetwork.network.abstract_params())
 
 
 def _make_backbone(
@@ -1211,6 +1228,20 @@ def check_free(
             )
 
 
+def _kept_int8(folder: pathlib.Path, rows: Sequence[GridRow]) -> list[GridRow]:
+    """`rows` with the 8-bit accuracies that the grid in `folder` has of the same networks."""
+    try:
+        saved = json.loads((folder / "grid.json").read_text("utf-8"))["rows"]
+        known = {(*row["widths"], row["accuracy"]): row.get("int8_accuracy") for row in saved}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        known = {}
+    found = [known.get((*row.widths, row.accuracy)) for row in rows]
+    return [
+        dataclasses.replace(row, int8_accuracy=value) if None not in found else row
+        for row, value in zip(rows, found, strict=True)
+    ]
+
+
 def evaluate_and_write(
     workdir: pathlib.Path,
     experiment: Experiment,
@@ -1240,8 +1271,7 @@ def evaluate_and_write(
     rows = _evaluate(experiment, evaluator, width_ratios)
     if outside:
         print(f"note: width ratios {outside} lie outside the trained range")
-    if int8:
-        rows = _evaluate_int8(experiment, evaluator, rows)
+    rows = _evaluate_int8(experiment, evaluator, rows) if int8 else _kept_int8(out, rows)
     document = {
         "dataset": experiment.name,
         "split": split,
@@ -1276,7 +1306,9 @@ def evaluate_and_write(
     storage.write_json(out / "sweep.json", evaluation.grid_dict(sweep, **{**document, **found}))
     title = f"{name}: accuracy over the width axis"
     plotting.plot_sweep(out / "sweep.png", sweep, title=title, **figures)
-    curves, singles = published.references(experiment.name, experiment.spec)
+    curves, singles = (), ()
+    if isinstance(experiment.spec, ResNetSpec):
+        curves, singles = published.references(experiment.name, experiment.spec)
     plotting.plot_against_macs(
         out / "against_macs.png",
         rows,
@@ -1284,6 +1316,8 @@ def evaluate_and_write(
         curves=curves,
         singles=singles,
     )
+    if isinstance(experiment.spec, LinenSpec):
+        return rows
     slices = evaluation.weight_slices(experiment.hypernetwork, params)
     title = f"{experiment.network}, {experiment.name}: conv2 of {slices.block} at every width"
     plotting.plot_weight_slices(
@@ -1373,7 +1407,9 @@ def describe(
     """A page on the run before it starts: networks, coordinates, parameters, memory, steps."""
     hypernetwork, recipe, spec = experiment.hypernetwork, experiment.recipe, experiment.spec
     shapes = jax.eval_shape(
-        lambda key: hyper.init(key, hypernetwork, resnet.init_params(key, spec)), jax.random.key(0)
+        lambda key, tree: hyper.init(key, hypernetwork, tree),
+        jax.random.key(0),
+        hypernetwork.network.abstract_params(),
     )
     num_inr = hyper.num_inr_params(shapes)
     queries = sum(math.prod(stack.shape[:3]) for stack in hypernetwork.stacks)
@@ -1419,7 +1455,7 @@ def describe(
     state = 4 * 4 * (num_inr + learned)
     mlp = hypernetwork.inr
     per_query = getattr(mlp, "hidden_width", 1) * 2 * getattr(mlp, "num_layers", 1)
-    maps = sum(2 * (b.hidden_width + 2 * b.out_width) * b.out_size**2 for b in spec.blocks)
+    maps = 2 * num_values(hypernetwork.network.family)
     activations = 4 * (queries * per_query + recipe.batch_size * maps)
     raw = sum(a.nbytes for a in (splits.train_images, splits.test_images))
     lines.append(
@@ -1435,17 +1471,17 @@ def describe(
 def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> str:
     """Measures a forward pass and one generation here and adds up what the phases need."""
     spec, recipe, hypernetwork = experiment.spec, experiment.recipe, experiment.hypernetwork
-    shape = (recipe.batch_size, spec.image_size, spec.image_size, spec.channels)
-    images = jnp.zeros(shape, experiment.preprocessing.dtype)
+    network = hypernetwork.network
+    images = jnp.zeros((recipe.batch_size, *spec.input_shape), experiment.preprocessing.dtype)
     key = jax.random.key(0)
-    backbone = jax.jit(lambda key: resnet.init_params(key, spec))(key)
+    backbone = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.abstract_params())
     params = jax.jit(lambda key, tree: hyper.init(key, hypernetwork, tree))(key, backbone)
     widths = jnp.array(hypernetwork.full_widths, jnp.int32)
-    network = jax.jit(lambda tree, x: resnet.apply(spec, tree, x))
+    run = jax.jit(network.apply)
     generate = jax.jit(lambda params, widths: hyper.generate(hypernetwork, params, widths))
     seconds = timing.fewest(
         {
-            "forward": lambda: network(backbone, images),
+            "forward": lambda: run(backbone, images),
             "generation": lambda: generate(params, widths),
         },
         3,

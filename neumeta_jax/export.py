@@ -40,7 +40,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.export
@@ -50,12 +50,12 @@ import safetensors
 from absl import flags
 
 from neumeta_jax import (
-    architecture,
     checkpoint,
     command_line,
     data,
     evaluation,
     experiment as lab,
+    families,
     litert,
     quantize,
     resnet,
@@ -64,13 +64,15 @@ from neumeta_jax import (
 from neumeta_jax.architecture import Block, ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.families import Family, Size
 from neumeta_jax.morphs import check_widths, load_morph, morph_to_dict, note_range
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.resnet import Params
 
 if TYPE_CHECKING:
     import onnx
 
 FORMATS = ("safetensors", "torch", "onnx", "stablehlo", "litert")
+ANY_NETWORK = ("safetensors", "stablehlo")  # formats of networks that are no CIFAR ResNets
 GRAPH_FORMATS = ("onnx", "stablehlo", "litert")  # hold the computation, not only the weights
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4
@@ -114,10 +116,9 @@ class Normalization(NamedTuple):
 
 
 def draw(
-    hypernetwork: ResNetHypernetwork, params: Mapping, widths: Sequence[int], **noise: Any
-) -> tuple[ResNetSpec, Params]:
+    hypernetwork: Family, params: Mapping, widths: Sequence[int], **noise: Any
+) -> tuple[Size, Params]:
     """The dense network of `widths`, (spec, tree), with the noise that `evaluation` gives it."""
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
     full = [max(pair) for pair in zip(widths, hypernetwork.full_widths, strict=True)]
 
     @jax.jit
@@ -126,9 +127,9 @@ def draw(
         return hypernetwork.dense(tree, widths, full)[1]
 
     # jit sorts the layers; the order of the network is that of its description.
-    dense = architecture.morph(spec, blocks, widths)
+    spec = hypernetwork.at(widths)
     tree = generate(params)
-    return dense, {name: tree[name] for name in resnet.param_shapes(dense)}
+    return spec, {name: tree[name] for name in families.abstract_params(spec)}
 
 
 # --- safetensors -----------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def draw(
 
 def save_safetensors(
     path: str | os.PathLike,
-    spec: ResNetSpec,
+    spec: Size,
     params: Mapping,
     *,
     normalization: Normalization,
@@ -154,12 +155,12 @@ def save_safetensors(
     checkpoint.save_tree(path, params, {**info, **header})
 
 
-def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[str, Any]]:
+def load_safetensors(path: str | os.PathLike) -> tuple[Size, Params, dict[str, Any]]:
     """The (spec, params, info) of an exported network.
 
         spec, params, info = load_safetensors("half.safetensors")
         images = data.normalize(pixels, info["mean"], info["std"])
-        logits = resnet.apply(spec, params, images)
+        logits = families.run(spec, params, images)
 
     Weights in 8 bits come multiplied by their scales, in float32.
 
@@ -177,8 +178,8 @@ def load_safetensors(path: str | os.PathLike) -> tuple[ResNetSpec, Params, dict[
             f"{sorted(missing)}."
         )
     try:
-        spec = ResNetSpec.from_dict(info.pop("network"))
-        wanted = resnet.abstract_params(spec)
+        spec = families.size_from_dict(info.pop("network"))
+        wanted = families.abstract_params(spec)
         params = quantize.dequantize(params)
     except (TypeError, ValueError) as error:
         reason = command_line.sentence(str(error))
@@ -502,7 +503,7 @@ def quantize_onnx(
 
 
 def to_stablehlo(
-    spec: ResNetSpec, params: Mapping, *, normalization: Normalization | None = None
+    spec: Size, params: Mapping, *, normalization: Normalization | None = None
 ) -> bytes:
     """The folded network as one serialised `jax.export` artefact for cpu, cuda and tpu.
 
@@ -520,7 +521,7 @@ def to_stablehlo(
     def network(images):
         if normalization is not None:
             images = data.normalize(images, *normalization)
-        return resnet.apply(spec, quantize.dequantize(weights), images)
+        return families.run(spec, quantize.dequantize(weights), images)
 
     size = f"batch, {spec.image_size}, {spec.image_size}, {spec.channels}"
     images = jax.ShapeDtypeStruct(
@@ -651,7 +652,7 @@ def logits_of_file(
             params = resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
         else:
             spec, params, _ = load_safetensors(path)
-        network = jax.jit(lambda batch: resnet.apply(spec, params, batch))
+        network = jax.jit(lambda batch: families.run(spec, params, batch))
 
     return _in_batches(network, images, None if normalize else normalization)
 
@@ -672,7 +673,7 @@ def _in_batches(
 
 def export(
     path: str | os.PathLike,
-    spec: ResNetSpec,
+    spec: Size,
     params: Mapping,
     images: np.ndarray,
     *,
@@ -707,6 +708,7 @@ def export(
             something else; nothing has changed at `path` then.
     """
     check_format(format, normalize=normalize, int8=int8)
+    check_network(spec, format)
     if not len(images):
         raise UsageError("An export needs at least one image to compare on, got none.")
     calibration = np.zeros(0) if calibration is None else calibration
@@ -729,15 +731,17 @@ def export(
             if format == "safetensors":
                 save_safetensors(partial, spec, params, normalization=normalization, **info)
             elif format == "torch":
-                partial.write_bytes(to_torch(to_state_dict(spec, params)))
+                partial.write_bytes(to_torch(to_state_dict(cast("ResNetSpec", spec), params)))
             elif format == "onnx":
-                model = to_onnx(spec, params, normalization=baked, **metadata)
+                model = to_onnx(cast("ResNetSpec", spec), params, normalization=baked, **metadata)
                 if int8 == "full":
                     quantize_onnx(partial, model, calibration, normalization=outside)
                 else:
                     partial.write_bytes(model.SerializeToString(deterministic=True))
             elif format == "litert":
-                content = litert.to_litert(spec, params, normalization=baked, **metadata)
+                content = litert.to_litert(
+                    cast("ResNetSpec", spec), params, normalization=baked, **metadata
+                )
                 if int8 == "full":
                     content = litert.quantize_litert(content, calibration, normalization=outside)
                 partial.write_bytes(content)
@@ -765,7 +769,7 @@ def export(
 
 
 def network_logits(
-    spec: ResNetSpec, params: Mapping, images: np.ndarray, normalization: Normalization
+    spec: Size, params: Mapping, images: np.ndarray, normalization: Normalization
 ) -> np.ndarray:
     """Logits float32[images, classes] of uint8 images NHWC, in float32 on the CPU.
 
@@ -773,8 +777,17 @@ def network_logits(
     """
     with _on_cpu():
         tree = quantize.dequantize(params)
-    network = jax.jit(lambda batch: resnet.apply(spec, tree, batch))
+    network = jax.jit(lambda batch: families.run(spec, tree, batch))
     return _in_batches(network, images, normalization)
+
+
+def check_network(spec: Size, format: str) -> None:
+    """Raises UsageError if a format is written layer by layer, and not of this kind of network."""
+    if not isinstance(spec, ResNetSpec) and format not in ANY_NETWORK:
+        raise UsageError(
+            f"--format={format} is written for CIFAR ResNets; a {spec.title} is exported as one of "
+            f"{', '.join(ANY_NETWORK)}."
+        )
 
 
 def check_format(format: str, *, normalize: bool, int8: str | None = None) -> None:
@@ -829,7 +842,7 @@ FLAGS: command_line.Flags = {
 }
 
 
-def _chosen_widths(hypernetwork: ResNetHypernetwork, options: flags.FlagValues) -> tuple[int, ...]:
+def _chosen_widths(hypernetwork: Family, options: flags.FlagValues) -> tuple[int, ...]:
     if options.width is not None:
         return tuple(hypernetwork.widths(options.width).tolist())
     if options.spec is not None:
@@ -867,7 +880,11 @@ def _check_options(options: flags.FlagValues) -> None:
     check_writable(options.out)
 
 
-def _describe_input(spec: ResNetSpec, format: str, normalize: bool) -> str:
+def _title(spec: Size) -> str:
+    return f"ResNet{spec.num_layers}" if isinstance(spec, ResNetSpec) else spec.title
+
+
+def _describe_input(spec: Size, format: str, normalize: bool) -> str:
     dtype = "uint8" if normalize else "float32"
     size = f"{spec.image_size}, {spec.image_size}"
     channels_last = format in ("safetensors", "stablehlo", "litert")
@@ -885,7 +902,8 @@ def main(argv: Sequence[str]) -> None:
     hypernetwork = opened.hypernetwork
     widths = _chosen_widths(hypernetwork, options)
     try:
-        experiment, splits = opened.load()
+        # Images to compare on may be any; those that ranges are measured on are the run's.
+        experiment, splits = opened.load(other_data=options.int8 != "full")
         split = "validation" if len(splits.validation_images) else "test"
         images = splits.validation_images if split == "validation" else splits.test_images
         compared_on = f"of the {split} split of {experiment.name}"
@@ -901,7 +919,7 @@ def main(argv: Sequence[str]) -> None:
     spec, tree = draw(hypernetwork, opened.params, widths, **noise)
     shown = ",".join(map(str, widths))
     print(
-        f"ResNet{spec.num_layers} of {experiment.name} with hidden widths {shown}: "
+        f"{_title(spec)} of {experiment.name} with widths {shown}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
     note_range(experiment, widths)

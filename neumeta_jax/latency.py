@@ -17,7 +17,7 @@ import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from neumeta_jax import (
     command_line,
     experiment as lab,
     export,
+    families,
     page,
-    resnet,
     storage,
     timing,
 )
@@ -36,7 +36,8 @@ from neumeta_jax.architecture import ResNetSpec
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.export import Normalization
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.families import Family, Size
+from neumeta_jax.resnet import Params
 
 BATCH_SIZES = (1, 64)
 NUM_CALLS = 50
@@ -80,7 +81,7 @@ def peak_memory(compiled: jax.stages.Compiled) -> int | None:
 
 
 def measure(
-    hypernetwork: ResNetHypernetwork,
+    hypernetwork: Family,
     params: Mapping,
     networks: Sequence[Network],
     *,
@@ -117,7 +118,7 @@ def measure(
             hypernetwork, params, widths, sizes=largest, key=key, num_samples=num_samples
         )
 
-    def draw(widths) -> tuple[ResNetSpec, Params]:
+    def draw(widths) -> tuple[Size, Params]:
         tree = jax.device_get(generate(params, np.array(widths, np.int32)))
         return hypernetwork.dense(tree, widths, largest)
 
@@ -139,7 +140,7 @@ def measure(
         on_device = jax.device_put(tree)
         session = None
         if "onnxruntime" in runtimes:
-            seconds, (session, size) = timing.timed(_load_onnx, small, tree)
+            seconds, (session, size) = timing.timed(_load_onnx, cast("ResNetSpec", small), tree)
             row["switch_ms"]["onnxruntime"] = 1e3 * seconds
             row["file_bytes"]["onnx"] = size
         for batch in sorted(batch_sizes):
@@ -148,7 +149,7 @@ def measure(
             if "jax" in runtimes:
                 images = jax.device_put(pixels)
                 program = jax.jit(
-                    lambda tree, images, small=small: resnet.apply(small, tree, images)
+                    lambda tree, images, small=small: families.run(small, tree, images)
                 )
                 seconds, compiled = timing.compiled(program, on_device, images)
                 row["switch_ms"].setdefault("compile", 1e3 * seconds)
@@ -174,7 +175,7 @@ def _load_onnx(spec: ResNetSpec, params: Params) -> tuple[Any, int]:
     return session, len(content)
 
 
-def _safetensors_size(spec: ResNetSpec, params: Params) -> int:
+def _safetensors_size(spec: Size, params: Params) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "net.safetensors"
         plain = Normalization((0.0,) * spec.channels, (1.0,) * spec.channels)
@@ -239,9 +240,7 @@ FLAGS: command_line.Flags = {
 }
 
 
-def _networks(
-    hypernetwork: ResNetHypernetwork, ratios: Sequence[float], files: Sequence[str]
-) -> list[Network]:
+def _networks(hypernetwork: Family, ratios: Sequence[float], files: Sequence[str]) -> list[Network]:
     found: dict[tuple[int, ...], Network] = {}
     for ratio in ratios:
         widths = tuple(hypernetwork.widths(ratio).tolist())
@@ -271,11 +270,15 @@ def main(argv: Sequence[str]) -> None:
     out = folder / page.LATENCY_FILE
     num_samples = opened.config["eval"]["num_samples"]
 
-    installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
+    runtimes = RUNTIMES
     versions: dict[str, Any] = lab.versions()
-    if installed:
+    if not isinstance(opened.hypernetwork.spec, ResNetSpec):
+        runtimes = RUNTIMES[:1]
+        print("note: only JAX is measured; ONNX graphs are written for CIFAR ResNets")
+    elif all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
         versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     else:
+        runtimes = RUNTIMES[:1]
         print("note: without onnxruntime only JAX is measured; pip install 'neumeta-jax[export]'")
     device = f"{versions['devices']}; {lab.num_cores()} CPU cores"
     print(f"{len(networks)} networks, {options.calls} calls of each, on {device}", flush=True)
@@ -289,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
             networks,
             batch_sizes=[int(size) for size in options.batch_sizes],
             rounds=options.calls,
-            runtimes=RUNTIMES if installed else RUNTIMES[:1],
+            runtimes=runtimes,
             key=jax.random.key(0) if num_samples > 1 else None,
             num_samples=num_samples,
         )

@@ -19,12 +19,12 @@ from neumeta_jax import (
 )
 from neumeta_jax.command_line import UsageError
 from neumeta_jax.core.widths import MAX_WIDTH_RATIO
-from neumeta_jax.resnet import ResNetHypernetwork
+from neumeta_jax.families import Family
 
 Widths = tuple[int, ...]
 
 
-def morph_to_dict(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> dict[str, Any]:
+def morph_to_dict(hypernetwork: Family, widths: Sequence[int]) -> dict[str, Any]:
     """One network of a family as plain JSON types, for `--spec=FILE`.
 
     Returns:
@@ -34,7 +34,7 @@ def morph_to_dict(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> di
     return {"widths": [int(width) for width in widths], **hypernetwork.describe()}
 
 
-def load_morph(path: str | os.PathLike, hypernetwork: ResNetHypernetwork) -> tuple[int, ...]:
+def load_morph(path: str | os.PathLike, hypernetwork: Family) -> tuple[int, ...]:
     """The widths in a JSON file of `morph_to_dict`, checked against the family.
 
     A file written by hand needs {"widths": [...]} alone. Other fields than the three are left
@@ -81,7 +81,7 @@ def _first_difference(fields: Any, wanted: Any) -> str:
     return ""
 
 
-def check_widths(hypernetwork: ResNetHypernetwork, widths: Sequence[int]) -> tuple[int, ...]:
+def check_widths(hypernetwork: Family, widths: Sequence[int]) -> tuple[int, ...]:
     """`widths` themselves, if each lies between 0 or 1 and 1.5 times the full width."""
     names = hypernetwork.names
     if len(widths) != len(names):

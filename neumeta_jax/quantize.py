@@ -27,9 +27,10 @@ def quantize_kernel(kernel: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Arra
     ([[127, 0], [-64, 0]], 0.01, 0.0)
     """
     kernel = jnp.asarray(kernel, jnp.float32)
-    scale = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1))) / LARGEST
+    axes = tuple(range(kernel.ndim - 1))
+    scale = jnp.max(jnp.abs(kernel), axis=axes, keepdims=True) / LARGEST
     ratio = kernel / jnp.where(scale > 0, scale, 1.0)
-    return jnp.clip(jnp.round(ratio), -LARGEST, LARGEST).astype(jnp.int8), scale
+    return jnp.clip(jnp.round(ratio), -LARGEST, LARGEST).astype(jnp.int8), scale.ravel()
 
 
 @jax.jit
@@ -61,7 +62,8 @@ def _dequantize_layer(layer: Mapping) -> Params:
     if "scale" not in layer:
         return dict(layer)
     # Not jnp.asarray(..., float32), which would put float32 constants into an exported graph.
-    kernel = jnp.asarray(layer["kernel"]).astype(jnp.float32) * layer["scale"]
+    kernel = jnp.asarray(layer["kernel"]).astype(jnp.float32)
+    kernel = kernel * jnp.expand_dims(layer["scale"], range(kernel.ndim - 1))
     kept = {name: value for name, value in layer.items() if name != "scale"}
     return {**kept, "kernel": kernel}
 

@@ -32,7 +32,8 @@ class Run:
         dtype: of activations, "float32" or "bfloat16"; weights and moments are float32.
         channel_order: of the teacher's channels: by "smoothness" (papers), by "importance", or
             "as_trained".
-        generated: which blocks the INR generates, see `architecture.generated_blocks`.
+        generated: which blocks of a ResNet the INR generates, see `architecture.generated_blocks`;
+            of another network "full" makes residual streams elastic too.
         log_every, eval_every, checkpoint_every: steps between lines of metrics, evaluations on
             validation images (0: at the end of each phase only) and checkpoints.
     """
@@ -79,11 +80,20 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The section `network` of a config: see `architecture.cifar_resnet`."""
+    """The section `network` of a config.
+
+    Attributes:
+        depth, stage_widths, shortcut: of a CIFAR ResNet, see `architecture.cifar_resnet`.
+        factory: another network in its place, "module:function" or a kind of `networks.FAMILIES`,
+            see `networks.linen.LinenSpec`.
+        fields: JSON of its keyword arguments; lists become tuples.
+    """
 
     depth: int = 56
     stage_widths: tuple[int, ...] = (16, 32, 64)
     shortcut: str = "projection"
+    factory: str = ""
+    fields: str = "{}"
 
 
 @dataclasses.dataclass(frozen=True)

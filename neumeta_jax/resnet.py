@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -120,7 +120,7 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     x = _relu(_affine(images, params["stem"]))
     for block in spec.blocks:
         if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
-            x, _ = _apply_block(block, params[block.name], x)
+            x = _apply_block(block, params[block.name], x)
     x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
     return x @ params["head"]["kernel"] + params["head"]["bias"]
 
@@ -160,39 +160,14 @@ _rounded.defvjp(
 
 
 def _apply_block(block: Block, layers: Mapping, x):
-    """(stream after the block, its hidden activations), both float[batch, size, size, channels]."""
+    """The stream after the block, float[batch, size, size, channels]."""
     hidden = _relu(_affine(x, layers["conv1"], block.stride))
     y = _affine(hidden, layers["conv2"])
     if block.projection:
         x = _affine(x, layers["shortcut"], block.stride)
     elif not block.skippable:
         x = _pad_shortcut(x, block)
-    return _relu(x + y), hidden
-
-
-def activity(
-    spec: ResNetSpec, params: Mapping, images: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By block name: how strongly its channels fire, and how much it changes the stream.
-
-    Args:
-        spec: the network's shapes.
-        params: a folded tree.
-        images: normalised, float[batch, size, size, channels].
-
-    Returns:
-        (float[hidden_width], the largest activation of each hidden channel, and float[], the
-        largest change of an entry of the residual stream by a block that can be skipped, else inf).
-    """
-    found = {}
-    x = _relu(_affine(images, params["stem"]))
-    for block in spec.blocks:
-        if block.hidden_width:
-            y, hidden = _apply_block(block, params[block.name], x)
-            change = jnp.max(jnp.abs(y - x)) if block.skippable else jnp.inf
-            found[block.name] = jnp.max(hidden, axis=(0, 1, 2)), jnp.asarray(change)
-            x = y
-    return found
+    return _relu(x + y)
 
 
 def param_shapes(spec: ResNetSpec) -> Params:
@@ -311,6 +286,42 @@ def slice_params(
 # --- the family ------------------------------------------------------------------------------
 
 
+class Network(NamedTuple):
+    """How a network starts, trains, is made ready for the INR, and runs.
+
+    `networks.linen.Network` is the same of any Flax network.
+    """
+
+    spec: ResNetSpec
+
+    @property
+    def family(self) -> core.Family:
+        return family(self.spec)
+
+    def init_variables(self, key: jax.Array) -> Params:
+        return init_variables(key, self.spec)
+
+    def abstract_params(self) -> Params:
+        return abstract_params(self.spec)
+
+    def train(self, variables: Mapping, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        """(logits, batch statistics that moved)."""
+        del key
+        logits, changed = ResNet(self.spec).apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.asarray(logits), changed
+
+    def fold(self, variables: Mapping) -> Params:
+        return fold_batch_norm(variables)
+
+    def apply(self, tree: Mapping, images: jax.Array) -> jax.Array:
+        """Logits of a folded tree, or of linen variables in inference mode."""
+        if "batch_stats" in tree:
+            return jnp.asarray(ResNet(self.spec).apply(tree, images))
+        return apply(self.spec, tree, images)
+
+
 @functools.lru_cache(maxsize=256)
 def family(spec: ResNetSpec) -> core.Family:
     """The channel groups of the folded network of `spec`, and its program."""
@@ -392,9 +403,8 @@ class ResNetHypernetwork(Hypernetwork):
         return fields | ({"streams": True} if self.streams else {})
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Of an image: (height, width, channels)."""
-        return self.spec.image_size, self.spec.image_size, self.spec.channels
+    def network(self) -> Network:
+        return Network(self.spec)
 
     def num_macs(self, widths: Any) -> Any:
         """Multiply-adds of an image at `widths`, see `num_params`."""
@@ -412,10 +422,6 @@ class ResNetHypernetwork(Hypernetwork):
             return small
         streams = tuple(int(width) for width in widths[len(self.blocks) :])
         return dataclasses.replace(small, stage_widths=streams)
-
-    def apply(self, small: ResNetSpec, tree: Mapping, x: jax.Array) -> jax.Array:
-        """Logits of a network that `dense` returned."""
-        return apply(small, tree, x)
 
     def forward(self, tree: Mapping, x: jax.Array, widths: Sequence[int] | None = None):
         """Logits of a masked tree; the network cut out of it runs where `widths` are given."""

@@ -48,6 +48,7 @@ from neumeta_jax import (
     diagnosis,
     evaluation,
     experiment as lab,
+    families,
     plotting,
     storage,
     timing,
@@ -56,9 +57,9 @@ from neumeta_jax.buckets import container_macs, make_buckets
 from neumeta_jax.command_line import Interrupted, UsageError
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.widths import check_width_ratio
+from neumeta_jax.families import Family
 from neumeta_jax.morphs import morph_to_dict, note_range
 from neumeta_jax.progress import format_seconds
-from neumeta_jax.resnet import ResNetHypernetwork
 
 Widths = tuple[int, ...]
 
@@ -90,7 +91,7 @@ class Space:
     A network is a tuple of `genes`, the numbers of its widths in `choices`.
     """
 
-    family: ResNetHypernetwork
+    family: Family
     choices: tuple[Widths, ...]
 
     def widths(self, genes: Sequence[int]) -> Widths:
@@ -116,7 +117,7 @@ class Space:
 
 
 def make_space(
-    family: ResNetHypernetwork,
+    family: Family,
     *,
     low: float,
     high: float,
@@ -230,7 +231,7 @@ def count_cost(space: Space, name: str, limit: float | None) -> Cost:
 
 
 def measure_latency(
-    family: ResNetHypernetwork,
+    family: Family,
     widths: Sequence[int],
     *,
     batch: int,
@@ -253,8 +254,8 @@ def measure_latency(
     }
     tree = hyper.assemble(family, {path: x.astype(np.float32) for path, x in full.items()})
     small, params = family.dense(tree, widths, sizes)
-    images = jnp.ones((batch, *family.input_shape), dtype)
-    network = jax.jit(lambda params, images: family.apply(small, params, images))
+    images = jnp.ones((batch, *family.spec.input_shape), dtype)
+    network = jax.jit(lambda params, images: families.run(small, params, images))
     times = timing.in_turns({"": lambda: network(params, images)}, 10, seconds=seconds)
     return 1e3 * float(np.median(times[""]))
 
@@ -713,7 +714,7 @@ def main(argv: Sequence[str]) -> None:
     idle = lab.find_idle(experiment, opened.params, splits)
     for line in diagnosis.describe_idle(hypernetwork, idle):
         print(line)
-    space = space.without(idle.blocks)
+    space = space.without(idle.groups)
     counted = [count_cost(space, name, getattr(options, f"max_{name}")) for name in COUNTED]
     check_budgets(space, counted)
 

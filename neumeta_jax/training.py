@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from neumeta_jax import data, losses, resnet
+from neumeta_jax import data, losses
 from neumeta_jax.architecture import NUM_STAGES
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.hypernetwork import Hypernetwork
@@ -175,8 +175,13 @@ def on_default_device(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRecipe:
-    """SGD with Nesterov momentum and a cosine schedule, for a network with batch norm."""
+    """How the full-size network is trained, with a cosine schedule.
 
+    Attributes:
+        optimizer: "sgd" with Nesterov's momentum, or "adamw".
+    """
+
+    optimizer: str = "sgd"
     epochs: float = 200.0
     batch_size: int = 128
     learning_rate: float = 0.1
@@ -190,52 +195,58 @@ class TeacherRecipe:
                 "A teacher needs epochs > 0, batch_size >= 1 and learning_rate > 0, got "
                 f"{self.epochs=}, {self.batch_size=}, {self.learning_rate=}."
             )
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}.")
 
 
-def sgd_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
-    """SGD of `recipe` on parameters of a network; weight decay leaves out vectors."""
+def teacher_optimizer(recipe: TeacherRecipe, num_steps: int) -> optax.GradientTransformation:
+    """The optimiser of `recipe` for parameters of a network; weight decay leaves out vectors."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, recipe.learning_rate, min(num_steps // 20, 500), max(num_steps, 1)
     )
+
+    def matrices(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    if recipe.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=matrices)
     return optax.chain(
-        optax.add_decayed_weights(
-            recipe.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
-        ),
+        optax.add_decayed_weights(recipe.weight_decay, mask=matrices),
         optax.sgd(schedule, momentum=recipe.momentum, nesterov=True),
     )
 
 
-def teacher_init(
-    key: jax.Array, spec: resnet.ResNetSpec, recipe: TeacherRecipe, num_steps: int
-) -> TrainState:
-    """State whose `params` are the linen variables {"params", "batch_stats"}."""
-    variables = jax.jit(resnet.init_variables, static_argnums=1)(key, spec)
-    optimizer = sgd_optimizer(recipe, num_steps)
+def teacher_init(key: jax.Array, network: Any, recipe: TeacherRecipe, num_steps: int) -> TrainState:
+    """State whose `params` are the linen variables {"params"[, "batch_stats", ...]}."""
+    variables = jax.jit(network.init_variables)(key)
+    optimizer = teacher_optimizer(recipe, num_steps)
     return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
 
 
 def teacher_update(
-    spec: resnet.ResNetSpec,
+    network: Any,
     recipe: TeacherRecipe,
     preprocessing: Preprocessing,
     num_steps: int,
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`update(state, step, key, images, indices)` of one SGD step; `indices` is int[batch].
+    """`update(state, step, key, images, indices)` of one step; `indices` is int[batch].
+
+    `network` is a `resnet.Network` or `networks.linen.Network`.
 
     On a `mesh` (see `data_mesh`) the compiler shares out the batch. Batch norm sees all of it, so
     that the statistics are those of one device.
     """
-    optimizer = sgd_optimizer(recipe, num_steps)
-    model = resnet.ResNet(spec)
+    optimizer = teacher_optimizer(recipe, num_steps)
+    num_classes = network.spec.num_classes
 
     def update(state, step, key, images, indices):
         x, y = preprocessing.train(
             jax.random.fold_in(key, step),
             images.images[indices],
             images.labels[indices],
-            spec.num_classes,
+            num_classes,
         )
         if mesh is not None:
             x, y = jax.lax.with_sharding_constraint(
@@ -244,11 +255,12 @@ def teacher_update(
 
         def loss_fn(params):
             variables = {**state.params, "params": params}
-            logits, mutated = model.apply(variables, x, train=True, mutable=["batch_stats"])
-            targets = y if y.ndim > 1 else jax.nn.one_hot(y, spec.num_classes)
+            step_key = jax.random.fold_in(jax.random.fold_in(key, step), 2)
+            logits, changed = network.train(variables, x, step_key)
+            targets = y if y.ndim > 1 else jax.nn.one_hot(y, num_classes)
             targets = optax.smooth_labels(targets, recipe.label_smoothing)
             loss = losses.cross_entropy(logits, targets)
-            return loss, (mutated["batch_stats"], {"accuracy": losses.accuracy(logits, y)})
+            return loss, (changed, {"accuracy": losses.accuracy(logits, y)})
 
         return sgd_step(optimizer, state, loss_fn)
 
@@ -258,13 +270,16 @@ def teacher_update(
 def sgd_step(
     optimizer: optax.GradientTransformation, state: TrainState, loss_fn: Callable
 ) -> tuple[TrainState, Metrics]:
-    """A step on linen variables; `loss_fn(params)` is the loss and (new statistics, metrics)."""
+    """A step on linen variables; `loss_fn(params)` is the loss and (what changed, metrics).
+
+    What changed are the collections beside "params", such as batch statistics.
+    """
     params = state.params["params"]
-    (loss, (stats, found)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    (loss, (changed, terms)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     params = optax.apply_updates(params, updates)
-    metrics = {"loss": loss, **found, "grad_norm": optax.tree.norm(grads)}
-    return TrainState({"params": params, "batch_stats": stats}, opt_state), metrics
+    metrics = {"loss": loss, **terms, "grad_norm": optax.tree.norm(grads)}
+    return TrainState({**state.params, **changed, "params": params}, opt_state), metrics
 
 
 # --- INR -------------------------------------------------------------------------------------

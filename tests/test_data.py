@@ -585,7 +585,8 @@ def test_augment_refuses_what_it_cannot_crop():
 def test_normalize_is_its_formula_for_as_many_channels_as_it_has_means():
     images = distinct_images(3, 4, 4)
     mean, std = data.NORMALIZATION["cifar100"]
-    result = jax.jit(lambda images: data.normalize(images, mean, std))(images)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        result = jax.jit(lambda images: data.normalize(images, mean, std))(images)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     with refused("channel_statistics", "3 channels", "got 1 and 1"):

@@ -55,7 +55,8 @@ def test_a_channel_of_zeros_stays_one():
 
 
 def test_rounding_again_changes_nothing_and_biases_are_kept():
-    once = quantize.fake_quantize(PARAMS)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        once = quantize.fake_quantize(PARAMS)
     chex.assert_trees_all_equal_structs(once, PARAMS)
     chex.assert_trees_all_close(quantize.fake_quantize(once), once, rtol=1e-6)
     np.testing.assert_array_equal(once["stem"]["bias"], PARAMS["stem"]["bias"])

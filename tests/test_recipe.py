@@ -706,6 +706,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
         shown = f"{100 * row['accuracy']:.2f}  {100 * row['int8_accuracy']:8.2f}"
         assert shown in out
     assert "largest loss by 8-bit weights" in out
+    grid = (copied / "grid.csv").read_bytes()
     embedded = (copied / "report.html").read_text().split('id="data">')[1]
     found = json.loads(embedded.split("</script>")[0])
     networks = {
@@ -719,6 +720,9 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
     assert networks[0.5]["int8"] == rows[1]["int8_accuracy"] and "int8" not in networks[0.75]
     assert found["config"]["data.name"] == "digits" and "jax" in found["versions"]
     assert found["trained_range"] == [0.5, 1.0] and found["slices"]["block"] == "stage2_block1"
+    again = f"--workdir={copied.parent}", f"--out={copied}", "--width_ratios=1,0.5"
+    assert call("eval", *again, "--strategy=loop")[0] == 0
+    assert (copied / "grid.csv").read_bytes() == grid  # with what 8 bits had
 
 
 @pytest.mark.parametrize(
@@ -772,8 +776,9 @@ def test_eval_says_what_it_needs(finished, copied, tmp_path):
     assert "network.shortcut (saved 'projection', given 'pad')" in message
     assert "--workdir=DIR" in refusal("eval")
     assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
-    for flag in ("--figures", "--report", "--int8"):
-        assert "use --workdir" in refusal("eval", "--teacher=x.npz", CONFIG, flag)
+    for flag in ("--figures", "--int8", "--width_ratios=1", f"--workdir={tmp_path}"):
+        message = refusal("eval", "--teacher=x.npz", CONFIG, flag)
+        assert f"{flag.split('=')[0]} and --teacher were given together" in message
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
     (copied / checkpoint.INR_FILE).unlink()  # of a run that is not done

@@ -300,6 +300,20 @@ def apply_at(
     return family.output.unflatten(family.program.run(size, [*leaves, *inputs], observe))
 
 
+def num_values(family: Family) -> int:
+    """Numbers that the products of the network write for one example, at full size."""
+
+    def count(program: Program) -> int:
+        written = (
+            math.prod(d.size for d in s.outputs[0].dims) for s in program.steps if s.contracted
+        )
+        inside = (times * count(body) for s in program.steps for times, body in s.bodies)
+        return sum(written) + sum(inside)
+
+    (batch, *_), *_ = (value.dims for value in family.program.inputs if value.active)
+    return count(family.program) // batch.size
+
+
 def num_macs(family: Family, widths: Mapping[str, int]) -> int:
     """Multiply-adds of dots and convolutions for one example at `widths`."""
     family.groups.check(widths, limited=False)

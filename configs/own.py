@@ -1,0 +1,86 @@
+"""A network of any family, or one of your own, on the digits: minutes on two CPU cores.
+
+    python train.py --config=configs/own.py:vgg --workdir=/tmp/vgg
+    python train.py --config=configs/own.py --config.network.factory=my_module:MyNet \\
+        --workdir=/tmp/mine
+
+Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
+`neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included.
+Without one, `network.factory` names a function or class "module:name" that makes a flax.linen
+module: images to logits, with `train` as an argument if batch norm or dropout need it.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from neumeta_jax import recipes
+
+# Sizes and rates for the digits, chosen on validation images.
+FIELDS: dict[str, dict[str, Any]] = {
+    "mlp": {"widths": (256, 128)},
+    "vgg": {"stages": ((16, 16), (32, 32), (64,)), "dense": (64,)},
+    "mobilenet": {
+        "stages": ((1, 16, 1, 1), (4, 24, 2, 2), (4, 32, 2, 2)),
+        "stem_width": 16,
+        "stem_stride": 1,
+        "head_width": 128,
+    },
+    "resnet": {"blocks": (1, 1, 1), "bottleneck": False, "width": 16, "stem": "cifar"},
+    "vit": {"patch": 2, "width": 48, "depth": 2, "heads": 4, "mlp_ratio": 2.0},
+}
+TEACHERS = {"mlp": (60, 3e-3, 0.05), "vit": (200, 6e-3, 0.3), "mobilenet": (25, 5e-3, 0.05)}
+PRESETS = ("", *FIELDS)
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    if preset not in PRESETS:
+        raise ValueError(f"configs/own.py has the presets {PRESETS[1:]}, got {preset!r}.")
+    config = recipes.defaults("projection", modulated=True)
+    config.channel_order = "importance"
+    config.generated = "full"
+
+    config.data.name = "digits"
+    config.data.num_validation = 144  # a tenth
+    config.data.crop_padding = 1  # of 8 pixels
+    config.data.flip = False  # mirrored digits are none
+
+    config.network.factory = preset
+    config.network.fields = json.dumps(FIELDS.get(preset, {}))
+
+    epochs, rate, decay = TEACHERS.get(preset, (40, 3e-3, 0.05))
+    config.teacher.optimizer = "adamw"
+    config.teacher.epochs = float(epochs)
+    config.teacher.batch_size = 64
+    config.teacher.learning_rate = rate
+    config.teacher.weight_decay = decay
+
+    config.train.mode = "at_once"
+    config.train.epochs = 30.0
+    config.train.warmup_epochs = 1.0
+    config.train.warmup_phases = "all"
+    config.train.block_init = "teacher"  # in closed form, so that there is no fit phase
+    config.train.alpha_init = 1.0
+    config.train.batch_size = 64
+    config.train.share_images = True
+    config.train.num_random_sizes = 2
+    config.train.min_width_ratio = 0.25
+    config.train.sandwich = True  # arXiv 1903.05134
+    config.train.per_block_widths = 0.5
+    config.train.ce_weight = 1.0
+    config.train.norm_weight = 0.0
+    config.train.reconstruction_weight = 0.0
+    config.train.distillation_weight = 4.0
+    config.train.temperature = 2.0
+    config.train.optimizer = "muon"
+    config.train.learning_rate = 1e-3
+    config.train.alpha_learning_rate = 1e-3
+    config.train.learned_learning_rate = 5e-4
+    config.train.learned = "all"
+    config.train.schedule = "cosine"
+
+    config.eval.width_ratios = (1.0, 0.75, 0.5, 0.25)
+    config.eval.progress_ratios = (1.0, 0.5, 0.25)
+    config.eval.batch_size = 500
+    return config
