@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neumeta_jax import architecture, checkpoint, experiment as lab, export
+from neumeta_jax import checkpoint, experiment as lab, export
 from neumeta_jax.command_line import UsageError, run
 
 FILES = {
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
     rows = []
     for ratio in map(float, args.width_ratios.split(",")):
-        widths = architecture.widths_at(family.spec, family.blocks, ratio)
+        widths = family.widths(ratio).tolist()
         spec, tree = export.draw(family, params, widths, key=key, num_samples=num_samples)
         row = {"width_ratio": ratio, "accuracy": {}, "file_bytes": {}}
         for name, (format, int8) in FILES.items():

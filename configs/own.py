@@ -46,7 +46,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.crop_padding = 1  # of 8 pixels
     config.data.flip = False  # mirrored digits are none
 
-    config.network.factory = preset
+    config.network.factory = preset or "my_module:MyNet"  # of your own
     config.network.fields = json.dumps(FIELDS.get(preset, {}))
 
     epochs, rate, decay = TEACHERS.get(preset, (40, 3e-3, 0.05))
@@ -57,7 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.teacher.weight_decay = decay
 
     config.train.mode = "at_once"
-    config.train.epochs = 30.0
+    config.train.epochs = 100.0
     config.train.warmup_epochs = 1.0
     config.train.warmup_phases = "all"
     config.train.block_init = "teacher"  # in closed form, so that there is no fit phase
@@ -74,7 +74,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.distillation_weight = 4.0
     config.train.temperature = 2.0
     config.train.optimizer = "muon"
-    config.train.learning_rate = 1e-3
+    config.train.learning_rate = 3e-3
     config.train.alpha_learning_rate = 1e-3
     config.train.learned_learning_rate = 5e-4
     config.train.learned = "all"
