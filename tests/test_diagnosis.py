@@ -123,7 +123,7 @@ def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
     variables["params"][block]["conv1"]["kernel"] = kernel * 1e38
     step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
     found = diagnosis.locate_in_teacher(
-        tiny.SPEC, tiny.PREPROCESSING, variables, step, tiny.random_images()
+        resnet.Network(tiny.SPEC), tiny.PREPROCESSING, variables, step, tiny.random_images()
     )
     width = next(b.hidden_width for b in tiny.SPEC.blocks if b.name == block)
     assert found == f"first in the activations of {block} at hidden width {width}"
@@ -185,14 +185,14 @@ def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth
     smallest = family.widths(0.5)
     idle = diagnosis.idle_parts(family, params, images, smallest)
     width = spec.blocks[family.blocks[2]].hidden_width
-    assert idle.channels[first] >= 3 and idle.channels[second] == 4
-    assert idle.channels[third] == width and idle.blocks == (2,)
+    counts = [idle.channels[name] for name in family.names[:3]]
+    assert counts[0] >= 3 and counts[1:] == [4, width] and idle.groups == (2,)
     channels, blocks = diagnosis.describe_idle(family, idle)
-    assert f"4 of 4 in {second}, {width} of {width} in {third}" in channels
-    assert blocks.endswith(f"can be left out: {third}")
+    assert f"4 of 4 in {second}/conv1, {width} of {width} in {third}/conv1" in channels
+    assert blocks.endswith(f"can be left out: {third}/conv1")
     if depth_term:  # without that block the others of its stage are not what they were
         params["depth"] = jax.tree.map(lambda x: x + 0.1, params["depth"])
-        assert diagnosis.idle_parts(family, params, images, smallest).blocks == ()
+        assert diagnosis.idle_parts(family, params, images, smallest).groups == ()
 
 
 def test_nothing_is_said_of_a_family_all_of_which_does_something():

@@ -30,7 +30,7 @@ BACKBONE = random_params(SPEC, seed=5)  # which names several classes
 RANGE = (0.5, 1.0)
 RATIOS = [1.0, 0.5, 1.25, 0.25]
 WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
-accuracy = functools.partial(evaluation.accuracy, preprocessing=PREPROCESSING)
+accuracy = functools.partial(evaluation.accuracy, resnet.Network(SPEC), preprocessing=PREPROCESSING)
 
 
 def test_means_of_any_sequence_make_the_same_preprocessing():
@@ -104,7 +104,7 @@ def test_accuracy_counts_the_argmax_whatever_the_batch_size(batch_size):
     assert 0.5 < np.mean(found == labels()) < 0.8
     for given in (labels(), black):
         wanted = np.mean(found == given)
-        assert accuracy(SPEC, BACKBONE, IMAGES, given, batch_size=batch_size) == wanted
+        assert accuracy(BACKBONE, IMAGES, given, batch_size=batch_size) == wanted
 
 
 def test_batch_norm_accuracy_is_that_of_the_folded_network():
@@ -116,12 +116,12 @@ def test_batch_norm_accuracy_is_that_of_the_folded_network():
     folded = resnet.fold_batch_norm(variables)
     near = (predictions(SPEC, folded) + (np.arange(NUM_IMAGES) % 3 == 0)) % 5
     for tree in (variables, folded):
-        assert accuracy(SPEC, tree, IMAGES, near, batch_size=10) == pytest.approx(15 / 23)
+        assert accuracy(tree, IMAGES, near, batch_size=10) == pytest.approx(15 / 23)
 
 
 def test_an_empty_split_is_refused():
     with refused("at least one image, got an empty split"):
-        accuracy(SPEC, BACKBONE, IMAGES[:0], labels()[:0])
+        accuracy(BACKBONE, IMAGES[:0], labels()[:0])
 
 
 # --- grid ------------------------------------------------------------------------------------

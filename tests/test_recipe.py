@@ -199,7 +199,7 @@ def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     for row in rows[1:]:
         tree = generate(params, family.widths(row["width_ratio"]))
         found = evaluation.accuracy(
-            family.spec, tree, images.test_images, images.test_labels, preprocessing
+            family.network, tree, images.test_images, images.test_labels, preprocessing
         )
         assert found == row["accuracy"]
 
