@@ -137,8 +137,11 @@ class Case:
         Second moments are those of channels that correlate by a half.
         """
         spec, needed = family.spec, family.inr.needs_moments
-        names = {spec.blocks[n].name: spec.hidden_widths[n] for n in family.blocks}
-        moments = {name: 0.5 * (np.eye(w + 1) + 1).astype("f") for name, w in names.items()}
+        blocks = (spec.blocks[n] for n in family.blocks)
+        moments = {
+            f"{block.name}/conv2/kernel": 0.5 * (np.eye(block.hidden_width + 1) + 1).astype("f")
+            for block in blocks
+        }
         alpha = self.experiment.recipe.alpha_init
         init = functools.partial(hyper.init, alpha=alpha, from_backbone=needed)
         return jax.jit(init, static_argnums=1)(
@@ -350,7 +353,10 @@ def make_step(case: Case) -> Step:
 
     phases = training.phases(family, recipe, num_images=50_000)
     phase = next(phase for phase in phases if phase.kind == "train")
-    update = training.inr_update(family, recipe, preprocessing, unroll=unroll)
+    classes = family.spec.num_classes
+    update = training.inr_update(
+        family, recipe, preprocessing, family.forward, num_classes=classes, unroll=unroll
+    )
     call = training.chunked(update, images_per_step=recipe.images_per_step, steps_per_call=steps)
     state = training.start_phase(case.params, family, recipe, phase)
     inputs = training.phase_inputs(family, recipe, phase)

@@ -930,9 +930,10 @@ def measure(
             if last > _SHORT_SECONDS:
                 break
         seconds.append(last)
+        network = resnet.Network(spec)
         found = known.get(ratio) or {
             split: round(
-                100 * experiment.accuracy(params, *lab.evaluation_split(splits, split), spec), 4
+                100 * experiment.accuracy(params, *lab.evaluation_split(splits, split), network), 4
             )
             for split in read
         }

@@ -275,8 +275,11 @@ def slice_params(
         ValueError: if a width exceeds the number of channels that `params` has.
     """
     small = morph(spec, blocks, widths)
+    groups = family(spec).groups
     at = {hidden_group(spec.blocks[n]): int(w) for n, w in zip(blocks, widths, strict=True)}
-    sliced = core.slice_params(family(spec).groups, params, at)
+    # One channel, or none, is no group: it stays, or leaves the tree with its block.
+    at = {name: width for name, width in at.items() if width > 1 or name in groups.by_name}
+    sliced = core.slice_params(groups, params, at)
     return small, {name: sliced[name] for name in param_shapes(small)}
 
 
@@ -387,6 +390,13 @@ class ResNetHypernetwork(Hypernetwork):
         streams = tuple(range(1, NUM_STAGES + 1)) if self.streams else ()
         return tuple(self.spec.blocks[n].stage for n in self.blocks) + streams
 
+    @property
+    def lowest(self) -> tuple[int, ...]:
+        # Channels that only a padded shortcut brings in would make a sound network too, but blocks
+        # that change the shape are part of every `ResNetSpec`.
+        blocks = tuple(0 if self.spec.blocks[n].skippable else 1 for n in self.blocks)
+        return blocks + (1,) * (len(self.names) - len(blocks))
+
     def describe(self) -> dict[str, Any]:
         """Which family it is, in JSON types."""
         fields = {"spec": self.spec.to_dict(), "blocks": list(self.blocks)}
@@ -458,7 +468,7 @@ def hypernetwork(
             them: the stem, the head and every block.
 
     Raises:
-        ValueError: for streams that padded shortcuts tie to each other.
+        ValueError: for streams that padded shortcuts tie to each other, or a group of 1 channel.
     """
     if streams and spec.shortcut != "projection":
         raise ValueError(
@@ -466,4 +476,10 @@ def hypernetwork(
             f"{spec.shortcut!r}; import or train a network with projections."
         )
     names = tuple(hidden_group(spec.blocks[n]) for n in blocks) + STREAM_GROUPS * streams
-    return ResNetHypernetwork(family(spec).groups, names, inr, spec, tuple(blocks), streams)
+    groups = family(spec).groups
+    if single := [name for name in names if name not in groups.by_name]:
+        raise ValueError(
+            "Widths vary for groups of 2 channels or more, of which this network has no "
+            f"{', '.join(single)}; generate other blocks."
+        )
+    return ResNetHypernetwork(groups, names, inr, spec, tuple(blocks), streams)

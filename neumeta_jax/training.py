@@ -348,7 +348,7 @@ class InrRecipe:
         learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: of the
             optimizer, and the largest value of a gradient's entry.
         learned: which parameters that are not generated are trained: the "last" block and the head
-            once the third stage is reached, "all" of them always, or "none".
+            once the last stage that is generated is reached, "all" of them always, or "none".
         schedule: of the learning rates within a phase.
     """
 

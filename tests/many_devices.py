@@ -23,7 +23,7 @@ def main(folder):
     import numpy as np
     import test_training as tiny
 
-    from neumeta_jax import evaluation, training
+    from neumeta_jax import evaluation, resnet, training
     from neumeta_jax.architecture import cifar_resnet
     from neumeta_jax.checkpoint import Checkpoints
     from neumeta_jax.core import hypernetwork as hyper
@@ -48,14 +48,14 @@ def main(folder):
     }
     # As few blocks as have one that can be skipped and one that changes the shape.
     spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    plain = hyper.Hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
-    deep = hyper.Hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
+    plain = resnet.hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
+    deep = resnet.hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
     backbone = tiny.random_backbone(spec)
     images = tiny.random_images()
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(family, backbone):
-        return hyper.init(jax.random.key(1), family, backbone, alpha=0.7, from_backbone=True)
+        return hyper.init(jax.random.key(1), family, backbone, alpha=0.7)
 
     params = init(plain, backbone)
 
@@ -72,13 +72,15 @@ def main(folder):
             family, start = plain, params
             if kind == "depth":
                 family, start = deep, init(deep, backbone)
-            phase = training.Phase(case, kind, 0, 10, 2, (), 0, 3)
+            phase = training.Phase(case, kind, 0, 10, 2, (), 0, 2)
             update = training.fit_update(family, recipe)
             if kind != "fit":
                 update = training.inr_update(
                     family,
                     recipe,
                     tiny.PREPROCESSING,
+                    family.forward,
+                    num_classes=spec.num_classes,
                     unroll=case == "unrolled",
                     mesh=mesh,
                     kind=kind,

@@ -61,6 +61,11 @@ def logits_of(spec, params, images):
     return resnet.apply(spec, params, images)
 
 
+def dense_network(family, params, widths):
+    """(spec, tree) of the network of `widths` at its own shapes."""
+    return family.dense(hyper.generate(family, params, widths, sizes=widths), widths, widths)
+
+
 class Network(NamedTuple):
     """A network, what it is given and what it answers."""
 

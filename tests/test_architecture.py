@@ -17,7 +17,6 @@ from neumeta_jax.architecture import (
     generated_blocks,
     morph,
     widths_at,
-    without_last,
 )
 
 RESNET14 = cifar_resnet(14, num_classes=5)
@@ -110,18 +109,6 @@ def test_widths_are_rounded_half_up_and_at_least_one():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(3, 5, 8))
     wanted = {0.5: (2, 3, 4), 0.01: (1, 1, 1), 1.5: (5, 8, 12), 1: (3, 5, 8)}
     assert {ratio: widths_at(spec, (0, 2, 4), ratio) for ratio in wanted} == wanted
-
-
-def test_the_last_skippable_blocks_of_each_stage_are_left_out():
-    spec = cifar_resnet(20, num_classes=10)
-    inner, everything = generated_blocks(spec), generated_blocks(spec, "all")
-    widths = (16, 12, 32, 20, 64)
-    assert without_last(spec, inner, widths, 0) == widths
-    assert without_last(spec, inner, widths, 1) == (16, 0, 32, 0, 0)
-    assert without_last(spec, inner, widths, 5) == (0,) * 5
-    found = without_last(spec, everything, spec.hidden_widths, 9)
-    kept = [n for n, width in enumerate(found) if width]
-    assert kept == [n for n, block in enumerate(spec.blocks) if not block.skippable]
 
 
 @pytest.mark.parametrize(

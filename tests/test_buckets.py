@@ -3,28 +3,30 @@ import itertools
 import numpy as np
 import pytest
 
-from neumeta_jax import buckets
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
+from neumeta_jax import buckets, resnet
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
+from neumeta_jax.core.inr import Grid
 
 SPEC = cifar_resnet(20, num_classes=10)
-BLOCKS = generated_blocks(SPEC, "all")
-INNER = generated_blocks(SPEC)
+FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC, "all"), Grid())
+INNER = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+BLOCKS = FAMILY.blocks
 
 
 def uniform(number, seed=0):
     ratios = np.random.default_rng(seed).uniform(0.25, 1, number)
-    return np.array([widths_at(SPEC, BLOCKS, ratio) for ratio in ratios])
+    return np.array([FAMILY.widths(ratio) for ratio in ratios])
 
 
 def by_block(number, seed=0):
     rng = np.random.default_rng(seed)
-    full = np.array([SPEC.hidden_widths[n] for n in BLOCKS])
+    full = np.array(FAMILY.full_widths)
     return np.maximum(1, np.round(rng.uniform(0.25, 1, (number, len(BLOCKS))) * full)).astype(int)
 
 
 def macs(widths):
-    return morph(SPEC, BLOCKS, widths).num_macs
+    return FAMILY.num_macs(widths)
 
 
 def padded(found):
@@ -34,7 +36,7 @@ def padded(found):
 @pytest.mark.parametrize("rows", [uniform(40), by_block(40)])
 @pytest.mark.parametrize("max_buckets", [1, 3, 8])
 def test_every_network_lies_in_one_bucket_that_holds_it_tightly(rows, max_buckets):
-    found = make_buckets(SPEC, BLOCKS, rows, max_buckets=max_buckets)
+    found = make_buckets(FAMILY.num_macs, rows, max_buckets=max_buckets)
     assert 1 <= len(found) <= max_buckets
     assert sorted(n for bucket in found for n in bucket.members) == list(range(40))
     for bucket in found:
@@ -52,53 +54,57 @@ def test_widths_of_one_ratio_are_padded_hardly_more_than_in_the_best_contiguous_
         for inner in itertools.combinations(range(1, 14), 3)
         for cuts in [(0, *inner, 14)]
     )
-    assert best <= padded(make_buckets(SPEC, BLOCKS, rows, max_buckets=4)) < 1.01 * best
+    assert best <= padded(make_buckets(FAMILY.num_macs, rows, max_buckets=4)) < 1.01 * best
 
 
 def test_eight_buckets_pad_64_networks_of_one_ratio_by_a_tenth_at_most():
     rows = uniform(64)
     exact = sum(map(macs, rows))
-    assert padded(make_buckets(SPEC, BLOCKS, rows)) < 1.1 * exact
+    assert padded(make_buckets(FAMILY.num_macs, rows)) < 1.1 * exact
     assert 64 * SPEC.num_macs > 1.4 * exact
 
 
 def test_widths_drawn_block_by_block_cost_less_than_at_one_shape():
     """And less than networks put together by their size alone."""
     rows = by_block(64)
-    found = padded(make_buckets(SPEC, BLOCKS, rows))
+    found = padded(make_buckets(FAMILY.num_macs, rows))
     ordered = rows[np.argsort([macs(row) for row in rows])]
     by_size = sum(8 * macs(part.max(axis=0)) for part in np.split(ordered, 8))
     assert found < by_size < 64 * macs(rows.max(axis=0))
 
 
 def test_a_bucket_is_opened_only_where_it_saves_its_price():
-    rows = np.array([widths_at(SPEC, BLOCKS, ratio) for ratio in (0.25, 0.26, 1.0, 0.99)])
+    rows = np.array([FAMILY.widths(ratio) for ratio in (0.25, 0.26, 1.0, 0.99)])
     saved = 2 * (macs(rows[2]) - macs(rows[1]))
-    assert len(make_buckets(SPEC, BLOCKS, rows)) == 4
-    found = make_buckets(SPEC, BLOCKS, rows, macs_per_bucket=saved * 0.9)
+    assert len(make_buckets(FAMILY.num_macs, rows)) == 4
+    found = make_buckets(FAMILY.num_macs, rows, macs_per_bucket=saved * 0.9)
     assert [bucket.members for bucket in found] == [(0, 1), (2, 3)]
-    assert len(make_buckets(SPEC, BLOCKS, rows, macs_per_bucket=saved * 1.1)) == 1
+    assert len(make_buckets(FAMILY.num_macs, rows, macs_per_bucket=saved * 1.1)) == 1
 
 
 def test_a_block_that_all_members_skip_is_not_in_the_container():
     rows = np.array([[0, 8, 20, 20, 40], [4, 8, 30, 20, 0], [0, 8, 32, 20, 50]])
-    found = make_buckets(SPEC, INNER, rows, max_buckets=2)
+    found = make_buckets(INNER.num_macs, rows, max_buckets=2)
     assert [bucket.container[0] for bucket in found] == [0, 4]
 
 
 def test_beyond_the_limit_neighbours_in_size_start_as_one(monkeypatch):
     monkeypatch.setattr(buckets, "MAX_RUNS", 50)
     rows = uniform(400)
-    found = make_buckets(SPEC, BLOCKS, rows)
+    found = make_buckets(FAMILY.num_macs, rows)
     assert sorted(n for bucket in found for n in bucket.members) == list(range(400))
     assert len(found) == 8 and padded(found) < 1.1 * sum(map(macs, rows))
 
 
 def test_given_containers_hold_each_network_in_the_cheapest_that_fits():
     rows = by_block(30)
-    full = [SPEC.hidden_widths[n] for n in BLOCKS]
-    containers = [full, rows.max(axis=0).tolist(), rows[:4].max(axis=0).tolist(), rows[7].tolist()]
-    found = fill_containers(SPEC, BLOCKS, rows, containers)
+    containers = [
+        FAMILY.full_widths,
+        rows.max(axis=0).tolist(),
+        rows[:4].max(axis=0).tolist(),
+        rows[7].tolist(),
+    ]
+    found = fill_containers(FAMILY.num_macs, rows, containers)
     assert sorted(n for bucket in found for n in bucket.members) == list(range(30))
     for bucket in found:
         for n in bucket.members:
@@ -112,5 +118,5 @@ def test_given_containers_hold_each_network_in_the_cheapest_that_fits():
 def test_a_network_that_no_container_holds_is_refused(containers):
     rows = np.array([[8] * len(BLOCKS), [8] * (len(BLOCKS) - 1) + [17]])
     with pytest.raises(ValueError, match=f"one of the {len(containers)} containers.* row") as error:
-        fill_containers(SPEC, BLOCKS, rows, containers)
+        fill_containers(FAMILY.num_macs, rows, containers)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")

@@ -337,7 +337,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path, setting):
     spec = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
-    family = Hypernetwork(spec, generated_blocks(spec), MLP)
+    family = resnet.hypernetwork(spec, generated_blocks(spec), MLP)
     params = hyper.init(jax.random.key(0), family, resnet.init_params(jax.random.key(1), spec))
     checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params)
     wanted = state_of(3)

@@ -8,36 +8,44 @@ import numpy as np
 import pytest
 from networks import refused
 
+from neumeta_jax import resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.core import coordinates
-from neumeta_jax.core.coordinates import KINDS, LAYERS, Coordinates
+from neumeta_jax.core.coordinates import Coordinates
+from neumeta_jax.core.inr import Grid
 
 SPEC = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 BLOCKS = generated_blocks(SPEC)
 WIDTHS = np.array([3, 4, 1, 6, 5])
+LAYERS, KINDS = ("conv1", "conv2"), ("kernel", "bias")
+
+
+def stacks_of(spec=SPEC, blocks=BLOCKS):
+    return resnet.hypernetwork(spec, blocks, Grid()).stacks
 
 
 def full_grid(coords):
     """float[tensors, rows, columns, 6]."""
-    return np.stack([np.broadcast_to(entry, coords.shape) for entry in coords], axis=-1)
+    return np.stack([np.broadcast_to(entry, coords.shape) for entry in coords.entries], axis=-1)
 
 
-def tensors_of(groups):
-    """The group and row of every generated tensor by (position, layer, kind)."""
-    return {
-        (position, group.layer, group.kind): (group, row)
-        for group in groups
-        for row, position in enumerate(group.positions)
-    }
+def tensors_of(stacks):
+    """The stack and row of every generated tensor by (position, layer, kind)."""
+    tensors = {}
+    for stack in stacks:
+        for row, (path, position) in enumerate(zip(stack.paths, stack.owners, strict=True)):
+            _, layer, kind = path.split("/")
+            tensors[position, layer, kind] = stack, row
+    return tensors
 
 
-def test_the_papers_resnet56_has_92_tensors_in_12_groups():
+def test_the_papers_resnet56_has_92_tensors_in_12_stacks():
     spec = cifar_resnet(56, num_classes=100)
-    groups = coordinates.tensor_groups(spec, generated_blocks(spec))
-    assert len(groups) == len({group.name for group in groups}) == 12
-    assert sum(len(group.positions) for group in groups) == 92
-    assert {group.num_tensors for group in groups} == {92}
-    assert {group.norm for group in groups} == {64}
+    stacks = stacks_of(spec, generated_blocks(spec))
+    assert len(stacks) == len({stack.name for stack in stacks}) == 12
+    assert sum(len(stack.paths) for stack in stacks) == 92
+    assert {stack.num_tensors for stack in stacks} == {92}
+    assert {stack.norm for stack in stacks} == {64}
 
 
 @pytest.mark.parametrize("which", ["inner", "not_first", "all"])
@@ -45,67 +53,67 @@ def test_the_papers_resnet56_has_92_tensors_in_12_groups():
 def test_every_tensor_has_its_own_index_in_training_order_and_its_shape(stage_widths, which):
     spec = cifar_resnet(20, num_classes=5, stage_widths=stage_widths, image_size=8)
     blocks = generated_blocks(spec, which)
-    groups = coordinates.tensor_groups(spec, blocks)
-    tensors = tensors_of(groups)
+    stacks = stacks_of(spec, blocks)
+    tensors = tensors_of(stacks)
     in_order = list(itertools.product(range(len(blocks)), LAYERS, KINDS))
     assert [tensors[t][0].indices[tensors[t][1]] for t in in_order] == list(range(len(in_order)))
-    assert len(tensors) == sum(len(group.positions) for group in groups)  # none comes twice
-    assert len({group.name for group in groups}) == len(groups)
-    for (position, layer, kind), (group, _) in tensors.items():
+    assert len(tensors) == sum(len(stack.paths) for stack in stacks)  # none comes twice
+    assert len({stack.name for stack in stacks}) == len(stacks)
+    for (position, layer, kind), (stack, row) in tensors.items():
         block = spec.blocks[blocks[position]]
+        assert stack.paths[row] == f"{block.name}/{layer}/{kind}"
         rows, columns = {
             "conv1": (block.hidden_width, block.in_width),
             "conv2": (block.out_width, block.hidden_width),
         }[layer]
         wanted = (rows, columns, 9) if kind == "kernel" else (rows, 1, 1)
-        assert (group.rows, group.columns, group.num_outputs) == wanted
+        assert stack.shape[1:] == wanted
+        elastic = layer == "conv1", (layer, kind) == ("conv2", "kernel")
+        assert (stack.rows.elastic, stack.columns.elastic) == elastic
 
 
 def test_a_tensor_keeps_its_index_at_every_width():
     full, narrow = (
-        [
-            (group.name, group.positions, group.indices)
-            for group in coordinates.tensor_groups(spec, BLOCKS)
-        ]
+        [(stack.name, stack.owners, stack.indices) for stack in stacks_of(spec)]
         for spec in (SPEC, morph(SPEC, BLOCKS, WIDTHS))
     )
     assert full == narrow
 
 
-def normalized_grids(groups, widths):
+def normalized_grids(stacks, widths):
     @jax.jit
     def coords(widths):
-        raw = {group.name: coordinates.raw_coordinates(group, widths) for group in groups}
-        return {group.name: coordinates.normalize(raw[group.name], group.norm) for group in groups}
+        raw = {stack.name: coordinates.raw_coordinates(stack, widths) for stack in stacks}
+        return {stack.name: coordinates.normalize(raw[stack.name], stack.norm) for stack in stacks}
 
     return {name: full_grid(entries) for name, entries in coords(widths).items()}
 
 
 def test_normalised_coordinates_are_those_of_the_papers():
-    groups = coordinates.tensor_groups(SPEC, BLOCKS)
-    grids = normalized_grids(groups, WIDTHS)
+    stacks = stacks_of()
+    grids = normalized_grids(stacks, WIDTHS)
     n, norm = 4 * len(BLOCKS), 8
-    for (position, layer, kind), (group, row) in tensors_of(groups).items():
+    for (position, layer, kind), (stack, row) in tensors_of(stacks).items():
         i = 4 * position + 2 * LAYERS.index(layer) + KINDS.index(kind)
         stream, hidden = SPEC.blocks[BLOCKS[position]].in_width, int(WIDTHS[position])
         c_out, c_in = (hidden, stream) if layer == "conv1" else (stream, hidden)
         c_in = 1 if kind == "bias" else c_in
         for o, c in itertools.product(range(c_out), range(c_in)):
             wanted = (i / n, o / c_out, c / c_in, n / norm, c_out / norm, c_in / norm)
-            np.testing.assert_allclose(grids[group.name][row][o, c], wanted, rtol=1e-6)
+            np.testing.assert_allclose(grids[stack.name][row][o, c], wanted, rtol=1e-6)
 
 
 def test_the_grid_stays_separable_without_noise():
-    for group in coordinates.tensor_groups(SPEC, BLOCKS):
-        coords = jax.eval_shape(lambda w, g=group: coordinates.raw_coordinates(g, w), WIDTHS)
-        assert coords.shape == (len(group.positions), group.rows, group.columns)
-        varying = [tuple(np.array(entry.shape) > 1) for entry in coords]
+    for stack in stacks_of():
+        coords = jax.eval_shape(lambda w, s=stack: coordinates.raw_coordinates(s, w), WIDTHS)
+        assert coords.shape == stack.shape[:3]
+        varying = [tuple(np.array(entry.shape) > 1) for entry in coords.entries]
         assert not any(rows and columns for _, rows, columns in varying)
-        assert sum(entry.size for entry in coords) < 30
+        assert sum(entry.size for entry in coords.entries) < 30
 
 
 def test_a_width_of_zero_has_finite_coordinates():
-    grids = normalized_grids(coordinates.tensor_groups(SPEC, BLOCKS), np.zeros(len(BLOCKS), int))
+    grids = normalized_grids(stacks_of(), np.zeros(len(BLOCKS), int))
     assert all(np.isfinite(grid).all() for grid in grids.values())
 
 
@@ -113,14 +121,14 @@ def large_grid():
     _, rows, columns = np.ogrid[:1.0, :40.0, :50.0]
     one = np.ones((2, 1, 1), np.float32)
     entries = (one, rows, columns, 92 * one, 40 * one, 50 * one)
-    return Coordinates(*(entry.astype(np.float32) for entry in entries))
+    return Coordinates.of(entry.astype(np.float32) for entry in entries)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_noise_per_query_moves_every_entry_of_every_query_by_up_to_half_a_channel(scale):
     coords = large_grid()
     noisy = coordinates.add_noise(jax.random.key(0), coords, scale=scale)
-    assert all(entry.shape == (2, 40, 50) for entry in noisy)
+    assert all(entry.shape == (2, 40, 50) for entry in noisy.entries)
     noise = (full_grid(noisy) - full_grid(coords)) / scale
     assert np.abs(noise).max() == pytest.approx(0.49, abs=1e-4)  # clipped, and often enough reached
     assert np.abs(noise.mean((0, 1, 2))).max() < 0.03
@@ -132,8 +140,8 @@ def test_noise_per_query_moves_every_entry_of_every_query_by_up_to_half_a_channe
 def test_noise_per_channel_moves_each_channel_as_a_whole():
     coords = large_grid()
     noisy = coordinates.add_noise(jax.random.key(0), coords, per="channel")
-    assert [entry.shape for entry in noisy] == [entry.shape for entry in coords]
-    for entry, original in zip(noisy, coords, strict=True):
+    assert [x.shape for x in noisy.entries] == [x.shape for x in coords.entries]
+    for entry, original in zip(noisy.entries, coords.entries, strict=True):
         moved = np.abs(np.asarray(entry) - original)
         assert moved.max() <= 0.4901
         assert len(np.unique(moved)) > 0.85 * moved.size  # few are clipped, none shared

@@ -23,13 +23,13 @@ FULL = tiny.FAMILY.full_widths
 @pytest.fixture(scope="module")
 def params():
     backbone = tiny.random_backbone(tiny.SPEC)
-    return hyper.init(jax.random.key(1), tiny.FAMILY, backbone, alpha=0.7), backbone
+    return tiny.init(tiny.FAMILY, backbone, alpha=0.7, from_backbone=False), backbone
 
 
 def locate(params, backbone, *, number=3, kind="train", family=tiny.FAMILY, **changes):
     fields = {"batch_size": 4, "sandwich": True, **changes}
     chosen = dataclasses.replace(tiny.RECIPE, **fields)
-    phase = training.Phase("x", kind, 0, 10, len(FULL), (), 0, 3)
+    phase = training.Phase("x", kind, 0, 10, len(FULL), (), 0, 2)
     step = diagnosis.step_of(
         number,
         jax.random.key(9),
@@ -63,10 +63,10 @@ def test_finite_parameters_are_not_blamed(params):
 def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, kind):
     """All the last block's parameters are spoiled, and no other's."""
     tree, backbone = params
-    groups = {group.name: group for group in tiny.FAMILY.groups}
+    owners = {stack.name: stack.owners for stack in tiny.FAMILY.stacks}
 
     def spoil(path, leaf):
-        positions = list(groups[path[0].key].positions)
+        positions = owners[path[0].key]
         if len(FULL) - 1 not in positions or leaf.shape[0] != len(positions):
             return leaf
         return leaf.at[positions.index(len(FULL) - 1)].set(jnp.nan)
@@ -80,7 +80,7 @@ def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, ki
 
 def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
     backbone = tiny.random_backbone(tiny.SPEC)
-    family, tree = tiny.DEEP, tiny.init(tiny.DEEP, backbone, alpha=1.0, from_backbone=True)
+    family, tree = tiny.DEEP, tiny.init(tiny.DEEP, backbone)
     spoiled = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), tree["depth"])
     found = locate(
         {**tree, "depth": spoiled},
@@ -123,7 +123,7 @@ def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
     variables["params"][block]["conv1"]["kernel"] = kernel * 1e38
     step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
     found = diagnosis.locate_in_teacher(
-        tiny.SPEC, tiny.PREPROCESSING, variables, step, tiny.random_images()
+        resnet.Network(tiny.SPEC), tiny.PREPROCESSING, variables, step, tiny.random_images()
     )
     width = next(b.hidden_width for b in tiny.SPEC.blocks if b.name == block)
     assert found == f"first in the activations of {block} at hidden width {width}"
@@ -132,15 +132,14 @@ def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
 def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_path, monkeypatch):
     """One block's weights are spoiled at one width, which is drawn for the first time in step 7."""
     workdir = tmp_path / "run"
-    generate_blocks = hyper.generate_blocks
+    generate_tensors = hyper.generate_tensors
     drawn = []
 
     def spoiled(hypernetwork, inr_params, widths, **options):
-        tree = generate_blocks(hypernetwork, inr_params, widths, **options)
-        layers = tree["stage2_block0"]["conv1"]
+        tensors = generate_tensors(hypernetwork, inr_params, widths, **options)
         bad = jnp.where((widths[1] == 4) & (widths[2] == 6), jnp.nan, 1.0)
-        layers["kernel"] = layers["kernel"] * bad
-        return tree
+        path = "stage2_block0/conv1/kernel"
+        return tensors | {path: tensors[path] * bad}
 
     locate_in_inr = diagnosis.locate_in_inr
 
@@ -151,7 +150,7 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
 
     monkeypatch.chdir(recipe.ROOT)
     with monkeypatch.context() as patch:
-        patch.setattr(hyper, "generate_blocks", spoiled)
+        patch.setattr(hyper, "generate_tensors", spoiled)
         patch.setattr(diagnosis, "locate_in_inr", recorded)
         args = [config, f"--workdir={workdir}", "--config.train.sandwich=false"]
         message = recipe.refusal("train", *args)
@@ -174,36 +173,36 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
 @pytest.mark.parametrize("depth_term", [False, True])
 def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth_term):
     spec = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
     first, second, third = (spec.blocks[n].name for n in family.blocks[:3])
     backbone = tiny.random_backbone(spec)
     backbone[first]["conv1"]["bias"] = backbone[first]["conv1"]["bias"].at[:3].set(-100.0)
     for name in (second, third):
         backbone[name]["conv1"]["bias"] = jnp.full_like(backbone[name]["conv1"]["bias"], -100.0)
     backbone[third]["conv2"]["bias"] = jnp.zeros_like(backbone[third]["conv2"]["bias"])
-    params = hyper.init(jax.random.key(0), family, backbone, alpha=1.0, from_backbone=True)
+    params = tiny.init(family, backbone)
     images = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
     smallest = family.widths(0.5)
     idle = diagnosis.idle_parts(family, params, images, smallest)
     width = spec.blocks[family.blocks[2]].hidden_width
-    assert idle.channels[first] >= 3 and idle.channels[second] == 4
-    assert idle.channels[third] == width and idle.blocks == (2,)
+    counts = [idle.channels[name] for name in family.names[:3]]
+    assert counts[0] >= 3 and counts[1:] == [4, width] and idle.groups == (2,)
     channels, blocks = diagnosis.describe_idle(family, idle)
-    assert f"4 of 4 in {second}, {width} of {width} in {third}" in channels
-    assert blocks.endswith(f"can be left out: {third}")
+    assert f"4 of 4 in {second}/conv1, {width} of {width} in {third}/conv1" in channels
+    assert blocks.endswith(f"can be left out: {third}/conv1")
     if depth_term:  # without that block the others of its stage are not what they were
         params["depth"] = jax.tree.map(lambda x: x + 0.1, params["depth"])
-        assert diagnosis.idle_parts(family, params, images, smallest).blocks == ()
+        assert diagnosis.idle_parts(family, params, images, smallest).groups == ()
 
 
 def test_nothing_is_said_of_a_family_all_of_which_does_something():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = hyper.Hypernetwork(spec, generated_blocks(spec), Projection())
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection())
     backbone = tiny.random_backbone(spec)
     for n in family.blocks:
         layer = backbone[spec.blocks[n].name]["conv1"]
         layer["bias"] = jnp.ones_like(layer["bias"])
-    params = hyper.init(jax.random.key(0), family, backbone, alpha=1.0, from_backbone=True)
+    params = tiny.init(family, backbone)
     images = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
     # Channels beyond the smallest widths are not there, which is not the same as never firing.
     idle = diagnosis.idle_parts(family, params, images, family.widths(0.5))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import logits_of, random_params, random_pixels, refused
+from networks import dense_network, logits_of, random_params, random_pixels, refused
 
 from neumeta_jax import consistency, evaluation, plotting, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
@@ -30,7 +30,7 @@ BACKBONE = random_params(SPEC, seed=5)  # which names several classes
 RANGE = (0.5, 1.0)
 RATIOS = [1.0, 0.5, 1.25, 0.25]
 WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
-accuracy = functools.partial(evaluation.accuracy, preprocessing=PREPROCESSING)
+accuracy = functools.partial(evaluation.accuracy, resnet.Network(SPEC), preprocessing=PREPROCESSING)
 
 
 def test_means_of_any_sequence_make_the_same_preprocessing():
@@ -59,7 +59,7 @@ def labels():
 @functools.cache
 def dense_predictions():
     """Those of the networks of WIDTHS, each at its own shapes."""
-    found = [predictions(*hyper.generate_dense(FAMILY, inr_params(), row)) for row in WIDTHS]
+    found = [predictions(*dense_network(FAMILY, inr_params(), row)) for row in WIDTHS]
     assert len({row.tobytes() for row in found}) == 5
     return np.stack(found)
 
@@ -104,7 +104,7 @@ def test_accuracy_counts_the_argmax_whatever_the_batch_size(batch_size):
     assert 0.5 < np.mean(found == labels()) < 0.8
     for given in (labels(), black):
         wanted = np.mean(found == given)
-        assert accuracy(SPEC, BACKBONE, IMAGES, given, batch_size=batch_size) == wanted
+        assert accuracy(BACKBONE, IMAGES, given, batch_size=batch_size) == wanted
 
 
 def test_batch_norm_accuracy_is_that_of_the_folded_network():
@@ -116,12 +116,12 @@ def test_batch_norm_accuracy_is_that_of_the_folded_network():
     folded = resnet.fold_batch_norm(variables)
     near = (predictions(SPEC, folded) + (np.arange(NUM_IMAGES) % 3 == 0)) % 5
     for tree in (variables, folded):
-        assert accuracy(SPEC, tree, IMAGES, near, batch_size=10) == pytest.approx(15 / 23)
+        assert accuracy(tree, IMAGES, near, batch_size=10) == pytest.approx(15 / 23)
 
 
 def test_an_empty_split_is_refused():
     with refused("at least one image, got an empty split"):
-        accuracy(SPEC, BACKBONE, IMAGES[:0], labels()[:0])
+        accuracy(BACKBONE, IMAGES[:0], labels()[:0])
 
 
 # --- grid ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_rows_hold_the_counts_and_the_accuracy_of_the_dense_networks_in_the_orde
     assert [row.width_ratio for row in rows] == RATIOS
     assert [row.trained for row in rows] == [True, True, False, False]
     for row in rows:
-        small, tree = hyper.generate_dense(FAMILY, inr_params(), row.widths)
+        small, tree = dense_network(FAMILY, inr_params(), row.widths)
         assert row.widths == tuple(FAMILY.widths(row.width_ratio))
         assert small == morph(SPEC, FAMILY.blocks, row.widths)
         assert (row.num_params, row.num_macs) == (small.num_params, small.num_macs)
@@ -384,8 +384,8 @@ def lower_job(strategy):
         per_image=None,
         transform=None,
         mesh=None,
-        container=SPEC,
-        drawn_at=SPEC,
+        container=FAMILY.full_widths,
+        drawn_at=FAMILY.full_widths,
     )
 
 
@@ -411,12 +411,15 @@ def test_every_strategy_lowers_for_accelerators(strategy, platform):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"widths": WIDTHS[0]}, r"each of the 2 generated blocks, got shape \(2,\)"),
+        ({"widths": WIDTHS[0]}, r"each of the 2 elastic groups, got shape \(2,\)"),
         ({"widths": WIDTHS[:, :1]}, r"got shape \(6, 1\)"),
         ({"widths": WIDTHS[:0]}, r"got shape \(0, 2\)"),
         ({"widths": WIDTHS / 2}, "integers .*got float64"),
-        ({"widths": [[4, 6], [4, -1]]}, "stage2_block1 takes .* from 0 to 9, got -1 in row 1"),
-        ({"widths": [[7, 6]]}, "stage1_block1 takes .* from 0 to 6, got 7 in row 0"),
+        (
+            {"widths": [[4, 6], [4, -1]]},
+            "stage2_block1/conv1 takes .* from 0 to 9, got -1 in row 1",
+        ),
+        ({"widths": [[7, 6]]}, "stage1_block1/conv1 takes .* from 0 to 6, got 7 in row 0"),
         ({"strategy": "scan"}, r"strategy must be one of \('auto', .*got 'scan'"),
         ({"max_buckets": 0}, "at least 1, got max_buckets=0"),
         ({"config_batch": 0}, "config_batch=0"),
@@ -484,7 +487,7 @@ def test_weight_slices_are_the_kernels_of_the_dense_networks():
     assert list(slices.widths) == list(range(1, 9))
     for number in (1, 6):  # below and beyond the full size
         width = slices.widths[number]
-        _, tree = hyper.generate_dense(FAMILY, inr_params(), FAMILY.widths(width / full))
+        _, tree = dense_network(FAMILY, inr_params(), FAMILY.widths(width / full))
         wanted = tree[slices.block]["conv2"]["kernel"]
         kernel = slices.kernels[number]
         np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)

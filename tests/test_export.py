@@ -20,6 +20,7 @@ from networks import (
     assert_refuses,
     assert_same_logits,
     both_shortcuts,
+    dense_network,
     load_module,
     logits_of,
     network,
@@ -41,7 +42,6 @@ from neumeta_jax import (
 )
 from neumeta_jax.architecture import ResNetSpec, cifar_resnet, morph
 from neumeta_jax.command_line import UsageError
-from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
 
 written_formats = pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_
     run(export, *args, "--num_images=10")
     spec, tree, info = export.load_safetensors(path)
     assert spec == morph(family.spec, family.blocks, widths)
-    wanted = jax.jit(lambda params: hyper.generate_dense(family, params, widths)[1])(params)
+    wanted = jax.jit(lambda params: dense_network(family, params, widths)[1])(params)
     wanted = {name: wanted[name] for name in tree}
     chex.assert_trees_all_close(tree, wanted, rtol=1e-4, atol=1e-6)
     assert info["dataset"] == "digits" and info["morph"]["widths"] == list(widths)
@@ -407,14 +407,14 @@ def nothing_runs(monkeypatch):
         ({"widths": "3,4"}, "got --width and --widths"),
         ({"width": 2}, "A width ratio must lie in (0, 1.5], got 2"),
         ({"width": None, "widths": "3,x"}, "integers with commas between, got '3,x'"),
-        ({"width": None, "widths": "3"}, "each of the 2 generated blocks, got 1"),
+        ({"width": None, "widths": "3"}, "each of the 2 elastic groups, got 1"),
         (
             {"width": None, "widths": "3,10"},
-            "stage2_block1 takes hidden widths from 0 to 9, got 10",
+            "stage2_block1/conv1 takes widths from 0 to 9, got 10",
         ),
         (
             {"width": None, "widths": "-1,3"},
-            "stage1_block1 takes hidden widths from 0 to 6, got -1",
+            "stage1_block1/conv1 takes widths from 0 to 6, got -1",
         ),
         ({"width": None, "spec": "gone.json"}, "--spec=gone.json must be a file"),
         ({"num_images": 0}, "--num_images must be at least 1"),
@@ -462,9 +462,9 @@ def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, 
             lambda f: f | {"spec": f["spec"] | {"num_classes": 100}},
             "num_classes 100 there, 10 here",
         ),
-        (lambda f: f | {"spec": None}, "other fields in its spec"),
+        (lambda f: f | {"spec": None}, "spec None there"),
         (lambda f: f | {"widths": [1.0, 2]}, "list of integers"),
-        (lambda f: f | {"widths": [1, 2, 3]}, "2 generated blocks, got 3"),
+        (lambda f: f | {"widths": [1, 2, 3]}, "2 elastic groups, got 3"),
         (lambda f: f | {"widths": [1, 99]}, "from 0 to 9, got 99"),
     ],
 )
@@ -483,7 +483,7 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(2, 2, 2))
-    family = hyper.Hypernetwork(spec, (0, 1, 2), Grid())
+    family = resnet.hypernetwork(spec, (0, 1, 2), Grid())
     assert morphs.check_widths(family, (0, 1, 1)) == (0, 1, 1)
-    with refused("stage2_block0 takes hidden widths from 1 to 3, got 0"):
+    with refused("stage2_block0/conv1 takes widths from 1 to 3, got 0"):
         morphs.check_widths(family, (0, 0, 1))

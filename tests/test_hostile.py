@@ -46,7 +46,7 @@ from neumeta_jax.core.inr import Grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
-FAMILY = hyper.Hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 NORMALIZATION = export.Normalization((0.5,) * 3, (0.2,) * 3)
 
 CPU_SECONDS = 10

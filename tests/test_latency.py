@@ -17,7 +17,7 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
 
 SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
-FAMILY = hyper.Hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 
 
 @pytest.fixture(scope="module")

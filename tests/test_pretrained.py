@@ -11,9 +11,10 @@ import chex
 import jax
 import numpy as np
 import pytest
+from networks import dense_network
 
 import neumeta_jax
-from neumeta_jax import checkpoint, data, evaluation, experiment as lab, training
+from neumeta_jax import checkpoint, data, evaluation, experiment as lab, resnet, training
 from neumeta_jax.core import hypernetwork as hyper
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -54,8 +55,10 @@ def test_accuracies_are_those_of_the_page(name, test_images):
     preprocessing = training.Preprocessing(tuple(info["mean"]), tuple(info["std"]))
     assert preprocessing.mean == data.NORMALIZATION["cifar100"][0]
     for ratio, wanted in ((1.0, full), (0.25, smallest)):
-        spec, network = hyper.generate_dense(family, params, family.widths(ratio))
-        accuracy = evaluation.accuracy(spec, network, *test_images, preprocessing, batch_size=50)
+        spec, network = dense_network(family, params, family.widths(ratio))
+        accuracy = evaluation.accuracy(
+            resnet.Network(spec), network, *test_images, preprocessing, batch_size=50
+        )
         assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors
 
 

@@ -9,11 +9,18 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from networks import SPECS, no_litert, random_inr, random_params, random_pixels, refused
+from networks import (
+    SPECS,
+    dense_network,
+    no_litert,
+    random_inr,
+    random_params,
+    random_pixels,
+    refused,
+)
 
-from neumeta_jax import evaluation, export, quantize, resnet
+from neumeta_jax import core, evaluation, export, quantize, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.training import Preprocessing
 
@@ -60,7 +67,9 @@ def test_a_padded_network_rounds_as_the_dense_one_does():
     spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
     blocks, widths = generated_blocks(spec), np.array([2, 5])
     params = random_params(spec)
-    masked = quantize.fake_quantize(resnet.mask_params(spec, params, blocks, widths))
+    family = resnet.hypernetwork(spec, blocks, Grid())
+    masked = core.mask_params(family.groups, params, family.by_name(widths))
+    masked = quantize.fake_quantize(masked)
     dense = quantize.fake_quantize(resnet.slice_params(spec, params, blocks, widths)[1])
     sliced = resnet.slice_params(spec, masked, blocks, widths)[1]
     chex.assert_trees_all_equal(sliced, dense)
@@ -134,7 +143,7 @@ def test_an_int8_export_that_cannot_be_is_refused(tmp_path, options, match):
 
 def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
     spec = cifar_resnet(8, num_classes=3, stage_widths=(4, 4, 8), image_size=8)
-    family = hyper.Hypernetwork(spec, (0, 2), Grid())
+    family = resnet.hypernetwork(spec, (0, 2), Grid())
     params, sizes = random_inr(family, seed=5, scale=0.5), [(4, 8), (2, 5)]
     preprocessing = Preprocessing(*NORMALIZATION)
     grid = functools.partial(evaluation.evaluate_grid, family, params)
@@ -144,6 +153,6 @@ def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
     labels = exact.predictions[0].astype(int)
     found = grid(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
     for widths, accuracy in zip(sizes, found.accuracy, strict=True):
-        small, dense = hyper.generate_dense(family, params, widths)
+        small, dense = dense_network(family, params, widths)
         logits = export.network_logits(small, quantize.quantize(dense), IMAGES, NORMALIZATION)
         assert abs(accuracy - np.mean(logits.argmax(axis=1) == labels)) <= 1 / 40

@@ -21,13 +21,16 @@ import time
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
+from test_teacher_import import teacher_tensors
 
 from neumeta_jax import (
     architecture,
     checkpoint,
     command_line,
+    core,
     data,
     evaluation,
     experiment as lab,
@@ -36,9 +39,9 @@ from neumeta_jax import (
     teacher_import,
     training,
 )
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, ordering
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = networks.ROOT
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
 CONFIG = "--config=configs/digits.py:smoke"
 
@@ -48,10 +51,7 @@ class KilledError(BaseException):
 
 
 def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return networks.load_module(f"{name}.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,24 +66,23 @@ def one_compilation_for_all_runs():
 
 def call(script, *args):
     """(exit status, standard output, standard error) of a script's main with these arguments."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    program = str(ROOT / f"{script}.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program, *args])
-        # It would take over the handlers that pytest collects warnings with.
-        patch.setattr(lab, "quiet_logging", lambda: None)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                command_line.run(load_script(script).main)
-            except SystemExit as stop:
-                status = stop.code
-    return status, out.getvalue(), err.getvalue()
+    return networks.call(load_script(script), *args)
 
 
 def train(workdir, *args):
     status, out, err = call("train", CONFIG, f"--workdir={workdir}", *args)
     assert status == 0, err
     return out
+
+
+def evaluate(workdir, flags, out=""):
+    """(folder of the results, what is printed) of eval.py, which trains nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "run_steps", None)
+        given = f"--workdir={workdir}", f"--out={workdir / out}", "--strategy=loop"
+        status, printed, err = call("eval", *given, *flags.split())
+    assert status == 0, err
+    return workdir / out, printed
 
 
 def refusal(script, *args):
@@ -130,15 +129,21 @@ def assert_same_result(workdir, reference):
 
 
 def assert_same_grid(workdir, reference):
-    grids = [json.loads((path / "grid.json").read_text()) for path in (workdir, reference)]
+    grids = [read_json(path / "grid.json") for path in (workdir, reference)]
     assert grids[0]["rows"] == grids[1]["rows"]
 
 
-def forbid_training(monkeypatch):
-    def run_steps(*args, **kwargs):
-        raise AssertionError("it trains again")
+def read_json(path):
+    return json.loads(path.read_text())
 
-    monkeypatch.setattr(training, "run_steps", run_steps)
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
 
 
 # --- a run -----------------------------------------------------------------------------------
@@ -147,20 +152,12 @@ def forbid_training(monkeypatch):
 def test_a_run_leaves_its_config_its_metrics_and_its_results(finished):
     workdir, out = finished
     assert {path.name for path in workdir.iterdir()} == {
-        "backbone.safetensors",
-        "checkpoints",
-        "config.json",
-        "grid.csv",
-        "grid.json",
-        "grid.png",
-        "inr.safetensors",
-        "lock",
-        "metrics.jsonl",
-        "versions.json",
+        *(lab.BACKBONE_FILE, checkpoint.INR_FILE, "checkpoints", "lock", "metrics.jsonl"),
+        *("config.json", "versions.json", "grid.csv", "grid.json", "grid.png"),
     }
-    config = json.loads((workdir / "config.json").read_text())
+    config = read_json(workdir / "config.json")
     assert (config["network"]["depth"], config["train"]["fit_steps"]) == (14, 5)
-    versions = json.loads((workdir / "versions.json").read_text())
+    versions = read_json(workdir / "versions.json")
     assert {"python", "jax", "flax", "devices"} <= set(versions)
     assert out.rstrip().splitlines()[-1].startswith("done in ")
 
@@ -173,28 +170,21 @@ def test_every_part_of_the_metrics_counts_its_steps_upwards(finished):
         steps = [line["step"] for line in lines if line["part"] == part]
         assert steps == sorted(set(steps)) and steps[-1] == last
     phases = dict.fromkeys(line["phase"] for line in lines)
-    assert [name.split("] ")[-1] for name in phases] == [
-        "teacher",
-        "fit",
-        "block 1 of 2",
-        "block 2 of 2",
-        "final",
-    ]
+    named = [name.split("] ")[-1] for name in phases]
+    assert named == ["teacher", "fit", "block 1 of 2", "block 2 of 2", "final"]
     assert all(np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"]) for line in lines)
 
 
 def test_the_grid_of_a_run_is_of_the_test_split_at_the_ratios_of_the_config(finished):
     workdir, out = finished
-    document = json.loads((workdir / "grid.json").read_text())
+    document = read_json(workdir / "grid.json")
     assert (document["dataset"], document["split"]) == ("digits", "test")
     rows = document["rows"]
     assert [row["width_ratio"] for row in rows] == [1.25, 1.0, 0.5, 0.25]
     assert [row["trained"] for row in rows] == [False, True, True, False]
-    with (workdir / "grid.csv").open(newline="") as file:
-        assert [int(line["num_params"]) for line in csv.DictReader(file)] == [
-            row["num_params"] for row in rows
-        ]
-    assert (workdir / "grid.png").read_bytes().startswith(b"\x89PNG")
+    counts = [int(line["num_params"]) for line in read_csv(workdir / "grid.csv")]
+    assert counts == [row["num_params"] for row in rows]
+    assert is_png(workdir / "grid.png")
     for row in rows:
         assert f"{100 * row['accuracy']:.2f}" in out
 
@@ -205,11 +195,11 @@ def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     images = data.load_dataset("digits")
     preprocessing = training.Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
-    rows = json.loads((workdir / "grid.json").read_text())["rows"]
+    rows = read_json(workdir / "grid.json")["rows"]
     for row in rows[1:]:
         tree = generate(params, family.widths(row["width_ratio"]))
         found = evaluation.accuracy(
-            family.spec, tree, images.test_images, images.test_labels, preprocessing
+            family.network, tree, images.test_images, images.test_labels, preprocessing
         )
         assert found == row["accuracy"]
 
@@ -256,7 +246,7 @@ def test_a_projection_starts_at_the_teacher_and_stays_there_without_a_learning_r
     assert "channels ordered by importance" in out
     (line,) = [x for x in out.splitlines() if x.startswith("teacher (full size, not generated)")]
     teacher = float(line.split(":")[1].removesuffix("%"))
-    rows = json.loads((workdir / "grid.json").read_text())["rows"]
+    rows = read_json(workdir / "grid.json")["rows"]
     found = {row["width_ratio"]: 100 * row["accuracy"] for row in rows}
     assert found[1.0] == pytest.approx(teacher, abs=0.01)
     assert found[1.25] == pytest.approx(teacher, abs=0.01)
@@ -269,7 +259,7 @@ def test_a_projection_starts_at_the_teacher_and_stays_there_without_a_learning_r
 
 
 def test_the_same_command_again_trains_nothing_and_ends_the_same(finished, copied, monkeypatch):
-    forbid_training(monkeypatch)
+    monkeypatch.setattr(training, "run_steps", None)
     out = train(copied)
     assert "is there already" in out and "continuing from step 26 of 26" in out
     assert_same_result(copied, finished[0])
@@ -327,59 +317,40 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert_same_result(workdir, reference)
 
 
-def start(workdir):
-    return subprocess.Popen(
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+def test_a_process_that_is_ended_resumes_to_the_same_bits(finished, tmp_path, how):
+    """`python benchmarks/interruptions.py` does it at random moments and inside saves."""
+    reference, workdir = finished[0], tmp_path / "run"
+    process = subprocess.Popen(
         [sys.executable, "train.py", CONFIG, f"--workdir={workdir}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for_lines(process, workdir, part, number):
-    """Returns as soon as metrics.jsonl has `number` lines of `part`."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(FileNotFoundError):
-            content = (workdir / "metrics.jsonl").read_text()
-            if content.count(f'"part": "{part}"') >= number:
-                return
+    deadline, metrics = time.monotonic() + 300, workdir / "metrics.jsonl"
+    while not metrics.is_file() or '"part": "teacher"' not in metrics.read_text():
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise AssertionError(process.communicate())
         time.sleep(0.01)
-    process.kill()
-    raise AssertionError(process.communicate())
-
-
-def test_a_process_that_is_asked_to_stop_saves_and_resumes_to_the_same_bits(finished, tmp_path):
-    reference, workdir = finished[0], tmp_path / "run"
-    stopped = start(workdir)
-    wait_for_lines(stopped, workdir, "teacher", 1)
-    stopped.send_signal(signal.SIGTERM)
-    out, err = stopped.communicate(timeout=300)
-    assert stopped.returncode == 75, err
-    assert "SIGTERM: saving and stopping" in out
-    assert "the same command continues from there" in err
-    assert "Traceback" not in err
+    process.send_signal(how)
+    out, err = process.communicate(timeout=300)
     steps = checkpoint.Checkpoints(workdir / "checkpoints" / "teacher").steps()
-    assert 4 <= steps[-1] < 20
-    assert f"stopped at step {steps[-1]}" in err
-
-    assert f"teacher: continuing from step {steps[-1]} of 20" in train(workdir)
+    assert not (workdir / checkpoint.INR_FILE).exists()
+    if how == signal.SIGTERM:
+        assert process.returncode == 75, err
+        assert "SIGTERM: saving and stopping" in out
+        assert "the same command continues from there" in err
+        assert "Traceback" not in err
+        assert 4 <= steps[-1] < 20
+        assert f"stopped at step {steps[-1]}" in err
+        assert f"teacher: continuing from step {steps[-1]} of 20" in train(workdir)
+    else:
+        assert process.returncode == -signal.SIGKILL
+        train(workdir)
     assert_same_result(workdir, reference)
     assert_same_grid(workdir, reference)
-
-
-def test_a_process_that_is_killed_resumes_to_the_same_bits(finished, tmp_path):
-    """SIGKILL; `python benchmarks/interruptions.py` does it at random moments and inside saves."""
-    reference, workdir = finished[0], tmp_path / "run"
-    killed = start(workdir)
-    wait_for_lines(killed, workdir, "teacher", 1)
-    killed.kill()
-    killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (workdir / checkpoint.INR_FILE).exists()
-    train(workdir)
-    assert_same_result(workdir, reference)
 
 
 def test_a_run_that_ended_otherwise_is_told_apart(finished, copied):
@@ -509,20 +480,13 @@ def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
     assert "add up to 1 at most, got 1.5 and 0.0" in message
 
 
-def test_a_work_directory_in_use_is_refused(copied):
-    config = lab.read_config(copied)
-    with lab.open_workdir(copied, config):
+def test_a_work_directory_that_is_in_use_cannot_be_made_or_is_missing_is_refused(copied, tmp_path):
+    with lab.open_workdir(copied, lab.read_config(copied)):
         message = refusal("train", CONFIG, f"--workdir={copied}")
     assert f"Another process is using {copied}" in message
-
-
-def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     message = refusal("train", CONFIG, f"--workdir={tmp_path / 'file' / 'run'}")
     assert str(tmp_path / "file" / "run") in message
-
-
-def test_train_asks_for_a_work_directory():
     assert "--workdir=DIR is required" in refusal("train", CONFIG)
 
 
@@ -574,7 +538,7 @@ def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, 
     others, digits = data.make_dataset("digits", *black, *black), data.load_dataset("digits")
     for config, dataset in (first, others), (second, digits):
         with lab.open_workdir(tmp_path, config, dataset.fingerprint()):
-            assert json.loads((tmp_path / "config.json").read_text())["seed"] == config["seed"]
+            assert read_json(tmp_path / "config.json")["seed"] == config["seed"]
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(lab.UsageError, match="was written by another config"):
         lab.check_claim(tmp_path, second | {"seed": 2})
@@ -597,36 +561,20 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
 # --- eval.py ---------------------------------------------------------------------------------
 
 
-def test_eval_evaluates_a_split_at_the_ratios_given(copied, monkeypatch):
-    forbid_training(monkeypatch)
-    arguments = f"--workdir={copied}", "--split=validation", "--width_ratios=0.75,1"
+def test_eval_evaluates_a_split_at_the_ratios_given(copied):
+    flags = "--split=validation --width_ratios=0.75,1"
     before = (copied / "grid.json").read_bytes()
-    message = refusal("eval", *arguments)
+    message = refusal("eval", f"--workdir={copied}", *flags.split())
     assert "holds another evaluation, of other split and networks" in message
     assert (copied / "grid.json").read_bytes() == before
-    there = copied / "validation"
-    status, out, err = call("eval", *arguments, f"--out={there}")
-    assert status == 0, err
+    there, out = evaluate(copied, flags, "validation")
     assert (copied / "grid.json").read_bytes() == before
     assert "validation split, 144 images" in out
-    document = json.loads((there / "grid.json").read_text())
+    document = read_json(there / "grid.json")
     assert document["split"] == "validation"
     assert [row["width_ratio"] for row in document["rows"]] == [0.75, 1.0]
     last = [line for line in read_metrics(copied) if "validation" in line][-1]
     assert document["rows"][1]["accuracy"] == last["validation"]["1.0"]
-
-
-@pytest.mark.parametrize("ratios, given", [("1,wide", "'wide'"), ("1,1.6", "1.6"), ("0", "0.0")])
-def test_eval_refuses_ratios_that_are_none(finished, ratios, given):
-    workdir, _ = finished
-    before = (workdir / "grid.json").read_bytes()
-    assert given in refusal("eval", f"--workdir={workdir}", f"--width_ratios={ratios}")
-    assert (workdir / "grid.json").read_bytes() == before
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
@@ -642,7 +590,6 @@ def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
 
 
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
-    forbid_training(monkeypatch)
     evaluate_grid, evaluated = evaluation.evaluate_grid, []
 
     def recorded(hypernetwork, params, widths, *args, **options):
@@ -650,42 +597,24 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
         return evaluate_grid(hypernetwork, params, widths, *args, **options)
 
     monkeypatch.setattr(evaluation, "evaluate_grid", recorded)
-    status, out, err = call(
-        "eval",
-        f"--workdir={copied}",
-        f"--out={copied / 'figures'}",
-        "--width_ratios=1,0.5",
-        "--figures",
-        "--sweep_ratios=1.25,0.5,0.52,1",
-        "--random_ratios=4",
-        "--seed=3",
-        "--strategy=loop",
+    flags = (
+        "--width_ratios=1,0.5 --figures --sweep_ratios=1.25,0.5,0.52,1 --random_ratios=4 --seed=3"
     )
-    assert status == 0, err
-    copied /= "figures"
+    copied, out = evaluate(copied, flags, "figures")
     for name in ("against_macs", "sweep", "weights"):
-        assert (copied / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert is_png(copied / f"{name}.png")
         assert f"{name}" in out
     assert [line["name"] for line in read_csv(copied / "against_macs.csv")] == 2 * ["this run"]
-    sweep = json.loads((copied / "sweep.json").read_text())
+    sweep = read_json(copied / "sweep.json")
     assert [row["width_ratio"] for row in sweep["rows"]] == [0.5, 0.52, 1.0, 1.25]
-    grid = json.loads((copied / "grid.json").read_text())["rows"]
+    grid = read_json(copied / "grid.json")["rows"]
     assert [sweep["rows"][n]["accuracy"] for n in (2, 0)] == [row["accuracy"] for row in grid]
     series = [line["series"] for line in read_csv(copied / "sweep.csv")]
     assert series == 4 * ["generated"] + ["teacher"]
 
-    drawn = json.loads((copied / "random_ratios.json").read_text())
-    assert set(drawn) == {
-        "ratios",
-        "accuracies",
-        "widths",
-        "largest_dip",
-        "where",
-        "split",
-        "num_samples",
-        "data",
-        "versions",
-    }
+    drawn = read_json(copied / "random_ratios.json")
+    described = {"split", "num_samples", "data", "versions"}
+    assert set(drawn) == {"ratios", "accuracies", "widths", "largest_dip", "where", *described}
     wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
     assert drawn["ratios"] == wanted and drawn["split"] == "test"
     assert len(drawn["accuracies"]) == len(drawn["widths"]) == 4
@@ -700,25 +629,16 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     assert len(evaluated) < len(asked)
 
 
-def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied, monkeypatch):
-    forbid_training(monkeypatch)
+def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied):
     family, _, _ = checkpoint.load_inr(copied)
     specs = {str(copied / "a.json"): [2, 5], str(copied / "b.json"): [0, 4]}
     for path, widths in specs.items():
         pathlib.Path(path).write_text(json.dumps(morphs.morph_to_dict(family, widths)))
     before = (copied / "grid.json").read_bytes()
-    status, out, err = call(
-        "eval",
-        f"--workdir={copied}",
-        "--split=validation",
-        f"--spec={','.join(specs)}",
-        "--random_networks=5",
-        "--seed=2",
-        "--strategy=loop",
-    )
-    assert status == 0, err
+    flags = f"--split=validation --spec={','.join(specs)} --random_networks=5 --seed=2"
+    _, out = evaluate(copied, flags)
     assert (copied / "grid.json").read_bytes() == before  # of another command
-    found = json.loads((copied / "specs.json").read_text())
+    found = read_json(copied / "specs.json")
     assert found["split"] == "validation"
     assert {row["spec"]: row["widths"] for row in found["rows"]} == specs
     assert [row["trained"] for row in found["rows"]] == [True, False]
@@ -729,7 +649,7 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied, monk
         assert 0 <= row["agreement"] <= 1 and row["kl_divergence"] > 0
         assert f"{100 * row['accuracy']:.2f}" in out
 
-    drawn = json.loads((copied / "random_networks.json").read_text())
+    drawn = read_json(copied / "random_networks.json")
     random = [row for row in drawn["rows"] if row["series"] == "random"]
     curve = [row for row in drawn["rows"] if row["series"] == "uniform"]
     assert len(random) == 5 and len(curve) > 2
@@ -748,30 +668,18 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied, monk
         for width, full in zip(row["widths"], family.full_widths, strict=True):
             assert full / 2 <= width <= full
     assert len(read_csv(copied / "random_networks.csv")) == len(drawn["rows"])
-    assert (copied / "random_networks.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(copied / "random_networks.png")
 
 
-def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
-    forbid_training(monkeypatch)
+def test_eval_evaluates_a_grid_of_width_and_depth(copied):
     family, _, _ = checkpoint.load_inr(copied)
-    status, out, err = call(
-        "eval",
-        f"--workdir={copied}",
-        f"--out={copied / 'depths'}",
-        "--split=validation",
-        "--width_ratios=1,0.5",
-        "--skipped_blocks=1,0",
-        "--strategy=loop",
-    )
-    assert status == 0, err
-    copied /= "depths"
-    found = json.loads((copied / "depths.json").read_text())
+    flags = "--split=validation --width_ratios=1,0.5 --skipped_blocks=1,0"
+    copied, out = evaluate(copied, flags, "depths")
+    found = read_json(copied / "depths.json")
     cells = {(row["skipped_blocks"], row["width_ratio"]): row for row in found["rows"]}
     assert list(cells) == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
     assert [row["num_layers"] for row in found["rows"]] == [14, 14, 10, 10]
-    grid = {
-        row["width_ratio"]: row for row in json.loads((copied / "grid.json").read_text())["rows"]
-    }
+    grid = {row["width_ratio"]: row for row in read_json(copied / "grid.json")["rows"]}
     for (skipped, ratio), row in cells.items():
         assert row["trained"] == (skipped == 0)
         assert row["widths"] == ([0, 0] if skipped else family.widths(ratio).tolist())
@@ -783,25 +691,13 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied, monkeypatch):
             assert row["accuracy"] == grid[ratio]["accuracy"]
         assert f"{100 * row['accuracy']:.2f}" in out
     assert len(read_csv(copied / "depths.csv")) == 4
-    assert (copied / "depths.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(copied / "depths.png")
 
 
-def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypatch):
-    forbid_training(monkeypatch)
-    status, out, err = call(
-        "eval",
-        f"--workdir={copied}",
-        f"--out={copied / 'page'}",
-        "--width_ratios=1,0.5",
-        "--sweep_ratios=0.5,0.75,1",
-        "--skipped_blocks=0,1",
-        "--report",
-        "--int8",
-        "--strategy=loop",
-    )
-    assert status == 0, err
-    copied /= "page"
-    rows = json.loads((copied / "grid.json").read_text())["rows"]
+def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
+    flags = "--width_ratios=1,0.5 --sweep_ratios=0.5,0.75,1 --skipped_blocks=0,1 --report --int8"
+    copied, out = evaluate(copied, flags, "page")
+    rows = read_json(copied / "grid.json")["rows"]
     lines = read_csv(copied / "grid.csv")
     assert [row["width_ratio"] for row in rows] == [1.0, 0.5]
     for row, line in zip(rows, lines, strict=True):
@@ -818,7 +714,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
     }
     assert sorted(networks) == [0.5, 0.75, 1.0]
     (shallow,) = [network for network in found["networks"] if network["depth"] != 14]
-    depths = json.loads((copied / "depths.json").read_text())["rows"]
+    depths = read_json(copied / "depths.json")["rows"]
     assert (shallow["depth"], shallow["widths"]) == (10, [0, 0])
     assert shallow["accuracy"] == depths[-1]["accuracy"]
     assert networks[0.5]["int8"] == rows[1]["int8_accuracy"] and "int8" not in networks[0.75]
@@ -832,6 +728,9 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
 @pytest.mark.parametrize(
     "args, given",
     [
+        ("--width_ratios=1,wide", "'wide'"),
+        ("--width_ratios=1,1.6", "1.6"),
+        ("--width_ratios=0", "0.0"),
         ("--skipped_blocks=0,one", "--skipped_blocks takes numbers of blocks"),
         ("--skipped_blocks=0,5", "--skipped_blocks takes numbers of blocks that a stage of this"),
         ("--width_ratios=", "--width_ratios takes values with commas between, got none"),
@@ -847,7 +746,7 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied, monkeypa
         ("--spec=gone.json", "--spec=gone.json must be a file"),
     ],
 )
-def test_eval_refuses_figures_and_random_widths_that_cannot_be(finished, args, given):
+def test_eval_refuses_what_it_cannot_evaluate(finished, args, given):
     workdir, _ = finished
     before = (workdir / "grid.json").read_bytes()
     assert given in refusal("eval", f"--workdir={workdir}", *args.split())
@@ -872,12 +771,9 @@ def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_ar
     assert lab.parse_sweep_ratios(False, None) == ()
 
 
-def test_eval_refuses_another_config_than_the_runs(finished):
+def test_eval_says_what_it_needs(finished, copied, tmp_path):
     message = refusal("eval", f"--workdir={finished[0]}", CONFIG, "--config.network.shortcut=pad")
     assert "network.shortcut (saved 'projection', given 'pad')" in message
-
-
-def test_eval_says_what_it_needs(tmp_path):
     assert "--workdir=DIR" in refusal("eval")
     assert "--config=FILE" in refusal("eval", "--teacher=x.npz")
     for flag in ("--figures", "--int8", "--width_ratios=1", f"--workdir={tmp_path}"):
@@ -885,46 +781,20 @@ def test_eval_says_what_it_needs(tmp_path):
         assert f"{flag.split('=')[0]} and --teacher were given together" in message
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
-
-
-def test_eval_of_a_run_that_is_not_done_names_the_missing_file(copied):
-    (copied / checkpoint.INR_FILE).unlink()
+    (copied / checkpoint.INR_FILE).unlink()  # of a run that is not done
     assert str(copied / checkpoint.INR_FILE) in refusal("eval", f"--workdir={copied}")
 
 
 def write_teacher(path, *, leave_out=()):
     """A ResNet8 for digits under PyTorch's names, with weights at random."""
-    rng = np.random.default_rng(0)
-    found = {}
-
-    def conv(name, out_width, in_width, size=3):
-        scale = np.sqrt(2 / (size * size * in_width))
-        found[f"{name}.weight"] = scale * rng.normal(size=(out_width, in_width, size, size))
-
-    def norm(name, width):
-        found[f"{name}.weight"] = rng.uniform(0.5, 1.5, width)
-        found[f"{name}.bias"] = 0.3 * rng.normal(size=width)
-        found[f"{name}.running_mean"] = 0.3 * rng.normal(size=width)
-        found[f"{name}.running_var"] = rng.uniform(0.5, 2.0, width)
-        found[f"{name}.num_batches_tracked"] = np.array(10)
-
-    conv("conv1", 4, 1)
-    norm("bn1", 4)
-    in_width = 4
-    for stage, width in enumerate((4, 6, 8), 1):
-        block = f"layer{stage}.0"
-        conv(f"{block}.conv1", width, in_width)
-        norm(f"{block}.bn1", width)
-        conv(f"{block}.conv2", width, width)
-        norm(f"{block}.bn2", width)
-        if width != in_width:
-            conv(f"{block}.downsample.0", width, in_width, size=1)
-            norm(f"{block}.downsample.1", width)
-        in_width = width
-    found["fc.weight"] = rng.normal(size=(10, 8))
-    found["fc.bias"] = 0.3 * rng.normal(size=10)
-    kept = {name: np.float32(x) for name, x in found.items() if name not in leave_out}
-    np.savez(path, **kept)
+    spec = architecture.cifar_resnet(
+        8, num_classes=10, stage_widths=(4, 6, 8), image_size=8, channels=1
+    )
+    tensors = teacher_tensors(spec)
+    for name, x in tensors.items():
+        if x.ndim == 4:
+            tensors[name] = x * np.float32((2 / np.prod(x.shape[1:])) ** 0.5)
+    np.savez(path, **{name: x for name, x in tensors.items() if name not in leave_out})
 
 
 def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monkeypatch):
@@ -947,20 +817,14 @@ def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monke
     assert len({line.split(":")[1] for line in shown}) == 1
 
 
-def test_a_teacher_without_one_of_its_tensors_names_it(tmp_path):
-    write_teacher(tmp_path / "teacher.npz", leave_out=["layer2.0.bn1.running_var"])
-    message = refusal("eval", f"--teacher={tmp_path / 'teacher.npz'}", CONFIG)
+def test_a_teacher_without_a_tensor_or_of_another_shape_is_refused(tmp_path):
+    path = tmp_path / "teacher.npz"
+    write_teacher(path, leave_out=["layer2.0.bn1.running_var"])
+    message = refusal("eval", f"--teacher={path}", CONFIG)
     assert "layer2.0.bn1.running_var" in message and "teacher.npz" in message
-
-
-def test_a_teacher_of_another_shape_than_the_config_is_refused(tmp_path):
-    write_teacher(tmp_path / "teacher.npz")
-    message = refusal(
-        "train",
-        CONFIG,
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.teacher.file={tmp_path / 'teacher.npz'}",
-    )
+    write_teacher(path)
+    workdir = f"--workdir={tmp_path / 'run'}"
+    message = refusal("train", CONFIG, workdir, f"--config.teacher.file={path}")
     assert "depth 8 in the file, 14 in the config" in message
 
 
@@ -1001,13 +865,15 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
     without = jax.jit(lambda p: resnet.apply(spec, p, x))
 
     folded = resnet.fold_batch_norm(variables)
-    smoothed, _ = smoothing.smooth(folded, spec)
-    before = smoothing.total_variation(folded, spec)
-    assert smoothing.total_variation(smoothed, spec) < 0.95 * before
+    family = resnet.family(spec)
+    smoothed, _ = ordering.smooth(family.groups, folded)
+    before = ordering.total_variation(family.groups, folded)
+    assert ordering.total_variation(family.groups, smoothed) < 0.95 * before
     logits = with_batch_norm(variables)
     assert np.mean(np.argmax(logits, -1) == labels) > 0.6
-    moments = jax.jit(lambda p: resnet.hidden_moments(spec, p, x[:100], range(27)))(folded)
-    ordered, orders = smoothing.by_importance(folded, spec, moments)
+    hidden = [resnet.hidden_group(block) for block in spec.blocks]
+    moments = jax.jit(lambda p: core.moments(family, p, x[:100], hidden))(folded)
+    ordered, orders = ordering.by_importance(family.groups, folded, moments)
     assert len(orders) == 27 and any(np.any(np.diff(order) < 0) for order in orders.values())
     for params in (folded, smoothed, ordered):
         found = without(params)

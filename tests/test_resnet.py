@@ -6,31 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import random_params, refused
 
-from neumeta_jax import resnet
+from neumeta_jax import core, resnet
 from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks, morph
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import Grid
 
 NUM_IMAGES = 3
 apply = jax.jit(resnet.apply, static_argnums=0)
-resample = jax.jit(resnet.resample_block)
 
 
 def small_spec(**kwargs):
     fields = {"stage_widths": (4, 6, 8), "image_size": 8, "channels": 2, **kwargs}
     return cifar_resnet(14, num_classes=5, **fields)
-
-
-def random_params(spec, seed=0):
-    """Every weight random, biases included."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(shape):
-        scale = np.sqrt(2 / math.prod(shape[:-1])) if len(shape) > 1 else 0.5
-        return rng.normal(size=shape, scale=scale).astype(np.float32)
-
-    return jax.tree.map(
-        leaf, resnet.param_shapes(spec), is_leaf=lambda shape: isinstance(shape, tuple)
-    )
 
 
 def random_images(spec, seed=7):
@@ -145,15 +134,16 @@ def test_the_linen_network_has_the_layer_names_of_the_folded_one(shortcut):
 def test_hidden_moments_are_those_of_the_activations_and_a_constant():
     spec = morph(small_spec(), (1,), (0,))
     params, images = random_params(spec), random_images(spec)
-    moments = resnet.hidden_moments(spec, params, jnp.asarray(images), (0, 1, 2))
-    assert list(moments) == ["stage1_block0", "stage2_block0"]  # a skipped block has none
+    hidden = [resnet.hidden_group(spec.blocks[n]) for n in (0, 2)]  # a skipped block has none
+    moments = core.moments(resnet.family(spec), params, jnp.asarray(images), hidden)
+    assert list(moments) == ["stage1_block0/conv2/kernel", "stage2_block0/conv2/kernel"]
 
     stem = np.maximum(reference_conv(images, params["stem"], 1), 0)
     first, entry = params["stage1_block0"], params["stage2_block0"]
     hidden = np.maximum(reference_conv(stem, first["conv1"], 1), 0)
     stream = np.maximum(stem + reference_conv(hidden, first["conv2"], 1), 0)
     later = np.maximum(reference_conv(stream, entry["conv1"], 2), 0)
-    for name, activations in (("stage1_block0", hidden), ("stage2_block0", later)):
+    for name, activations in zip(moments, (hidden, later), strict=True):
         rows = activations.reshape(-1, activations.shape[-1])
         width = rows.shape[1]
         expected = np.ones((width + 1, width + 1))
@@ -176,11 +166,12 @@ def test_initial_parameters_have_the_shapes_of_the_spec():
 def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
     spec = small_spec(shortcut=shortcut)
     blocks = generated_blocks(spec, which)
+    family = resnet.hypernetwork(spec, blocks, Grid())
     params, images = random_params(spec), random_images(spec)
 
     @jax.jit
     def masked_logits(widths):
-        return resnet.apply(spec, resnet.mask_params(spec, params, blocks, widths), images)
+        return resnet.apply(spec, core.mask_params(family.groups, params, widths), images)
 
     choices = [random_widths(spec, blocks, seed) for seed in range(6)]
     lowest = [0 if spec.blocks[n].skippable else 1 for n in blocks]
@@ -190,46 +181,29 @@ def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
         assert small == morph(spec, blocks, widths)
         assert jax.tree.map(jnp.shape, dense) == resnet.param_shapes(small)
         expected = reference_logits(small, dense, images)
-        assert_close(masked_logits(np.array(widths)), expected)
+        assert_close(masked_logits(family.by_name(np.array(widths))), expected)
 
 
 def test_what_is_masked_may_be_anything_and_gets_no_gradient():
-    spec = small_spec()
-    blocks, widths = generated_blocks(spec, "all"), (0, 3, 2, 0, 5, 1)
+    spec, widths = small_spec(), (0, 3, 2, 0, 5, 1)
+    groups = resnet.family(spec).groups
+    by_name = {resnet.hidden_group(b): w for b, w in zip(spec.blocks, widths, strict=True)}
     params, images = random_params(spec), random_images(spec)
-
-    @jax.jit
-    def mask(tree):
-        return resnet.mask_params(spec, tree, blocks, widths)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss(params):
-        return jnp.sum(resnet.apply(spec, mask(params), images) ** 2)
-
+    mask = jax.jit(lambda tree: core.mask_params(groups, tree, by_name))
     kept = jax.tree.map(lambda x: np.asarray(x) > 0, mask(jax.tree.map(np.ones_like, params)))
     poisoned = jax.tree.map(lambda x, keep: np.where(keep, x, np.nan), params, kept)
-    value, gradients = loss(poisoned)
-    clean_value, clean_gradients = loss(params)
-    assert np.isfinite(value)
-    assert value == clean_value
-    for path, keep in jax.tree_util.tree_leaves_with_path(kept):
-        gradient, clean = gradients, clean_gradients
-        for step in path:
-            gradient, clean = gradient[step.key], clean[step.key]
-        np.testing.assert_array_equal(gradient, clean)
-        assert np.isfinite(gradient).all()
-        assert not np.asarray(gradient)[~keep].any()
-        assert np.asarray(gradient)[keep].any() == keep.any()
+    loss = jax.jit(jax.grad(lambda tree: jnp.sum(resnet.apply(spec, mask(tree), images) ** 2)))
+    gradient = loss(poisoned)
+    jax.tree.map(np.testing.assert_array_equal, gradient, loss(params))
+    for x, keep in zip(jax.tree.leaves(gradient), jax.tree.leaves(kept), strict=True):
+        assert np.isfinite(x).all() and not np.asarray(x)[~keep].any()
+        assert np.asarray(x)[keep].any() == keep.any()
 
 
 def test_slicing_beyond_the_tree_is_refused():
     spec = small_spec()
-    with pytest.raises(ValueError) as caught:
+    with refused("stage2_block1/conv1 takes widths from 0 to 6, got 7"):
         resnet.slice_params(spec, random_params(spec), (1, 3), (4, 7))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "stage2_block1 has 6 hidden channels, got a width of 7" in message
 
 
 def cell_means(x, axis, width):
@@ -238,48 +212,41 @@ def cell_means(x, axis, width):
     return np.moveaxis(fine.reshape(width, x.shape[axis], *fine.shape[1:]).mean(1), 0, axis)
 
 
-def one_block():
-    spec = small_spec()
-    return random_params(spec)["stage2_block1"]
+RESAMPLED = resnet.hypernetwork(small_spec(), (3,), Grid())
+BLOCK = {
+    path.removeprefix("stage2_block1/"): leaf
+    for path, leaf in hyper.flat(random_params(small_spec())).items()
+    if path.startswith("stage2_block1/")
+}
 
 
-def test_resampling_to_the_full_width_is_the_identity():
-    block = one_block()
-    resampled = resample(block, 6)
-    jax.tree.map(lambda x, y: assert_close(x, y, 1e-6), resampled, block)
+@jax.jit
+def resample(width):
+    values = {f"stage2_block1/{path}": leaf for path, leaf in BLOCK.items()}
+    tensors = hyper.resampled(RESAMPLED, values, width[None])
+    return {path.removeprefix("stage2_block1/"): leaf for path, leaf in tensors.items()}
 
 
-def test_resampling_to_half_the_width_averages_neighbours():
-    conv1, conv2 = (one_block()[layer] for layer in ("conv1", "conv2"))
-    half = resample(one_block(), 3)
-    mean = (conv1["kernel"][..., ::2] + conv1["kernel"][..., 1::2]) / 2
-    assert_close(half["conv1"]["kernel"][..., :3], mean, 1e-6)
-    assert_close(half["conv1"]["bias"][:3], (conv1["bias"][::2] + conv1["bias"][1::2]) / 2, 1e-6)
-    total = conv2["kernel"][:, :, ::2] + conv2["kernel"][:, :, 1::2]
-    assert_close(half["conv2"]["kernel"][:, :, :3], total, 1e-6)
-    np.testing.assert_array_equal(half["conv2"]["bias"], conv2["bias"])
-
-
-def test_resampling_averages_over_cells_at_every_traced_width():
-    block = one_block()
-    conv1, conv2 = block["conv1"], block["conv2"]
-    for width in range(1, 7):
-        resampled = resample(block, width)
-        kernels = resampled["conv1"]["kernel"], resampled["conv2"]["kernel"]
-        assert_close(kernels[0][..., :width], cell_means(conv1["kernel"], 3, width), 1e-6)
-        assert_close(resampled["conv1"]["bias"][:width], cell_means(conv1["bias"], 0, width), 1e-6)
-        scaled = cell_means(conv2["kernel"], 2, width) * 6 / width
-        assert_close(kernels[1][:, :, :width], scaled, 1e-6)
-        # Hidden channels that all carry one value are summed to the same result.
-        assert_close(kernels[1].sum(2), conv2["kernel"].sum(2), 1e-6)
-        for beyond in (kernels[0][..., width:], kernels[1][:, :, width:]):
-            assert not np.asarray(beyond).any()
-        assert not np.asarray(resampled["conv1"]["bias"])[width:].any()
+@pytest.mark.parametrize("width", range(1, 7))
+def test_resampling_averages_over_cells(width):
+    resampled = {path: np.asarray(x) for path, x in resample(np.array(width)).items()}
+    scale = dict.fromkeys(BLOCK, 1.0) | {"conv2/kernel": 6 / width}
+    for path, axis in (("conv1/kernel", 3), ("conv1/bias", 0), ("conv2/kernel", 2)):
+        mean = scale[path] * cell_means(BLOCK[path], axis, width)
+        kept, beyond = np.split(np.moveaxis(resampled[path], axis, 0), [width])
+        assert_close(np.moveaxis(kept, 0, axis), mean, 3e-6)
+        assert not beyond.any()
+    # Hidden channels that all carry one value are summed to the same result.
+    assert_close(resampled["conv2/kernel"].sum(2), BLOCK["conv2/kernel"].sum(2), 3e-6)
+    np.testing.assert_array_equal(resampled["conv2/bias"], BLOCK["conv2/bias"])
+    if width == 6:
+        for path, leaf in BLOCK.items():
+            assert_close(resampled[path], leaf, 1e-6)
     assert resample._cache_size() == 1
 
 
 def test_resampling_to_width_zero_leaves_the_identity():
-    assert not any(np.asarray(x).any() for x in jax.tree.leaves(resample(one_block(), 0)))
+    assert not any(np.asarray(x).any() for x in resample(np.array(0)).values())
 
 
 def test_bfloat16_images_give_float32_logits_close_to_those_of_float32_images():

@@ -16,17 +16,20 @@ from neumeta_jax import (
     evaluation,
     experiment as lab,
     morphs,
+    resnet,
     search,
 )
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
+from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.command_line import UsageError
+from neumeta_jax.core.inr import Grid
 from neumeta_jax.search import Candidate
 
 SPEC = cifar_resnet(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
 BLOCKS = generated_blocks(SPEC)
+FAMILY = resnet.hypernetwork(SPEC, BLOCKS, Grid())
 RANGE = {"low": 0.25, "high": 1.0}
-SPACE = search.make_space(SPEC, BLOCKS, **RANGE)
-DEEP = search.make_space(SPEC, BLOCKS, **RANGE, depth=True)
+SPACE = search.make_space(FAMILY, **RANGE)
+DEEP = search.make_space(FAMILY, **RANGE, depth=True)
 UNIFORM = search.uniform_networks(SPACE, **RANGE)
 SMALLEST, LARGEST = (2, 2, 3, 3, 4), (8, 8, 12, 12, 16)
 
@@ -46,7 +49,7 @@ def middle(space, name, share=0.5):
 def toy_accuracy(widths):
     """Grows with every block, the fourth and the last most of all."""
     gains = (0.01, 0.01, 0.01, 0.2, 0.3)
-    shares = np.array(widths) / [SPEC.hidden_widths[n] for n in BLOCKS]
+    shares = np.array(widths) / FAMILY.full_widths
     return float(np.dot(gains, np.sqrt(shares)))
 
 
@@ -71,7 +74,7 @@ def test_a_space_holds_every_width_of_the_range_or_its_multiples():
     assert SPACE.size == 7 * 7 * 10 * 10 * 13
     assert DEEP.choices[0] == (0, *range(2, 9))
     for multiple, wanted in ((4, (4, 8)), (8, (8,)), (3, (3, 6))):
-        space = search.make_space(SPEC, BLOCKS, **RANGE, multiple=multiple)
+        space = search.make_space(FAMILY, **RANGE, multiple=multiple)
         assert space.choices[0] == wanted
 
 
@@ -94,19 +97,19 @@ def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_cos
         ({"low": 0.9, "high": 0.5}, "got 0.9 and 0.5"),
         ({"low": 0.5, "high": 1.7}, "got 1.7"),
         ({"low": 0.5, "high": 1.0, "multiple": 0}, "at least 1, got 0"),
-        ({"low": 0.3, "high": 0.9, "multiple": 8}, "stage1_block1 takes .* from 2 to 7"),
+        ({"low": 0.3, "high": 0.9, "multiple": 8}, "stage1_block1/conv1 takes .* from 2 to 7"),
     ],
 )
 def test_a_space_that_cannot_be_is_refused(options, match):
     with refused(match):
-        search.make_space(SPEC, BLOCKS, **options)
+        search.make_space(FAMILY, **options)
 
 
 def test_the_uniform_networks_are_those_of_all_ratios():
-    wanted = {widths_at(SPEC, BLOCKS, ratio) for ratio in np.linspace(0.25, 1, 2000)}
+    wanted = {tuple(FAMILY.widths(ratio)) for ratio in np.linspace(0.25, 1, 2000)}
     assert set(UNIFORM) == wanted and len(UNIFORM) == len(wanted)
     assert UNIFORM[0] == SMALLEST and UNIFORM[-1] == LARGEST
-    multiples = search.make_space(SPEC, BLOCKS, **RANGE, multiple=4, depth=True)
+    multiples = search.make_space(FAMILY, **RANGE, multiple=4, depth=True)
     found = search.uniform_networks(multiples, **RANGE)
     assert found[0] == (4, 4, 4, 4, 4) and found[-1] == LARGEST
     assert all(width in (4, 8, 12, 16) for widths in found for width in widths)
@@ -140,8 +143,10 @@ def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
 def test_noisy_latencies_still_grow_with_the_width():
     rng = np.random.default_rng(1)
     cost = search.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
-    for table in cost.tables:
-        assert list(table) == sorted(table)
+    for n, choices in enumerate(SPACE.choices):
+        genes = [[gene if m == n else 0 for m in range(5)] for gene in range(len(choices))]
+        amounts = [cost.total(row) for row in genes]
+        assert amounts == sorted(amounts)
 
 
 @pytest.mark.parametrize("name", ["macs", "params"])
@@ -217,11 +222,11 @@ def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_populat
 
 def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_blocks():
     spec = cifar_resnet(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
-    blocks = generated_blocks(spec)
-    space = search.make_space(spec, blocks, low=1.0, high=1.0, depth=True)
+    family = resnet.hypernetwork(spec, generated_blocks(spec), Grid())
+    space = search.make_space(family, low=1.0, high=1.0, depth=True)
     uniform = search.uniform_networks(space, low=1.0, high=1.0)
     found = search.shallow_networks(space, costs(space), uniform)
-    most = collections.Counter(spec.blocks[n].stage for n in blocks).most_common(1)[0][1]
+    most = collections.Counter(family.stages).most_common(1)[0][1]
     assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
 
 
@@ -241,7 +246,7 @@ def test_a_search_goes_on_from_what_it_has_evaluated():
 
 
 def test_a_search_ends_when_every_network_was_evaluated():
-    space = search.make_space(SPEC, BLOCKS, **RANGE, multiple=8)
+    space = search.make_space(FAMILY, **RANGE, multiple=8)
     archive = evolve(space, num_candidates=50, population=10)
     assert {c.widths for c in archive} == {(8, 8, 8, 8, 8), (8, 8, 8, 8, 16)}
 
@@ -375,18 +380,15 @@ def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp
 
 
 def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypatch):
-    def measure(spec, *, batch, dtype):
+    def measure(family, widths, *, batch, dtype):
         assert (batch, dtype) == (4, "float32")
-        return spec.num_macs / 1e5 + sum(spec.hidden_widths) % 3 * 0.05
+        return family.num_macs(widths) / 1e5 + sum(widths) % 3 * 0.05
 
     monkeypatch.setattr(search, "measure_latency", measure)
     family, _, _ = checkpoint.load_inr(workdir)
-
-    def latency(ratio):
-        widths = morph(family.spec, family.blocks, family.widths(ratio).tolist())
-        return measure(widths, batch=4, dtype="float32")
-
-    limit = (latency(0.5) + latency(1.0)) / 2
+    options = {"batch": 4, "dtype": "float32"}
+    half, full = (measure(family, family.widths(ratio), **options) for ratio in (0.5, 1.0))
+    limit = (half + full) / 2
 
     def args(out, limit):
         budget, more = f"--max_latency_ms={limit}", ("--latency_batch=4", "--notest")
@@ -394,15 +396,14 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
 
     run(search, *args(tmp_path, limit))
     best = read(tmp_path)
-    dense = morph(family.spec, family.blocks, best["widths"])
-    assert best["latency_ms"] == pytest.approx(measure(dense, batch=4, dtype="float32"), abs=1e-3)
+    assert best["latency_ms"] == pytest.approx(measure(family, best["widths"], **options), abs=1e-3)
     assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
-    words = f"{latency(0.5):.3f} to {latency(1.0):.3f}"
+    words = f"{half:.3f} to {full:.3f}"
     assert_refuses(words, search, *args(tmp_path / "b", 0.1))
 
 
 def test_a_measured_latency_is_a_time():
-    assert 0 < search.measure_latency(SPEC, batch=2, dtype="float32", seconds=0.0) < 1000
+    assert 0 < search.measure_latency(FAMILY, LARGEST, batch=2, dtype="float32", seconds=0.0) < 1000
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import architecture, command_line
+from neumeta_jax import architecture, command_line, resnet
 from neumeta_jax.core.inr import Grid
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -67,21 +67,18 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
 
 def test_a_grid_has_no_network_twice(speed):
     spec = architecture.cifar_resnet(20, num_classes=10)
-    family = speed.Hypernetwork(spec=spec, blocks=(1, 4, 6), inr=Grid())
+    family = resnet.hypernetwork(spec, (1, 4, 6), Grid())
     rows = speed.draw_widths(family, 64)
     assert rows.shape == (64, 3) and len(np.unique(rows, axis=0)) == 64
     assert np.all(rows >= family.widths(0.25)) and np.all(rows <= family.widths(1.0))
-    tiny = speed.Hypernetwork(
-        spec=architecture.cifar_resnet(14, num_classes=10, stage_widths=(2, 2, 2)),
-        blocks=(1,),
-        inr=Grid(),
-    )
+    small = architecture.cifar_resnet(14, num_classes=10, stage_widths=(2, 2, 2))
+    tiny = resnet.hypernetwork(small, (1,), Grid())
     assert sorted(speed.draw_widths(tiny, 3).tolist()) == [[1], [2]]
 
 
 def test_networks_of_one_shape_differ(speed):
     spec = architecture.cifar_resnet(20, num_classes=10)
-    family = speed.Hypernetwork(spec=spec, blocks=(1, 4), inr=Grid())
+    family = resnet.hypernetwork(spec, (1, 4), Grid())
     rows = speed.one_bucket(family, 4)
     assert len(rows) == 4 and rows.max(axis=0).tolist() == family.widths(0.75).tolist()
 

@@ -96,7 +96,13 @@ def worker(batch_size: int, size: Size) -> None:
         """A function that takes `size.steps` steps of the phase of `kind`."""
         phase = next(phase for phase in phases if phase.kind == kind)
         update = training.inr_update(
-            family, recipe, experiment.preprocessing, unroll=True, kind=kind
+            family,
+            recipe,
+            experiment.preprocessing,
+            family.forward,
+            num_classes=family.spec.num_classes,
+            unroll=True,
+            kind=kind,
         )
         call = training.chunked(
             update,

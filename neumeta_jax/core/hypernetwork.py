@@ -276,8 +276,7 @@ def check_widths(hypernetwork: Hypernetwork, widths, sizes=None, *, limited: boo
     except jax.errors.TracerArrayConversionError:
         return
     sizes = hypernetwork.full_widths if sizes is None else sizes
-    for name, width, size in zip(names, concrete, sizes, strict=True):
-        lowest = hypernetwork.groups[name].lowest
+    for name, lowest, width, size in zip(names, hypernetwork.lowest, concrete, sizes, strict=True):
         if width < lowest or (limited and width > size):
             allowed = f"from {lowest} to {size}" if limited else f"from {lowest} on"
             larger = "; larger ones need generate(..., sizes=larger ones)" if limited else ""
