@@ -7,6 +7,7 @@ from typing import Any
 _PUBLIC = {
     "checkpoint": ("load",),
     "core.family": ("Family", "apply_at", "num_macs", "trace"),
+    "core.folding": ("fold",),
     "core.groups": ("Groups", "num_params"),
     "core.hypernetwork": ("Hypernetwork", "generate", "init"),
     "core.inr": ("make_inr",),
