@@ -363,9 +363,13 @@ def make_step(case: Case) -> Step:
     stateful("step", call, state, case.backbone, inputs)
 
     teacher = training.TeacherRecipe(batch_size=recipe.batch_size)
-    update = training.teacher_update(spec, teacher, preprocessing, 10_000)
+    update = training.teacher_update(resnet.Network(spec), teacher, preprocessing, 10_000)
     call = training.chunked(update, images_per_step=recipe.batch_size, steps_per_call=steps)
-    stateful("plain", call, training.teacher_init(jax.random.key(4), spec, teacher, 10_000))
+    stateful(
+        "plain",
+        call,
+        training.teacher_init(jax.random.key(4), resnet.Network(spec), teacher, 10_000),
+    )
 
     # The shapes that the step runs: where it is written out, its smallest size is dense.
     sizes = [spec] * recipe.num_sizes

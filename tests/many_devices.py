@@ -64,8 +64,10 @@ def main(folder):
         mesh = training.data_mesh(recipe, devices=devices)
         options = {"steps_per_call": 1 if case == "unrolled" else 2, "mesh": mesh, "rest": ()}
         if case == "teacher":
-            update = training.teacher_update(spec, recipe, tiny.PREPROCESSING, 10, mesh=mesh)
-            state = training.teacher_init(jax.random.key(0), spec, recipe, 10)
+            update = training.teacher_update(
+                resnet.Network(spec), recipe, tiny.PREPROCESSING, 10, mesh=mesh
+            )
+            state = training.teacher_init(jax.random.key(0), resnet.Network(spec), recipe, 10)
             options["images_per_step"] = recipe.batch_size
         else:
             kind = case if case in ("fit", "depth") else "train"

@@ -406,7 +406,7 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     assert "continuing from step 2 of 4" in run(baselines, *arguments("slimmable", place, killed))
     fresh = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
     recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
-    template = TrainState(fresh, training.sgd_optimizer(recipe, 4).init(fresh["params"]))
+    template = TrainState(fresh, training.teacher_optimizer(recipe, 4).init(fresh["params"]))
     ends = []
     for workdir in (whole, killed):
         saved = checkpoint.Checkpoints(workdir / "checkpoints" / "slimmable").restore(template)

@@ -855,8 +855,8 @@ def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, pa
 def teach(recipe, preprocessing, stop, images_per_step=4, after=None):
     """(state before, state after) of `stop` steps of 25."""
     spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    state = training.teacher_init(jax.random.key(0), spec, recipe, 25)
-    update = training.teacher_update(spec, recipe, preprocessing, 25)
+    state = training.teacher_init(jax.random.key(0), resnet.Network(spec), recipe, 25)
+    update = training.teacher_update(resnet.Network(spec), recipe, preprocessing, 25)
     call = training.chunked(update, images_per_step=images_per_step, steps_per_call=1)
     before = leaves(state.params)
     end = run_steps(call, state, stop, seed=0, images_per_step=images_per_step, after=after)
