@@ -106,7 +106,7 @@ def test_variances_are_cut_and_not_generated():
     assert not {*groups.frozen} & {*hypernetwork.owners}
 
 
-@pytest.mark.parametrize("name, number", [("vgg", 3), ("mobilenet", 3), ("nnx", 1), ("unet", 0)])
+@pytest.mark.parametrize("name, number", [("vgg", 3), ("mobilenet", 2), ("nnx", 1), ("unet", 0)])
 def test_folding_moves_batch_norm_into_the_product_before_it(name, number):
     apply, params, x, _ = own_networks.CASES[name]()
     family = core.trace(apply, params, x, check=False)
@@ -114,8 +114,9 @@ def test_folding_moves_batch_norm_into_the_product_before_it(name, number):
     chex.assert_trees_all_equal_shapes(folded, params)
     assert largest(jax.jit(apply)(params, x), jax.jit(apply)(folded, x)) < 1e-6
     leaves = after.groups.leaves(folded)
-    means = [path for path in leaves if "mean" in path.split("/")]
-    assert len(means) == number and {*means} <= {*after.groups.frozen}
+    # That of a depthwise convolution, which mixes no channels, stays.
+    means = [path for path in after.groups.frozen if "mean" in path.split("/")]
+    assert len(means) == number
     assert all(not np.any(leaves[path]) for path in means)
     # A folded channel is its kernel and one bias: with both zero nothing is left of it.
     biases = {reader.path: reader.bias for reader in after.groups.readers if reader.bias}
