@@ -2,9 +2,9 @@
 
     python benchmarks/families.py --out=results/families [--families=vgg,vit]
 
-For each family of `configs/own.py`: what train.py makes of it on the digits, and for every width the
-first channels of the same teacher, in the same order of importance, tuned alone on as many images
-as the INR has seen in all, with the same labels and soft labels. Writes families.json and .csv with
+For each family of `configs/own.py`: what train.py makes of it on the digits, and for every width
+the first channels of the same teacher, in the same order of importance, tuned alone on as many
+images as the INR has seen, with the same labels and soft labels. Writes families.json and .csv with
 test accuracies; rates of the tuning are the better of two on the validation images.
 """
 
