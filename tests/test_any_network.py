@@ -11,9 +11,10 @@ import numpy as np
 import own_networks
 import pytest
 from builders import refused
+from networks import ROOT, assert_refuses, load_module, run
 
 import neumeta_jax as nm
-from neumeta_jax import core, families, fitting
+from neumeta_jax import core, export, families, fitting, latency, search
 from neumeta_jax.core import counting, hypernetwork as hyper, inr, ordering
 from neumeta_jax.networks import linen
 
@@ -218,3 +219,49 @@ def test_a_network_by_the_name_of_its_factory():
 def test_what_is_no_network_of_a_run_is_refused(factory, fields, words):
     with pytest.raises(ValueError, match=words):
         linen.hypernetwork(spec_of(factory, **fields), inr.Grid())
+
+
+def test_the_commands_take_a_network_of_any_family(tmp_path):
+    workdir = tmp_path / "vgg"
+    fields = json.dumps({"stages": [[4], [6]], "dense": [8]})
+    short = ("--config.train.epochs=0.3", "--config.teacher.epochs=0.5")
+    config = f"--config={ROOT / 'configs/own.py'}:vgg"
+    out = run(
+        load_module("train.py"),
+        *(config, f"--workdir={workdir}", f"--config.network.fields={fields}", *short),
+    )
+    assert "network    VGG: 572 parameters" in out and "elastic groups of channels: 3 of 4" in out
+    family, params, _ = nm.load(str(workdir))
+    assert family.spec.title == "VGG" and len(family.names) == 3
+    out = run(
+        export,
+        f"--workdir={workdir}",
+        "--widths=2,3,4",
+        "--format=stablehlo",
+        f"--out={tmp_path / 'small.stablehlo'}",
+    )
+    assert f"VGG of digits with widths 2,3,4: {family.num_params((2, 3, 4)):,} parameters" in out
+    path = tmp_path / "small.safetensors"
+    run(export, f"--workdir={workdir}", "--widths=2,3,4", "--format=safetensors", f"--out={path}")
+    size, tree, _ = export.load_safetensors(path)
+    x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+    masked = hyper.generate(family, params, np.array([2, 3, 4]))
+    np.testing.assert_allclose(
+        families.run(size, tree, x), family.network.apply(masked, x), rtol=1e-4, atol=1e-5
+    )
+    assert_refuses(
+        "a VGG is exported as one of safetensors, stablehlo",
+        *(
+            export,
+            f"--workdir={workdir}",
+            "--width=1",
+            "--format=onnx",
+            f"--out={tmp_path / 'n.onnx'}",
+        ),
+    )
+    budget = family.num_macs((2, 4, 6))
+    options = ("--num_candidates=8", "--population=4", "--num_images=20")
+    out = run(search, f"--workdir={workdir}", f"--max_macs={budget}", *options)
+    assert "best uniform" in out
+    out = run(latency, f"--workdir={workdir}", "--width_ratios=1", "--calls=1", "--batch_sizes=1")
+    assert "ONNX graphs are written for CIFAR ResNets" in out
