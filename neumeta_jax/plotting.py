@@ -364,6 +364,30 @@ def plot_comparison(
 # --- what the figures share ------------------------------------------------------------------
 
 
+def plot_families(
+    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
+) -> None:
+    """Draws accuracy against multiply-adds and against latency, a curve for each family.
+
+    `rows` have "family", "num_macs", "latency_ms" and "accuracy" in [0, 1]; the CSV has a column
+    for each of their entries.
+    """
+    figure = _figure(9.0, 4.2)
+    axes = figure.subplots(1, 2, sharey=True)
+    columns = (("num_macs", 1e-6, MACS), ("latency_ms", 1.0, "milliseconds of a batch"))
+    for axis, (column, scale, label) in zip(axes, columns, strict=True):
+        for family, color, marker in zip(
+            dict.fromkeys(row["family"] for row in rows), (UNSEEN, TRAINED), "so", strict=False
+        ):
+            ordered = sorted((r for r in rows if r["family"] == family), key=lambda r: r[column])
+            x, y = [scale * r[column] for r in ordered], [100 * r["accuracy"] for r in ordered]
+            shown = family if axis is axes[0] else None
+            axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=shown)
+        axis.set_xlabel(label)
+    _finish(figure, axes[0], xlabel=MACS, ylabel=TOP_1)
+    _save(figure, path, title, storage.as_table(rows))
+
+
 def _figure(width: float, height: float):
     """An empty figure of that size in inches, drawn without pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
