@@ -129,6 +129,13 @@ class Groups:
     frozen: tuple[str, ...] = ()
     structure: Any = None
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Groups):
+            return NotImplemented
+        if (self.structure is None) != (other.structure is None):
+            return False  # a PyTreeDef refuses to be compared with None
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in _FIELDS)
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -257,6 +264,9 @@ class Groups:
         return "\n".join(lines)
 
 
+_FIELDS = dataclasses.fields(Groups)
+
+
 @functools.lru_cache(maxsize=1024)
 def _resized(groups: Groups, sizes: tuple[tuple[str, int], ...]) -> Groups:
     new = dict(sizes)
@@ -286,9 +296,17 @@ def _first(paths: Iterable[str]) -> str:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """The path of each leaf, names joined by "/", in the order of `jax.tree.leaves`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    """The path of each leaf, names joined by "/", in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: where two leaves have the same path.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"Paths of parameters must differ, got {twice} twice; rename one of them.")
+    return paths
 
 
 def structure_of(params: Any) -> Any:
