@@ -118,7 +118,8 @@ class Groups:
         tensors: the axes of each parameter by path, in the order of `jax.tree.leaves`.
         readers: the parameters whose products a projection can repair.
         frozen: paths of what is cut to a width but neither generated nor trained, such as the
-            variances of a norm, which have to stay positive.
+            variances of a norm, which have to stay positive. No mask sets it to zero, but where a
+            product sums over it or writes it.
         structure: of the parameters, a PyTreeDef, None where they are nested dicts. JSON leaves it
             out: `from_json` takes it from a tree.
     """
@@ -151,6 +152,17 @@ class Groups:
     def axes(self) -> dict[str, tuple[Axis, ...]]:
         """The axes of each parameter by path."""
         return dict(self.tensors)
+
+    @functools.cached_property
+    def unmasked(self) -> frozenset[tuple[str, int]]:
+        """(path, axis) where a parameter keeps its values in channels that are not there.
+
+        A 0 there could be divided by. Such channels are silenced by what reads them.
+        """
+        members = [member for group in self.groups for member in group.members]
+        return frozenset(
+            (m.path, m.axis) for m in members if m.path in self.frozen and m.role == "elementwise"
+        )
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
