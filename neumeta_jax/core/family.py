@@ -74,19 +74,17 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         )
     try:
         closed, out = jax.make_jaxpr(apply, return_shape=True)(params, example)
-    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:
+        if not (isinstance(error, _UNTRACEABLE) or type(error).__name__ == "TraceContextError"):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"apply must be traceable by JAX, without decisions on values or NumPy on arrays: "
-            f"{reason}"
+            "apply must be traceable by JAX, without decisions on values, NumPy on arrays or "
+            f"changes of what lies outside: {reason}."
         ) from error
     tracer = Tracer()
     paths, arrays = leaf_paths(params), jax.tree.leaves(params)
-    inputs = [Value(tuple(map(Dim, np.shape(a))), view=True, plain=True, zero=True) for a in arrays]
-    for path, value in zip(paths, inputs, strict=True):
-        value.sources = frozenset([path])
-        for axis, dim in enumerate(value.dims):
-            dim.notes, dim.origins = {"parameter"}, frozenset([(path, axis)])
+    inputs = [_parameter(path, np.shape(a)) for path, a in zip(paths, arrays, strict=True)]
     start = frozenset(["input"])
     inputs += [
         Value(
@@ -94,7 +92,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         )
         for x in jax.tree.leaves(example)
     ]
-    program = tracer.body(closed, inputs)
+    program = tracer.network(closed, inputs)
     for dim in (dim for value in program.outputs for dim in value.dims):
         dim.note("output")
     atoms = _name(tracer)
@@ -104,7 +102,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         for path, value in zip(paths, inputs, strict=False)  # the example's are left over
     }
     groups = Groups(
-        _groups(tracer, axes, atoms),
+        _groups(tracer, axes, atoms, tracer.skippable(program)),
         tuple(axes.items()),
         _readers(tracer, axes),
         tuple(path for path in axes if path in tracer.frozen),
@@ -114,6 +112,17 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
     return _checked(family, apply, params, example) if check else family
 
 
+_UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # and one of Flax
+
+
+def _parameter(path: str, shape: tuple[int, ...]) -> Value:
+    dims = tuple(Dim(n, ["parameter"]) for n in shape)
+    for axis, dim in enumerate(dims):
+        dim.origins = frozenset([(path, axis)])
+    zero = frozenset(axis for axis, n in enumerate(shape) if n > 1)
+    return Value(dims, sources=frozenset([path]), view=True, plain=True, vanishing=True, zero=zero)
+
+
 _SUFFIXES = ("kernel", "weight", "w", "embedding")
 
 
@@ -121,7 +130,7 @@ def _name(tracer: Tracer) -> dict[str, Dim]:
     """The atoms that a product writes, by the name of the first layer that does."""
     atoms: dict[str, Dim] = {}
     taken: set[Dim] = set()
-    for dim, path in tracer.written:
+    for _, dim, path in sorted(tracer.written, key=lambda entry: entry[0]):
         parts = path.removeprefix("params/").split("/")
         if len(parts) > 2 and parts[-1] == "value" and parts[-2] in _SUFFIXES:  # of nnx
             parts.pop()
@@ -155,25 +164,22 @@ def _places(axis: Axis, part: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple
         yield from _places(inner, (*part, n))
 
 
-def _groups(tracer: Tracer, axes: dict, atoms: dict[str, Dim]) -> tuple[Group, ...]:
+def _groups(
+    tracer: Tracer, axes: dict, atoms: dict[str, Dim], skips: dict[Dim, frozenset[str]]
+) -> tuple[Group, ...]:
     members: dict[str, list[Member]] = {name: [] for name in atoms}
     for path, of_tensor in axes.items():
         for n, axis in enumerate(of_tensor):
             role = "+".join(sorted(tracer.roles.get((path, n), {"elementwise"})))
             for name, part in _places(axis):
                 members[name].append(Member(path, n, role, part))
-    skips: dict[str, set[str]] = {}
-    for number, applied in tracer.skips.items():
-        path, reads, _ = tracer.readers.get(number, ("", (), ()))
-        for name in (name for n in reads for name in axes[path][n].groups()):
-            skips.setdefault(name, set()).update(applied)
     return tuple(
         Group(
             name,
             atom.size,
             tuple(members[name]),
             tuple(sorted(atom.notes - {"parameter"})),
-            tuple(sorted(skips[name])) if name in skips else None,
+            tuple(sorted(skips[atom])) if atom in skips else None,
         )
         for name, atom in atoms.items()
     )
@@ -290,8 +296,15 @@ def apply_at(
     active = [value for value in family.program.inputs if value.active]
     for value, array in zip(active, inputs, strict=True):
         for dim, n in zip(value.dims, np.shape(array), strict=True):
-            if not dim.find().notes & (RIGID - {"input", "output"}):
-                batch[dim.find()] = n
+            dim = dim.find()
+            if dim.notes & (RIGID - {"input", "output"}):
+                continue
+            if n != dim.size and "constant" in dim.notes:
+                raise ValueError(
+                    f"A constant in the network has one entry for each of the {dim.size} of the "
+                    f"example, got {n}; make it from the shape of the input, or trace with {n}."
+                )
+            batch[dim] = n
     size = _sizes(family, widths, batch)
     for value, array in zip(active, inputs, strict=True):
         expected = tuple(map(size, value.dims))
