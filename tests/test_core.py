@@ -450,9 +450,43 @@ def test_a_mask_leaves_what_must_not_be_0_as_it_is(case):
     assert np.array_equal(core.mask_params(family.groups, params, {"a": 3})["c"], params["c"])
 
 
+# Finite for a channel of zeros, with a slope that is not.
+STEEP = {
+    "a root": lambda h: jnp.sqrt(jnp.abs(h)),
+    "a norm of tokens": lambda h: h / (1e-6 + jnp.linalg.norm(h, axis=1, keepdims=True)),
+}
+
+
+@pytest.mark.parametrize("steep", STEEP)
+def test_gradients_of_masked_networks_are_finite_or_their_groups_are_not_elastic(steep):
+    def apply(p, x):
+        return STEEP[steep](jnp.tanh(x @ p["a"]) @ p["h"]) @ p["b"]
+
+    params = draw({"a": (16, 8), "h": (8, 6), "b": (6, 3)})
+    groups = core.trace(apply, params, TOKENS).groups
+    widths = {name: groups[name].size // 2 for name in groups.elastic()}
+    masked = differentiate(lambda p: apply(core.mask_params(groups, p, widths), TOKENS))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(masked(params)))
+
+
 def test_groups_without_a_structure_differ_from_those_with_one():
     groups = traced("haiku_rnn")[1].groups
     assert core.Groups.from_json(groups.to_json()) != groups
+
+
+@jax.custom_vjp
+def rounded(h):
+    return jnp.round(4 * h) / 4
+
+
+rounded.defvjp(lambda h: (rounded(h), None), lambda _, slopes: (slopes,))
+
+
+@pytest.mark.parametrize("rest", [rounded, ON_TOKENS["while"]], ids=["own rule", "no gradient"])
+def test_unusual_gradients_and_numbers_among_the_parameters_pass_the_check(rest):
+    params = TWO_LAYERS | {"scale": 2.0}
+    groups = core.trace(lambda p, x: p["scale"] * rest(x @ p["a"]) @ p["b"], params, VECTORS).groups
+    assert groups.elastic() == ("a",)
 
 
 UNSILENCED = {  # weights that are 0 where all parameters are, but not in a masked row
