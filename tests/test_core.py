@@ -264,7 +264,7 @@ def test_a_branch_of_width_0_is_skipped():
     assert distance(shorter, jax.jit(case.apply)(case.params, case.x)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["vit", "language", "mobilenet", "padded", "stax"])
+@pytest.mark.parametrize("name", ["vit", "stacked", "mobilenet", "padded", "stax"])
 def test_width_0_means_the_same_to_a_masked_and_a_sliced_network(name):
     case, family, names = traced(name)
     widths = {n: 0 for n in names if family.groups[n].lowest == 0}

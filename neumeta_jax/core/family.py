@@ -60,12 +60,13 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         apply: a pure function of a tree of arrays and an input, in inference mode.
         params: all arrays that may change with the widths, statistics included, or shapes of them.
         example: an input with a leading batch axis of 2 or more, or shapes of one.
-        check: compute a masked and a sliced network and their gradients, with numbers close to
+        check: compute a masked and a sliced network and slopes of them, with numbers close to
             `params`, and flag groups in which they differ, or are not finite, as "unsound".
 
     Raises:
         UnknownPrimitive: for a primitive on channels that no rule covers, with its source line.
-        ValueError: if JAX cannot trace the function, or the batch is too small.
+        ValueError: if JAX cannot trace the function, two parameters have the same path, or the
+            batch is too small.
     """
     if any(np.shape(x)[:1] in ((), (1,)) for x in jax.tree.leaves(example)):
         raise ValueError(
@@ -112,7 +113,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
     return _checked(family, apply, params, example, tracer.lost_rules) if check else family
 
 
-_UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # and one of Flax
+_UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # and Flax's TraceContextError
 
 
 def _parameter(path: str, shape: tuple[int, ...]) -> Value:
