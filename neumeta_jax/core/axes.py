@@ -51,6 +51,14 @@ class Dim:
         for part in dim.parts:
             yield from part.atoms()
 
+    def factors(self) -> Iterator["Dim"]:
+        """The atoms without which nothing of the axis is left."""
+        dim = self.find()
+        if dim.kind == "atom":
+            yield dim
+        for part in dim.parts if dim.kind == "product" else ():
+            yield from part.factors()
+
     def note(self, note: str) -> "Dim":
         for atom in self.atoms():
             atom.notes.add(note)

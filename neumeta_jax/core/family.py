@@ -60,12 +60,13 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         apply: a pure function of a tree of arrays and an input, in inference mode.
         params: all arrays that may change with the widths, statistics included, or shapes of them.
         example: an input with a leading batch axis of 2 or more, or shapes of one.
-        check: compute a masked and a sliced network, with numbers close to `params`, and flag
-            groups in which they differ as "unsound".
+        check: compute a masked and a sliced network and slopes of them, with numbers close to
+            `params`, and flag groups in which they differ, or are not finite, as "unsound".
 
     Raises:
         UnknownPrimitive: for a primitive on channels that no rule covers, with its source line.
-        ValueError: if JAX cannot trace the function, or the batch is too small.
+        ValueError: if JAX cannot trace the function, two parameters have the same path, or the
+            batch is too small.
     """
     if any(np.shape(x)[:1] in ((), (1,)) for x in jax.tree.leaves(example)):
         raise ValueError(
@@ -74,19 +75,17 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         )
     try:
         closed, out = jax.make_jaxpr(apply, return_shape=True)(params, example)
-    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:
+        if not (isinstance(error, _UNTRACEABLE) or type(error).__name__ == "TraceContextError"):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"apply must be traceable by JAX, without decisions on values or NumPy on arrays: "
-            f"{reason}"
+            "apply must be traceable by JAX, without decisions on values, NumPy on arrays or "
+            f"changes of what lies outside: {reason}."
         ) from error
     tracer = Tracer()
     paths, arrays = leaf_paths(params), jax.tree.leaves(params)
-    inputs = [Value(tuple(map(Dim, np.shape(a))), view=True, plain=True, zero=True) for a in arrays]
-    for path, value in zip(paths, inputs, strict=True):
-        value.sources = frozenset([path])
-        for axis, dim in enumerate(value.dims):
-            dim.notes, dim.origins = {"parameter"}, frozenset([(path, axis)])
+    inputs = [_parameter(path, np.shape(a)) for path, a in zip(paths, arrays, strict=True)]
     start = frozenset(["input"])
     inputs += [
         Value(
@@ -94,7 +93,7 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         )
         for x in jax.tree.leaves(example)
     ]
-    program = tracer.body(closed, inputs)
+    program = tracer.network(closed, inputs)
     for dim in (dim for value in program.outputs for dim in value.dims):
         dim.note("output")
     atoms = _name(tracer)
@@ -104,14 +103,25 @@ def trace(apply: Callable, params: Any, example: Any, *, check: bool = True) -> 
         for path, value in zip(paths, inputs, strict=False)  # the example's are left over
     }
     groups = Groups(
-        _groups(tracer, axes, atoms),
+        _groups(tracer, axes, atoms, tracer.skippable(program)),
         tuple(axes.items()),
         _readers(tracer, axes),
         tuple(path for path in axes if path in tracer.frozen),
         structure_of(params),
     )
     family = Family(groups, program, atoms, jax.tree.structure(out))
-    return _checked(family, apply, params, example) if check else family
+    return _checked(family, apply, params, example, tracer.lost_rules) if check else family
+
+
+_UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)  # and Flax's TraceContextError
+
+
+def _parameter(path: str, shape: tuple[int, ...]) -> Value:
+    dims = tuple(Dim(n, ["parameter"]) for n in shape)
+    for axis, dim in enumerate(dims):
+        dim.origins = frozenset([(path, axis)])
+    zero = frozenset(axis for axis, n in enumerate(shape) if n > 1)
+    return Value(dims, sources=frozenset([path]), view=True, plain=True, vanishing=True, zero=zero)
 
 
 _SUFFIXES = ("kernel", "weight", "w", "embedding")
@@ -121,7 +131,7 @@ def _name(tracer: Tracer) -> dict[str, Dim]:
     """The atoms that a product writes, by the name of the first layer that does."""
     atoms: dict[str, Dim] = {}
     taken: set[Dim] = set()
-    for dim, path in tracer.written:
+    for _, dim, path in sorted(tracer.written, key=lambda entry: entry[0]):
         parts = path.removeprefix("params/").split("/")
         if len(parts) > 2 and parts[-1] == "value" and parts[-2] in _SUFFIXES:  # of nnx
             parts.pop()
@@ -155,25 +165,22 @@ def _places(axis: Axis, part: tuple[int, ...] = ()) -> Iterator[tuple[str, tuple
         yield from _places(inner, (*part, n))
 
 
-def _groups(tracer: Tracer, axes: dict, atoms: dict[str, Dim]) -> tuple[Group, ...]:
+def _groups(
+    tracer: Tracer, axes: dict, atoms: dict[str, Dim], skips: dict[Dim, frozenset[str]]
+) -> tuple[Group, ...]:
     members: dict[str, list[Member]] = {name: [] for name in atoms}
     for path, of_tensor in axes.items():
         for n, axis in enumerate(of_tensor):
             role = "+".join(sorted(tracer.roles.get((path, n), {"elementwise"})))
             for name, part in _places(axis):
                 members[name].append(Member(path, n, role, part))
-    skips: dict[str, set[str]] = {}
-    for number, applied in tracer.skips.items():
-        path, reads, _ = tracer.readers.get(number, ("", (), ()))
-        for name in (name for n in reads for name in axes[path][n].groups()):
-            skips.setdefault(name, set()).update(applied)
     return tuple(
         Group(
             name,
             atom.size,
             tuple(members[name]),
             tuple(sorted(atom.notes - {"parameter"})),
-            tuple(sorted(skips[name])) if name in skips else None,
+            tuple(sorted(skips[atom])) if atom in skips else None,
         )
         for name, atom in atoms.items()
     )
@@ -196,46 +203,124 @@ def _readers(tracer: Tracer, axes: dict) -> tuple[Reader, ...]:
     )
 
 
-def _checked(family: Family, apply: Callable, params: Any, example: Any) -> Family:
-    """`family` with the flag "unsound" where masked and sliced networks differ."""
+def _compiled(function: Callable) -> Callable:
+    """`function` for few calls: most of their time would be that of the compiler."""
+    takes_options = jax.default_backend() in ("cpu", "gpu")
+    quick = {"xla_backend_optimization_level": 0} if takes_options else None
+    return jax.jit(function, compiler_options=quick)
+
+
+def _floats(tree: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _with_slopes(function: Callable, backward: bool) -> Callable:
+    """The outputs of `function(params, ...)` and slopes of them, [] where JAX has none.
+
+    The slopes are those along one direction, which compile in a third of the time of gradients and
+    are infinite where these are, or `backward`, for what has gradients only.
+    """
+
+    def outputs(params, *rest):
+        return _floats(function(params, *rest))
+
+    def loss(params, *rest):
+        return sum(jnp.sum(jnp.sin(jnp.abs(x)), dtype=jnp.float32) for x in outputs(params, *rest))
+
+    def tangent(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return np.zeros(x.shape, jax.dtypes.float0)
+        return jnp.cos(100 * x).astype(x.dtype)  # as good as random
+
+    def run(params, *rest):
+        try:
+            if backward:
+                slopes = jax.grad(loss, allow_int=True)(params, *rest)
+                return outputs(params, *rest), _floats(slopes)
+            direction = jax.tree.map(tangent, params)
+            return jax.jvp(lambda params: outputs(params, *rest), (params,), (direction,))
+        except (NotImplementedError, TypeError, ValueError):
+            return outputs(params, *rest), []
+
+    return run
+
+
+def _finite(arrays: list[jax.Array]) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in arrays)
+
+
+def _close(masked: list[jax.Array], sliced: list[jax.Array], tolerance: float) -> bool:
+    """Whether arrays are finite and equal but for rounding; some slopes are nothing but that."""
+    if not _finite(masked):
+        return False
+    wide = [np.asarray(x, np.complex64) for x in masked]
+    largest = [np.max(np.abs(x), initial=0) for x in wide]
+    slack = 1e-6 + 1e-4 * max(largest, default=0)
+    return all(
+        np.max(np.abs(a - np.asarray(b)), initial=0) <= tolerance * size + slack
+        for a, b, size in zip(wide, sliced, largest, strict=False)
+    )
+
+
+def _checked(
+    family: Family, apply: Callable, params: Any, example: Any, lost_rules: bool
+) -> Family:
+    """`family` with the flag "unsound" where masked and sliced networks differ.
+
+    With `lost_rules` the sliced ones have other slopes, and those masked need only be finite.
+    """
     rng = np.random.default_rng(0)
 
     def near(leaf):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf if isinstance(leaf, jax.Array | np.ndarray) else jnp.zeros(leaf.shape, int)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jnp.asarray(rng.uniform(0.1, 0.5, leaf.shape), leaf.dtype)
+        dtype, shape = jax.dtypes.result_type(leaf), np.shape(leaf)
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return jnp.zeros(shape, dtype) if abstract else jnp.asarray(leaf)
+        if abstract:
+            return jnp.asarray(rng.uniform(0.1, 0.5, shape), dtype)
         # Zeros would hide what they are multiplied with; variances have to stay positive.
         value = np.asarray(leaf, np.float32)
-        return jnp.asarray(
-            value + 0.1 * (np.abs(value) + 0.1) * rng.uniform(0.5, 1, value.shape), leaf.dtype
-        )
+        moved = value + 0.1 * (np.abs(value) + 0.1) * rng.uniform(0.5, 1, shape)
+        return jnp.asarray(moved, dtype)
 
     params, example = jax.tree.map(near, (params, example))
-    groups = family.groups
+    groups, names = family.groups, family.groups.elastic(*ALLOWED)
+    full = groups.sizes(names)
+
+    def apply_masked(params, widths):
+        return apply(mask_params(groups, params, widths), example)
+
+    masked = _compiled(_with_slopes(apply_masked, lost_rules))  # once, as widths are traced
 
     def agree(widths) -> bool:
-        masked = apply(mask_params(groups, params, widths), example)
-        sliced = apply_at(family, slice_params(groups, params, widths), example, widths)
-        return all(
-            bool(jnp.all(jnp.isfinite(a)))
-            and float(jnp.max(jnp.abs(a - b))) <= 1e-2 * float(jnp.max(jnp.abs(a))) + 1e-6
-            for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(sliced), strict=True)
-            if jnp.issubdtype(a.dtype, jnp.floating)
-        )
+        def apply_sliced(params):
+            return apply_at(family, slice_params(groups, params, widths), example, widths)
+
+        out, slopes = masked(params, full | widths)
+        if lost_rules or 0 in widths.values():  # the slopes at half the widths tell enough
+            expected = _compiled(lambda params: _floats(apply_sliced(params)))(params)
+            return _finite(slopes) and _close(out, expected, 1e-2)
+        expected, expected_slopes = _compiled(_with_slopes(apply_sliced, False))(params)
+        return _close(out, expected, 1e-2) and _close(slopes, expected_slopes, 5e-2)
 
     def sound(names) -> bool:
         half = {name: max(1, groups.by_name[name].size // 2) for name in names}
         skips = {name: 0 for name in names if groups.by_name[name].lowest == 0}
         return agree(half) and (not skips or agree(half | skips))
 
-    names = groups.elastic(*ALLOWED)
-    if not names or sound(names):
-        return family
-    unsound = {name for name in names if not sound([name])} or set(names)
+    def unsound(names) -> set[str]:
+        """Those because of which the networks differ, if not because of all together."""
+        if sound(names):
+            return set()
+        if len(names) == 1:
+            return {*names}
+        middle = len(names) // 2
+        return unsound(names[:middle]) | unsound(names[middle:]) or {*names}
+
+    differing = unsound(names) if names else set()
     flagged = tuple(
         dataclasses.replace(group, flags=tuple(sorted({*group.flags, "unsound"})))
-        if group.name in unsound
+        if group.name in differing
         else group
         for group in groups.groups
     )
@@ -290,8 +375,15 @@ def apply_at(
     active = [value for value in family.program.inputs if value.active]
     for value, array in zip(active, inputs, strict=True):
         for dim, n in zip(value.dims, np.shape(array), strict=True):
-            if not dim.find().notes & (RIGID - {"input", "output"}):
-                batch[dim.find()] = n
+            dim = dim.find()
+            if dim.notes & (RIGID - {"input", "output"}):
+                continue
+            if n != dim.size and "constant" in dim.notes:
+                raise ValueError(
+                    f"A constant in the network has one entry for each of the {dim.size} of the "
+                    f"example, got {n}; make it from the shape of the input, or trace with {n}."
+                )
+            batch[dim] = n
     size = _sizes(family, widths, batch)
     for value, array in zip(active, inputs, strict=True):
         expected = tuple(map(size, value.dims))

@@ -118,7 +118,8 @@ class Groups:
         tensors: the axes of each parameter by path, in the order of `jax.tree.leaves`.
         readers: the parameters whose products a projection can repair.
         frozen: paths of what is cut to a width but neither generated nor trained, such as the
-            variances of a norm, which have to stay positive.
+            variances of a norm, which have to stay positive. No mask sets it to zero, but where a
+            product sums over it or writes it.
         structure: of the parameters, a PyTreeDef, None where they are nested dicts. JSON leaves it
             out: `from_json` takes it from a tree.
     """
@@ -128,6 +129,13 @@ class Groups:
     readers: tuple[Reader, ...]
     frozen: tuple[str, ...] = ()
     structure: Any = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Groups):
+            return NotImplemented
+        if (self.structure is None) != (other.structure is None):
+            return False  # a PyTreeDef refuses to be compared with None
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in _FIELDS)
 
     def __hash__(self) -> int:
         return self._hash
@@ -144,6 +152,17 @@ class Groups:
     def axes(self) -> dict[str, tuple[Axis, ...]]:
         """The axes of each parameter by path."""
         return dict(self.tensors)
+
+    @functools.cached_property
+    def unmasked(self) -> frozenset[tuple[str, int]]:
+        """(path, axis) where a parameter keeps its values in channels that are not there.
+
+        A 0 there could be divided by. Such channels are silenced by what reads them.
+        """
+        members = [member for group in self.groups for member in group.members]
+        return frozenset(
+            (m.path, m.axis) for m in members if m.path in self.frozen and m.role == "elementwise"
+        )
 
     def __getitem__(self, name: str) -> Group:
         return self.by_name[name]
@@ -257,6 +276,9 @@ class Groups:
         return "\n".join(lines)
 
 
+_FIELDS = dataclasses.fields(Groups)
+
+
 @functools.lru_cache(maxsize=1024)
 def _resized(groups: Groups, sizes: tuple[tuple[str, int], ...]) -> Groups:
     new = dict(sizes)
@@ -286,9 +308,17 @@ def _first(paths: Iterable[str]) -> str:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """The path of each leaf, names joined by "/", in the order of `jax.tree.leaves`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    """The path of each leaf, names joined by "/", in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: where two leaves have the same path.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"Paths of parameters must differ, got {twice} twice; rename one of them.")
+    return paths
 
 
 def structure_of(params: Any) -> Any:

@@ -1,12 +1,26 @@
 """A traced network as a program whose steps also run at other sizes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from neumeta_jax.core.axes import Dim
+
+
+class Tail(NamedTuple):
+    """What has been done to the result of a product, such that it is 0 where the result is.
+
+    Attributes:
+        product: its number.
+        added: the parameters that were added since, and have to be 0 too.
+        bare: only moves since, so that a bias may follow.
+    """
+
+    product: int
+    added: frozenset[str] = frozenset()
+    bare: bool = True
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,11 +33,13 @@ class Value:
         sources: the parameters it depends on, while it is not active.
         view: it is a parameter, at most moved and cast.
         plain: it is a parameter, at most moved, cast, shifted and scaled by constants.
-        zero: it is 0 where its parameters are.
+        vanishing: it is 0 if all its parameters are.
+        zero: the axes along which it is 0 for the channels whose parameters are masked.
         writers: the products that its channels come from.
         ancestors: all products before it.
-        tail: of what a single product has written, (its number, the parameters applied since,
-            whether it is still bare, so that a bias may follow).
+        tail: of what a single product has written.
+        looked_up: the number of the lookup, where it is a parameter at places that depend on the
+            input, at most moved and cast.
     """
 
     dims: tuple[Dim, ...]
@@ -31,10 +47,18 @@ class Value:
     sources: frozenset = frozenset()
     view: bool = False
     plain: bool = False
-    zero: bool = False
+    vanishing: bool = False
+    zero: frozenset[int] = frozenset()
     writers: frozenset = frozenset()
     ancestors: frozenset = frozenset()
-    tail: tuple | None = None
+    tail: Tail | None = None
+    looked_up: int | None = None
+
+    def opaque(self) -> "Value":
+        """A value of the same origin of whose numbers nothing is told."""
+        return Value(
+            self.dims, self.active, self.sources, writers=self.writers, ancestors=self.ancestors
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +69,7 @@ class Step:
     a product and has a `number`.
 
     Attributes:
-        bodies: (times, program) inside.
+        bodies: (times, program) inside; 0 times where another one is counted in its place.
         transparent: running the only body gives the same outputs.
         weight: which operand of a product does not depend on the input.
     """
@@ -59,6 +83,10 @@ class Step:
     number: int | None = None
     weight: int | None = None
 
+    def summed(self, operand: int) -> list[Dim]:
+        """The axes of an operand that a product sums over."""
+        return [self.inputs[operand].dims[axis] for axis in (self.contracted or ((), ()))[operand]]
+
 
 @dataclasses.dataclass(eq=False)
 class Program:
@@ -66,6 +94,13 @@ class Program:
     outputs: list[Value]
     steps: list[Step]
     constants: list[tuple[Value, Any]]
+
+    def walk(self) -> Iterator[Step]:
+        """All steps, those inside of others too."""
+        for step in self.steps:
+            yield step
+            for _, body in step.bodies:
+                yield from body.walk()
 
     def run(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from neumeta_jax.core.axes import Axis
 from neumeta_jax.core.groups import Groups
 
 
@@ -27,6 +28,14 @@ def mask_axes(x: Any, axes: tuple, widths: Mapping, sizes: Mapping = {}) -> Any:
     return x
 
 
+def masked_axes(groups: Groups, path: str) -> tuple[Axis, ...]:
+    """The axes of a parameter for `mask_axes`, those along which it is not masked as fixed ones."""
+    return tuple(
+        Axis("fixed", axis.size) if (path, n) in groups.unmasked else axis
+        for n, axis in enumerate(groups.axes[path])
+    )
+
+
 def take_axes(x: Any, axes: tuple, channels: Mapping) -> Any:
     """`x` with the channels int[any] of each group in `channels`, in this order."""
     for n, axis in enumerate(axes):
@@ -39,7 +48,8 @@ def mask_params(groups: Groups, params: Any, widths: Mapping) -> Any:
     """`params` with channels from the width on set to zero; widths may be traced.
 
     The result computes, at a shape that does not depend on the widths, what the network that
-    `slice_params` cuts out computes. Residual branches of width 0 are the identity.
+    `slice_params` cuts out computes. Residual branches of width 0 are the identity. What is frozen
+    keeps its values where only a 0 would be seen, see `Groups.unmasked`.
 
     Raises:
         ValueError: for widths or parameters that are not of this network.
@@ -47,7 +57,7 @@ def mask_params(groups: Groups, params: Any, widths: Mapping) -> Any:
     groups.check(widths)
 
     def mask(path, axes, x):
-        x = mask_axes(x, axes, widths)
+        x = mask_axes(x, masked_axes(groups, path), widths)
         for width in _skipped(groups, path, widths):
             x = jnp.where(width > 0, x, 0)
         return x

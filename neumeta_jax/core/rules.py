@@ -11,7 +11,7 @@ of which are tested.
 
 import dataclasses
 import functools
-import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,19 +27,15 @@ class UnknownPrimitive(NotImplementedError):
     """A primitive without a rule meets the axis of a parameter."""
 
 
-def find(name: str) -> Any:
+def find(name: str, params: dict) -> Any:
     """The rule for the primitive `name`, or None."""
-    return next((rule for names, rule in RULES.items() if re.fullmatch(names, name)), None)
+    return RULES.get(name) if params.get("batch_group_count", 1) == 1 else None
 
 
 def elementwise(params, ins, shapes):
     operands = [value.dims for value in ins if len(value.dims) == len(shapes[0])]  # or scalars
     same = ([d[axis] for d in operands if d[axis].size == n] for axis, n in enumerate(shapes[0]))
     return [[*map(join, same)]] * len(shapes), None  # what is not the same has size 1
-
-
-def barrier(params, ins, shapes):
-    return [value.dims for value in ins], None
 
 
 def shaped(params, ins, shapes):
@@ -49,9 +45,22 @@ def shaped(params, ins, shapes):
             out[at] = ins[0].dims[axis]
     if "dimension" in params:  # iota counts along it
         out[params["dimension"]].note("ordered")
-    for dim in out if "bit_width" in params else ():
-        dim.note("random")
     return [out], lambda size: {"shape": tuple(map(size, out))}
+
+
+def random(params, ins, shapes):
+    """The last output; before it may be the next state, of the axes of the first input."""
+    bits = [Dim(n, ["random"]) for n in shapes[-1]]
+    outs = [ins[0].dims] * (len(shapes) - 1) + [bits]
+    return outs, lambda size: {"shape": tuple(map(size, bits))}
+
+
+def tile(params, ins, shapes):
+    times, out = [Dim(n) for n in params["reps"]], []
+    for count, dim in zip(times, ins[0].dims, strict=True):
+        out.append(dim if count.size == 1 else product([count, dim]))
+        out[-1].origins = dim.origins
+    return [out], lambda size: {"reps": tuple(map(size, times))}
 
 
 def reshape(params, ins, shapes):
@@ -73,18 +82,46 @@ def squeeze(params, ins, shapes):
 
 
 def reduce(params, ins, shapes):
-    for axis in params["axes"]:
-        ins[0].dims[axis].note("reduced")
-    kept = [dim for axis, dim in enumerate(ins[0].dims) if axis not in params["axes"]]
-    return [kept] * len(shapes), None
+    axes = params["axes"] if "axes" in params else params["dimensions"]
+    dims = _shared(ins)
+    for axis in axes:
+        dims[axis].note("reduced")
+    return [[dim for axis, dim in enumerate(dims) if axis not in axes]] * len(shapes), None
 
 
 def window(params, ins, shapes):
-    out = list(ins[0].dims)
+    out = _shared(ins)
     for axis, (length, n) in enumerate(zip(params["window_dimensions"], shapes[0], strict=True)):
         if (length, n) != (1, out[axis].size):
             out[axis].note("spatial")
             out[axis] = Dim(n)
+    return [out] * len(shapes), None
+
+
+def unpool(params, ins, shapes):
+    """Adds each entry to that of its window which was selected."""
+    source, operand = (value.dims for value in ins if value.dims)
+    if params.get("scatter_jaxpr"):  # the general form has them in the other order
+        source, operand = operand, source
+    for length, small, large in zip(params["window_dimensions"], source, operand, strict=True):
+        if length == 1 and small.size == large.size:
+            unify(small, large)
+        else:
+            small.note("spatial")
+            large.note("spatial")
+    return [operand], None
+
+
+def _shared(ins):
+    """The dims of several operands of one shape, which scalars may follow."""
+    return [*map(join, map(list, zip(*(value.dims for value in ins if value.dims), strict=True)))]
+
+
+def fft(params, ins, shapes):
+    out, start = list(ins[0].dims), len(shapes[0]) - len(params["fft_lengths"])
+    for axis in range(start, len(out)):
+        out[axis].note("spatial")
+        out[axis] = Dim(shapes[0][axis], ["spatial"])
     return [out], None
 
 
@@ -113,8 +150,9 @@ def slices(params, ins, shapes):
 
     def resize(size):
         starts = tuple(map(size, before))
-        ends = (b + s * (size(dim) - 1) + 1 for b, s, dim in zip(starts, strides, out, strict=True))
-        return {"start_indices": starts, "limit_indices": tuple(ends)}
+        lengths = (max(0, s * (size(d) - 1) + 1) for s, d in zip(strides, out, strict=True))
+        ends = tuple(b + n for b, n in zip(starts, lengths, strict=True))
+        return {"start_indices": starts, "limit_indices": ends}
 
     return [out], resize
 
@@ -197,6 +235,18 @@ def concatenate(params, ins, shapes):
     return [out], None
 
 
+def stack(params, ins, shapes):
+    out = _shared(ins)
+    out.insert(params["axis"], concat(Dim(1) for _ in ins))
+    return [out], None
+
+
+def unstack(params, ins, shapes):
+    axis, dims = params["axis"], ins[0].dims
+    unify(dims[axis], concat(Dim(1) for _ in shapes))
+    return [[*dims[:axis], *dims[axis + 1 :]]] * len(shapes), None
+
+
 def dot(params, ins, shapes):
     (left, right), (left_batch, right_batch) = params["dimension_numbers"]
     x, y = (value.dims for value in ins)
@@ -207,12 +257,27 @@ def dot(params, ins, shapes):
     return [[x[axis] for axis in left_batch] + free], None
 
 
+def ragged_dot(params, ins, shapes):
+    """Rows that are sorted by the matrix of a stack that they meet."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    x, y, counts = (value.dims for value in ins)
+    for i, j in zip(left + left_batch, right + right_batch, strict=True):
+        unify(x[i], y[j])
+    for axis in numbers.lhs_ragged_dimensions:
+        x[axis].note("ordered")
+    counts[-1].note("indexed")
+    for axis in numbers.rhs_group_dimensions:
+        unify(y[axis], counts[-1])
+    out = [x[axis] for axis in left_batch]
+    out += [d for axis, d in enumerate(x) if axis not in left + left_batch]
+    matrices = right + right_batch + tuple(numbers.rhs_group_dimensions)
+    out += [d for axis, d in enumerate(y) if axis not in matrices]
+    # Rows that are summed, and not matrices, differ in number: there is a result for each count.
+    return [[counts[-1]] * (len(shapes[0]) - len(out)) + out], None
+
+
 def conv(params, ins, shapes):
-    if params["batch_group_count"] != 1:
-        raise UnknownPrimitive(
-            "The channels of a convolution can be followed where its batch_group_count is 1, got "
-            f"{params['batch_group_count']}; use feature_group_count."
-        )
     (x, kernel), numbers = (value.dims for value in ins), params["dimension_numbers"]
     out = [Dim(n) for n in shapes[0]]
     for i, j in zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True):
@@ -243,44 +308,150 @@ def gather(params, ins, shapes):
     }
 
 
-RULES = {  # names as regular expressions; the first that matches
-    "abs|a?(cos|sin|tan)h?|add|add_any|and|atan2|bitcast_convert_type|cbrt|ceil|clamp|complex|conj|"
-    "copy|copy_p|"
-    "convert_element_type|digamma|div|eq|erf|erf_inv|erfc|exp|exp2|expm1|floor|ge|gt|integer_pow|"
-    "imag|is_finite|le|lgamma|log|log1p|logistic|lt|max|min|mul|name|ne|neg|nextafter|not|or|pow|real|"
-    "reduce_precision|rem|round|rsqrt|select_n|shift_.*|sign|sqrt|square|stop_gradient|sub|xor": (
-        elementwise
-    ),
-    "optimization_barrier": barrier,
-    "broadcast_in_dim|iota|random_bits": shaped,
-    "reshape": reshape,
-    "transpose": transpose,
-    "squeeze": squeeze,
-    "reduce_window.*": window,
-    "reduce_.*|argmax|argmin": reduce,
-    "cum.*|sort|rev": ordered,
-    "slice": slices,
-    "dynamic_slice": dynamic_slice,
-    "dynamic_update_slice": dynamic_update_slice,
-    "scatter|scatter-.*|scatter_.*": scatter,
-    "top_k": top_k,
-    "split": split,
-    "pad": pad,
-    "concatenate": concatenate,
-    "dot_general": dot,
-    "conv_general_dilated": conv,
-    "gather": gather,
-}
-MOVES = {"transpose", "reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy"}
+_ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+bitcast_convert_type cbrt ceil clamp clz complex conj convert_element_type copy cos cosh digamma div
+eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow
+is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi name ne neg nextafter
+not one_minus_square or polygamma polynomial population_count pow real reduce_precision
+regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+"""
+_BY_RULE: tuple[tuple[Callable, str], ...] = (
+    (elementwise, _ELEMENTWISE),
+    (shaped, "broadcast_in_dim iota"),
+    (random, "random_bits rng_bit_generator"),
+    (tile, "tile"),
+    (reshape, "reshape"),
+    (transpose, "transpose"),
+    (squeeze, "squeeze"),
+    (reduce, "reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor"),
+    (reduce, "argmax argmin"),
+    (window, "reduce_window reduce_window_max reduce_window_min reduce_window_sum"),
+    (window, "select_and_gather_add"),
+    (unpool, "select_and_scatter select_and_scatter_add"),
+    (fft, "fft"),
+    (ordered, "cumlogsumexp cummax cummin cumprod cumsum rev sort"),
+    (slices, "slice"),
+    (dynamic_slice, "dynamic_slice"),
+    (dynamic_update_slice, "dynamic_update_slice"),
+    (scatter, "scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub"),
+    (top_k, "top_k"),
+    (split, "split"),
+    (pad, "pad"),
+    (concatenate, "concatenate"),
+    (stack, "stack"),
+    (unstack, "unstack"),
+    (dot, "dot_general"),
+    (ragged_dot, "ragged_dot_general"),
+    (conv, "conv_general_dilated"),
+    (gather, "gather"),
+)
+RULES = {name: rule for rule, names in _BY_RULE for name in names.split()}
+# Identities: what devices do with arrays is not followed.
+IGNORED = {"device_put", "optimization_barrier", "sharding_constraint"}
+INLINED = {"jit", "closed_call", "composite", "custom_vjp_call"}  # the last without its rule
+MOVES = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze"}
+MOVES |= {"transpose"}
 LINEAR = {"add", "sub", "mul", "div"}
-ZERO_IF_ALL = MOVES | {"abs", "add", "concatenate", "neg", "reduce_precision", "round", "sign"}
-ZERO_IF_ALL |= {"slice", "split", "sqrt", "square", "stop_gradient", "sub", "tanh"}
-ZERO_IF_ANY = {"mul", "dot_general"}
-SIGNED = {"sqrt", "rsqrt", "log", "div"}  # need a last operand of one sign
+# Which operand must not change its sign or be 0; integer powers if they are negative.
+SIGNED = {
+    "div": 1,
+    "integer_pow": 0,
+    "log": 0,
+    "log2": 0,
+    "pow": 0,
+    "rem": 1,
+    "rsqrt": 0,
+    "sqrt": 0,
+}
 COMPARED = {"eq", "ge", "gt", "le", "lt", "ne", "sign"}
 BIASES = {("add", 0): 1, ("add", 1): 1, ("sub", 1): -1}  # of an operand of a primitive
-INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-INLINED |= {"custom_vjp_call": "call_jaxpr"}  # without its rule of differentiation
+
+
+# Zeros: where an array that is computed from parameters is 0 because they are.
+
+_ZERO_IF_ALL = """
+abs add add_any asin asinh atan atanh cbrt ceil complex concatenate conj erf expm1 floor imag log1p
+max min name neg real reduce_max reduce_min reduce_precision reduce_sum round sign sin sinh slice
+split sqrt square stack stop_gradient sub tan tanh tile unstack
+"""
+ZERO_IF_ALL = MOVES | set(_ZERO_IF_ALL.split())
+ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
+ZERO_IF_FIRST = {"div", "gather"}
+
+
+def vanishes(name: str, ins: list[Value]) -> bool:
+    """Whether the result of a primitive is 0 where all parameters are."""
+    values = [value.vanishing for value in ins]
+    return (
+        (name in ZERO_IF_ALL and all(values))
+        or (name in ZERO_IF_ANY and any(values))
+        or (name in ZERO_IF_FIRST and values[0])
+    )
+
+
+def zero_axes(name: str, params: dict, ins: list[Value], shape: tuple[int, ...]) -> frozenset[int]:
+    """Along which axes the result of a primitive is 0 for the channels that are masked.
+
+    Not along those of size 1, so that what is broadcast along an axis is never taken for zero.
+    """
+    zero = [value.zero for value in ins]
+    match name:
+        case "broadcast_in_dim":
+            axes = {params["broadcast_dimensions"][axis] for axis in zero[0]}
+        case "reshape":
+            axes = _reshaped_zeros(ins[0], shape)
+        case "transpose":
+            axes = {params["permutation"].index(axis) for axis in zero[0]}
+        case "squeeze":
+            axes = _after(zero[0], params["dimensions"])
+        case "unstack":
+            axes = _after(zero[0], (params["axis"],))
+        case "reduce_sum" | "reduce_max" | "reduce_min":
+            axes = _after(zero[0], params["axes"])
+        case "stack":
+            axes = {axis + (axis >= params["axis"]) for axis in frozenset.intersection(*zero)}
+        case "gather":
+            numbers = params["dimension_numbers"]
+            dropped = numbers.collapsed_slice_dims + numbers.operand_batching_dims
+            axes = {numbers.offset_dims[n] for n in _after(zero[0], dropped)}
+        case "dot_general":
+            contracted, batch = params["dimension_numbers"]
+            pairs = enumerate(zip(*batch, strict=True))
+            axes = {at for at, (i, j) in pairs if i in zero[0] or j in zero[1]}
+            start = len(batch[0])
+            for side, value in enumerate(ins):
+                gone = contracted[side] + batch[side]
+                axes |= {start + n for n in _after(zero[side], gone)}
+                start += len(value.dims) - len(gone)
+        case "mul":
+            axes = frozenset.union(*zero)
+        case "div":
+            axes = zero[0]
+        case _:
+            axes = frozenset.intersection(*zero) if name in ZERO_IF_ALL else frozenset()
+    return frozenset(axis for axis in axes if shape[axis] > 1)
+
+
+def _after(axes, gone):
+    """What axes are called when those `gone` are."""
+    return {axis - sum(other < axis for other in gone) for axis in axes if axis not in gone}
+
+
+def _reshaped_zeros(value, shape):
+    """Axes that come from axes of zeros alone."""
+    if 0 in shape:
+        return
+    before = np.cumprod([1, *(dim.size for dim in value.dims)])
+    after = np.cumprod([1, *shape])
+    nonzero = [axis for axis, d in enumerate(value.dims) if d.size > 1 and axis not in value.zero]
+    for n in range(len(shape)):
+        edges = set(before) & set(after)  # between them axes are only merged or split
+        start = max(edge for edge in edges if edge <= after[n])
+        stop = min(edge for edge in edges if edge >= after[n + 1])
+        if not any(start <= before[axis] < stop for axis in nonzero):
+            yield n
 
 
 # Products: what a step sums over, and whether it mixes channels.
@@ -301,14 +472,21 @@ def conv_product(tracer, params, step):
         tracer.readers.pop(step.number, None)
 
 
+def ragged_product(tracer, params, step):
+    numbers = params["ragged_dot_dimension_numbers"]
+    step.contracted, (left, right) = numbers.dot_dimension_numbers
+    tracer.product(step, step.contracted, (left, right + tuple(numbers.rhs_group_dimensions)))
+    tracer.readers.pop(step.number, None)  # each matrix of the stack sees other rows
+
+
 def lookup(tracer, params, step):
-    """An embedding writes what is looked up."""
     if step.inputs[1].active and not step.inputs[0].active:
-        tracer.product(step, (params["dimension_numbers"].collapsed_slice_dims, ()))
+        tracer.lookup(step, (params["dimension_numbers"].collapsed_slice_dims, ()))
 
 
 PRODUCTS = {
     "dot_general": dot_product,
+    "ragged_dot_general": ragged_product,
     "conv_general_dilated": conv_product,
     "gather": lookup,
 }
@@ -354,27 +532,42 @@ def remat(tracer, params, ins):
     return Step(ins, body.outputs, run, bodies=((1, body),), transparent=True)
 
 
+def _carried(values, active):
+    """What a loop carries, of whose numbers no more is told than whether the input changes them."""
+    return [dataclasses.replace(v.opaque(), active=v.active or active) for v in values]
+
+
+def _lengths(params):
+    """How many inputs of a scan are constants, and how many are carried."""
+    if "num_consts" in params:  # before JAX 0.12
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(list(constants)), len(list(carry))
+
+
 def scan(tracer, params, ins):
     """Layers that are stacked along a leading axis have all the same widths."""
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    first, split = _lengths(params)
+    last = first + split
     active = any(value.active for value in ins)
     inner = [dataclasses.replace(value, view=False) for value in ins]
-    for n in range(first, len(ins)):
-        dims = ins[n].dims if n < last else ins[n].dims[1:]
-        inner[n] = dataclasses.replace(
-            inner[n], dims=dims, active=ins[n].active or (active and n < last)
-        )
+    inner[first:last] = _carried(ins[first:last], active)
     length = Dim(params["length"], ["fixed"])
-    for value in ins[last:]:
+    for value in inner[last:]:
         unify(length, value.dims[0])
+        value.dims = value.dims[1:]
+        value.zero = frozenset(axis - 1 for axis in value.zero if axis)
     body = tracer.body(params["jaxpr"], inner)
     for before, after in zip(inner[first:last], body.outputs[: last - first], strict=True):
         for a, b in zip(before.dims, after.dims, strict=True):
             unify(a, b)
-    split = params["num_carry"]
-    outs = [dataclasses.replace(value) for value in body.outputs]
+    sources = frozenset().union(*(value.sources for value in ins))
+    outs = [dataclasses.replace(value, tail=None, looked_up=None) for value in body.outputs]
+    for value in outs:
+        value.sources = frozenset() if value.active else sources
     for value in outs[split:]:
         value.dims = (length, *value.dims)
+        value.zero = frozenset(axis + 1 for axis in value.zero)
 
     def run(size, arrays):
         def layer(carry, slices):
@@ -392,13 +585,16 @@ def while_loop(tracer, params, ins):
     """What is carried has the same axes before and after each round."""
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     active = any(value.active for value in ins)
-    carried = [dataclasses.replace(v, view=False, active=v.active or active) for v in ins[second:]]
+    carried = _carried(ins[second:], active)
     test = tracer.body(params["cond_jaxpr"], [*ins[:first], *carried])
     body = tracer.body(params["body_jaxpr"], [*ins[first:second], *carried])
     for before, after in zip(carried, body.outputs, strict=True):
         for a, b in zip(before.dims, after.dims, strict=True):
             unify(a, b)
-    outs = [dataclasses.replace(value, active=active, tail=None) for value in body.outputs]
+    sources = frozenset().union(*(value.sources for value in ins))
+    outs = _carried(body.outputs, active)  # they may be what the loop starts with
+    for value in outs:
+        value.sources = frozenset() if value.active else sources
 
     def run(size, arrays):
         def more(carry):
@@ -425,14 +621,14 @@ def cond(tracer, params, ins):
         branches = [lambda *arrays, body=body: body.run(size, arrays) for body in bodies]
         return jax.lax.switch(arrays[0], branches, *arrays[1:])
 
-    return Step(ins, outs, run, bodies=tuple((1, body) for body in bodies[:1]))
+    return Step(ins, outs, run, bodies=tuple((int(n == 0), body) for n, body in enumerate(bodies)))
 
 
 BODIES = {
     "custom_jvp_call": custom_jvp,
     "remat2": remat,
-    "checkpoint": remat,
     "scan": scan,
     "cond": cond,
     "while": while_loop,
 }
+TRANSPARENT = {"custom_jvp_call", "remat2"}
