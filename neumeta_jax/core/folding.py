@@ -133,10 +133,11 @@ def _chain(steps, outputs, product: Step) -> tuple[list[Step], frozenset]:
             break
         (step,) = readers
         tail = step.outputs[0].tail
-        if step.bodies or len(step.outputs) > 1 or not tail or tail[0] != product.number:
+        if step.bodies or len(step.outputs) > 1 or not tail or tail.product != product.number:
             break
         chain.append(step)
-        value, applied = step.outputs[0], tail[1]
+        value = step.outputs[0]
+        applied |= frozenset().union(*(v.sources for v in step.inputs if not v.active))
     elsewhere = frozenset().union(
         *(
             value.sources

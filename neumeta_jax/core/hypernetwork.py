@@ -25,7 +25,7 @@ from neumeta_jax.core.counting import Count, params_count
 from neumeta_jax.core.groups import Groups
 from neumeta_jax.core.inr import INR, Grid
 from neumeta_jax.core.inr.base import Params, skipped_share
-from neumeta_jax.core.resize import mask_axes, take_axes
+from neumeta_jax.core.resize import mask_axes, masked_axes, take_axes
 from neumeta_jax.core.stacks import TensorStack
 from neumeta_jax.core.widths import widths_at
 
@@ -301,8 +301,8 @@ def learned_at(
         full = hypernetwork.groups.sizes(container)
         repeated = {name: np.arange(size) % full[name] for name, size in container.items()}
     for path in hypernetwork.groups.frozen:
-        axes = hypernetwork.groups.axes[path]
-        leaves[path] = mask_axes(take_axes(leaves[path], axes, repeated), axes, by_name, container)
+        leaf = take_axes(leaves[path], hypernetwork.groups.axes[path], repeated)
+        leaves[path] = mask_axes(leaf, masked_axes(hypernetwork.groups, path), by_name, container)
     return leaves
 
 
