@@ -6,8 +6,9 @@
 
 Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
 `neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included.
-Without one, `network.factory` names a function or class "module:name" that makes a flax.linen
-module: images to logits, with `train` as an argument if batch norm or dropout need it.
+In the second command `network.factory` names a function or class "module:name" that makes a
+flax.linen module: images to logits, with `train` as an argument if batch norm or dropout need it.
+Without a preset and a factory it is an MLP.
 """
 
 import json
@@ -46,7 +47,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.crop_padding = 1  # of 8 pixels
     config.data.flip = False  # mirrored digits are none
 
-    config.network.factory = preset or "my_module:MyNet"  # of your own
+    config.network.factory = preset or "mlp"
     config.network.fields = json.dumps(FIELDS.get(preset, {}))
 
     epochs, rate, decay = TEACHERS.get(preset, (40, 3e-3, 0.05))

@@ -135,6 +135,9 @@ def _chain(steps, outputs, product: Step) -> tuple[list[Step], frozenset]:
         tail = step.outputs[0].tail
         if step.bodies or len(step.outputs) > 1 or not tail or tail.product != product.number:
             break
+        before, after = ([d.find() for d in s.outputs[0].dims] for s in (product, step))
+        if before != after:  # axes have moved
+            break
         chain.append(step)
         value = step.outputs[0]
         applied |= frozenset().union(*(v.sources for v in step.inputs if not v.active))
