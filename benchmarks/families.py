@@ -129,18 +129,18 @@ def main() -> None:
     options = parser.parse_args()
     short = ["--config.train.epochs=1", "--config.teacher.epochs=1"] if options.smoke else []
     start, rows = time.perf_counter(), []
+    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.families.split(","):
             rows += measure(name, pathlib.Path(folder) / name, short)
-    options.out.mkdir(parents=True, exist_ok=True)
-    document = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": lab.versions(),
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "rows": rows,
-    }
-    storage.write_json(options.out / "families.json", document)
-    storage.write_csv(options.out / "families.csv", storage.as_table(rows))
+            document = {
+                "command": " ".join(["python", *sys.argv]),
+                "versions": lab.versions(),
+                "minutes": round((time.perf_counter() - start) / 60, 1),
+                "rows": rows,
+            }
+            storage.write_json(options.out / "families.json", document)
+            storage.write_csv(options.out / "families.csv", storage.as_table(rows))
 
 
 if __name__ == "__main__":
