@@ -336,8 +336,8 @@ def channel_order(
 ) -> dict[int, np.ndarray]:
     """Hidden channels of each generated block, the most important one first, by `criterion`.
 
-    "random"; "l1" and "l2", norms of the filters of conv1 (Li et al., arXiv 1608.08710); "taylor",
-    see `taylor_importance`; "surgeon", which is what the INR's channels are ordered by
+    "random"; "l1" and "l2", norms of the filters that write them (Li et al., arXiv 1608.08710);
+    "taylor", see `taylor_importance`; "surgeon", which is what the INR's channels are ordered by
     (`ordering.importance_order`).
     """
     spec, blocks = experiment.spec, experiment.hypernetwork.blocks
@@ -362,7 +362,10 @@ def channel_order(
         elif criterion == "taylor":
             score = scores[name]
         else:
-            kernel = np.abs(np.asarray(variables["params"][name]["conv1"]["kernel"], np.float64))
+            groups = resnet.linen_groups(spec)
+            members = groups[resnet.hidden_group(spec.blocks[n])].members
+            (path,) = (member.path for member in members if member.role == "write")
+            kernel = np.abs(np.asarray(hyper.flat(variables)[path], np.float64))
             score = (kernel ** (1 if criterion == "l1" else 2)).sum(axis=(0, 1, 2))
         orders[n] = np.argsort(-score, kind="stable")
     return orders

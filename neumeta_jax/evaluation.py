@@ -833,7 +833,7 @@ SLICE_RATIOS = (0.1, 1.25)
 
 @dataclasses.dataclass(frozen=True)
 class WeightSlices:
-    """The conv2 kernels of one generated block at several widths.
+    """The kernels that read the channels of one group, at several widths.
 
     Attributes:
         block: its name, for example "stage3_block7".
@@ -858,7 +858,7 @@ def _readers(hypernetwork, sizes, path, params, widths):
 
 
 def weight_slices(hypernetwork: Family, params: Mapping) -> WeightSlices:
-    """conv2 of the last generated block at every hidden width that it takes, in one compilation.
+    """What reads the last group of a ResNet at every width that it takes, in one compilation.
 
     The widths are all integers between those of `SLICE_RATIOS`. The kernels are those of the
     network, SkipInit's scalar included; coordinates are exact.

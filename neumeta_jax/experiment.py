@@ -1319,7 +1319,7 @@ def evaluate_and_write(
     if isinstance(experiment.spec, LinenSpec):
         return rows
     slices = evaluation.weight_slices(experiment.hypernetwork, params)
-    title = f"{experiment.network}, {experiment.name}: conv2 of {slices.block} at every width"
+    title = f"{experiment.network}, {experiment.name}: what reads {slices.block} at every width"
     plotting.plot_weight_slices(
         out / "weights.png", slices, title=title, trained_range=experiment.trained_range
     )

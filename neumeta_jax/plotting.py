@@ -162,7 +162,7 @@ def plot_weight_slices(
     title: str,
     trained_range: tuple[float, float],
 ) -> None:
-    """Draws how conv2 of one block changes with its hidden width (`evaluation.weight_slices`).
+    """Draws how the weights that read a group change with its width (`evaluation.weight_slices`).
 
     Left: `default_entries` as curves. Right: the centre tap to output channel 0 as an image, hidden
     channel against width. What is masked is left blank. The CSV beside it has the columns block,
@@ -188,7 +188,7 @@ def plot_weight_slices(
         label = f"out {out}, hidden {hidden}, tap {tap}"
         left.plot(widths, values, color=color, linewidth=1, marker=".", markersize=4, label=label)
         add("curves", values, out, hidden, tap)
-    _finish(figure, left, xlabel=HIDDEN, ylabel="weight of conv2", columns=3)
+    _finish(figure, left, xlabel=HIDDEN, ylabel="weight", columns=3)
 
     image = kernels[:, CENTER // 3, CENTER % 3, :, 0].T  # [hidden, widths]
     for hidden, values in enumerate(image):
