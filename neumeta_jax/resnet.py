@@ -122,7 +122,7 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
         if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
             x = _apply_block(block, params[block.name], x)
     x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-    return x @ params["head"]["kernel"] + params["head"]["bias"]
+    return x @ params["head"]["kernel"] + params["head"]["bias"][None]
 
 
 def _affine(x, layer, stride=1):
@@ -144,7 +144,7 @@ def _relu_jvp(primals, tangents):
 
 def _spread(bias, x) -> jax.Array:
     """`bias` at every image and pixel of `x`, in its type."""
-    return bias if bias.dtype == x.dtype else jnp.asarray(_rounded(bias, x.shape, x.dtype.name))
+    return bias[None, None, None] if bias.dtype == x.dtype else jnp.asarray(_rounded(bias, x.shape, x.dtype.name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -124,6 +124,7 @@ def fourier_features(x: jax.Array, num_frequencies: int) -> jax.Array:
     """
     x = x.astype(jnp.float32)[..., None]
     # NumPy's powers of two are exact; XLA's exp2 is not.
-    half_turns = x * np.exp2(np.arange(num_frequencies, dtype=np.float32))
+    powers = np.exp2(np.arange(num_frequencies, dtype=np.float32))
+    half_turns = x * powers.reshape((1,) * (x.ndim - 1) + (-1,))
     phase = jnp.pi * (half_turns - 2.0 * jnp.round(half_turns / 2.0))
     return jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1)

@@ -173,7 +173,7 @@ def full_widths(stacks: Sequence[TensorStack], num_names: int) -> np.ndarray:
 def identities(channels: Side) -> jax.Array:
     """float32[tensors, size, size]: what does nothing to channels whose number does not vary."""
     shape = (len(channels.sizes), channels.size, channels.size)
-    return jnp.broadcast_to(jnp.eye(channels.size), shape)
+    return jnp.broadcast_to(jnp.eye(channels.size, dtype=jnp.float32), shape)
 
 
 def _placed(groups: Groups, path: str) -> tuple[list[tuple[int, Axis]], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neumeta_jax.core.stacks import TensorStack
 
@@ -113,12 +114,12 @@ def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:
     """How many of the groups at `positions` have width 0, float32 in [0, 1]; 0 of none."""
     if not positions:
         return jnp.zeros(())
-    return jnp.mean((jnp.asarray(widths)[jnp.array(positions)] == 0).astype(jnp.float32))
+    return jnp.mean((jnp.asarray(widths)[np.array(positions)] == 0).astype(jnp.float32))
 
 
 def mean_ratio(stack: TensorStack, ratios: jax.Array) -> jax.Array:
     """[tensors]: the mean of the width `ratios`, [names], on which each tensor depends."""
     longest = max(map(len, stack.conditions))
     if longest == 1:
-        return ratios[jnp.array([places[0] for places in stack.conditions])]
-    return jnp.stack([jnp.mean(ratios[jnp.array(places)]) for places in stack.conditions])
+        return ratios[np.array([places[0] for places in stack.conditions])]
+    return jnp.stack([jnp.mean(ratios[np.array(places)]) for places in stack.conditions])

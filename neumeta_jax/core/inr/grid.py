@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neumeta_jax.core.inr.base import INR, mean_ratio
 from neumeta_jax.core.stacks import Side, full_widths, identities
@@ -67,7 +68,7 @@ class Grid(INR):
         for number, stack in enumerate(stacks):
             values = inr_params[stack.name]["values"]
             ratio = mean_ratio(stack, width / full)
-            powers = (1 - ratio)[:, None] ** jnp.arange(self.num_terms)
+            powers = (1 - ratio)[:, None] ** jnp.arange(self.num_terms, dtype=ratio.dtype)[None]
             values = jnp.einsum("tm,tmrco->trco", powers, values)
             stack_key = None if key is None else jax.random.fold_in(key, number)
             if stack.rows.elastic:
@@ -90,16 +91,16 @@ class Grid(INR):
         def of_channels(channels: Side):
             if not channels.positions:
                 return identities(channels)
-            chosen = width[jnp.array(channels.positions)]
+            chosen = width[np.array(channels.positions)]
             return self._cells(chosen, channels.size, channels.full, key)
 
         return side.combine(of_channels)
 
     def _cells(self, width, size, full, key):
         """float32[tensors, size, full] of channels whose width varies."""
-        channels = jnp.arange(size, dtype=jnp.float32)
+        channels = jnp.arange(size, dtype=jnp.float32)[None]
         if self.resampling == "nested":
-            weights = (channels[:, None] == jnp.arange(full)).astype(jnp.float32)
+            weights = jnp.eye(size, full, dtype=jnp.float32)[None]
             return jnp.broadcast_to(weights, (width.shape[0], size, full))
         cell = 1 / width[:, None]
         left = channels * cell
@@ -107,7 +108,7 @@ class Grid(INR):
             noise = jax.random.uniform(key, left.shape, minval=-0.5, maxval=0.5)
             left = jnp.clip(left + self.noise_scale * noise * cell, 0.0, 1.0 - cell)
         left, right = left[:, :, None], (left + cell)[:, :, None]
-        edges = jnp.arange(full, dtype=jnp.float32) / full
+        edges = (jnp.arange(full, dtype=jnp.float32) / full)[None, None]
         overlap = jnp.minimum(right, edges + 1 / full) - jnp.maximum(left, edges)
         return jnp.maximum(overlap, 0.0) * width[:, None, None]
 

@@ -40,7 +40,7 @@ class CoordinateMLP(nn.Module):
         kernel = kernel.reshape(len(entries), features, self.hidden_width)
         # Linear in the encodings: entries are projected at their own shape and broadcast, those of
         # one shape together, in one product.
-        h = self.param("in_bias", nn.initializers.zeros, (self.hidden_width,))
+        h = self.param("in_bias", nn.initializers.zeros, (self.hidden_width,))[None, None]
         for shape in dict.fromkeys(entry.shape for entry in entries):
             chosen = [n for n, entry in enumerate(entries) if entry.shape == shape]
             encoded = [

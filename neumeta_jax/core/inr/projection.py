@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from neumeta_jax.core.inr.base import INR, mean_ratio, skipped_share
 from neumeta_jax.core.inr.grid import Grid
@@ -97,12 +98,14 @@ class Projection(INR):
             factor = 1 + (self.max_cell - 1) * jnp.clip(2.5 * draw, 0, 1)
         width = jnp.maximum(jnp.asarray(widths), 1)
         full = full_widths(stacks, len(widths)).astype(width.dtype)
-        coarse = jnp.maximum(1, jnp.floor(width / factor + 0.5).astype(width.dtype))
+        coarse = jnp.floor(width.astype(jnp.float32) / factor + 0.5)
+        coarse = jnp.maximum(1, coarse.astype(width.dtype))
         distinct = jnp.where(width < full, coarse, jnp.minimum(width, full))
+        ratios = distinct.astype(jnp.float32) / full.astype(jnp.float32)
 
         raw, constants = {}, {stack.name: [] for stack in stacks}
         for stack in stacks:
-            values = self._values(inr_params[stack.name], stack, distinct / full, widths)
+            values = self._values(inr_params[stack.name], stack, ratios, widths)
             if stack.columns.elastic:
                 selected = stack.columns.combine(lambda c: _selected(c, width, distinct))
                 copies = jnp.maximum(jnp.sum(selected, axis=1, keepdims=True), 1.0)
@@ -129,7 +132,7 @@ class Projection(INR):
     def _values(self, params, stack, ratios, widths):
         """W(w), float32[tensors, rows, columns, outputs] of the full size."""
         small = jnp.maximum(1 - mean_ratio(stack, ratios), 0.0)
-        powers = small[:, None] ** jnp.arange(self.num_terms)
+        powers = small[:, None] ** jnp.arange(self.num_terms, dtype=small.dtype)[None]
         if self.depth_term:
             skipped = skipped_share(widths, stack.scope)
             powers = jnp.pad(powers, ((0, 0), (0, 1)), constant_values=skipped)
@@ -159,10 +162,11 @@ class Projection(INR):
         floor = 1e-6 * jnp.mean(diagonal, axis=1, keepdims=True)  # channels that never fire
         loaded = moments + jax.vmap(jnp.diag)(self.ridge * diagonal + floor)
         factor, inverse = _cholesky(jnp.roll(loaded, 1, axis=(1, 2)))
-        there = jnp.pad(kept, ((0, 0), (1, 0)), constant_values=True).astype(jnp.float32)
+        there = jnp.pad(kept, ((0, 0), (1, 0)), constant_values=True).astype(moments.dtype)
         solution = jnp.einsum("tki,tk,tjk->tij", inverse, there, factor) * there[:, :, None]
         solution = jnp.roll(solution, -1, axis=1)[:, :, 1:]
-        return jnp.where(kept[:, None, :], jnp.eye(moments.shape[-1])[:, :-1], solution)
+        unit = jnp.eye(moments.shape[-1], dtype=solution.dtype)[None, :, :-1]
+        return jnp.where(kept[:, None, :], unit, solution)
 
     def start_from(self, inr_params, stacks, raw):
         started = self._values_only.start_from(inr_params, stacks, raw)
@@ -216,7 +220,7 @@ def _kept(channels: Side, distinct):
     """bool[tensors, full]: the channels of the grid that a network has."""
     if not channels.positions:
         return jnp.ones((len(channels.sizes), channels.full), bool)
-    return jnp.arange(channels.full) < distinct[jnp.array(channels.positions)][:, None]
+    return jnp.arange(channels.full)[None] < distinct[np.array(channels.positions)][:, None]
 
 
 def _selected(channels: Side, width, distinct):
@@ -226,11 +230,11 @@ def _selected(channels: Side, width, distinct):
     """
     if not channels.positions:
         return identities(channels)
-    width, distinct = (w[jnp.array(channels.positions)][:, None] for w in (width, distinct))
-    source = jnp.arange(channels.size) % distinct
-    selected = source[:, :, None] == jnp.arange(channels.full)
-    selected &= (jnp.arange(channels.full) < distinct)[:, None]
-    selected &= (jnp.arange(channels.size) < width)[:, :, None]
+    width, distinct = (w[np.array(channels.positions)][:, None] for w in (width, distinct))
+    size, full = (jnp.arange(n, dtype=width.dtype)[None] for n in (channels.size, channels.full))
+    selected = (size % distinct)[:, :, None] == full[None]
+    selected &= (full < distinct)[:, None]
+    selected &= (size < width)[:, :, None]
     return selected.astype(jnp.float32)
 
 
@@ -251,7 +255,7 @@ def _cholesky(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def lapack(matrices):
         factor = jnp.linalg.cholesky(matrices)
-        eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1]), matrices.shape)
+        eye = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=factor.dtype), matrices.shape)
         return factor, jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
     def written_out(matrices):
@@ -263,15 +267,15 @@ def _cholesky(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Takes column k of L out of what is left, and row k of L^-1 out of the unit matrix."""
             left, factor, inverse = state
             column = jnp.take(left, k, axis=2)
-            column = jnp.where(index >= k, column, 0.0) / jnp.sqrt(column[:, k])[:, None]
+            column = jnp.where(index[None] >= k, column, 0.0) / jnp.sqrt(column[:, k])[:, None]
             row = jnp.take(inverse, k, axis=1) / column[:, k][:, None]
-            below = jnp.where(index > k, column, 0.0)
+            below = jnp.where(index[None] > k, column, 0.0)
             inverse = inverse - below[:, :, None] * row[:, None, :]
-            inverse = jnp.where((index == k)[:, None], row[:, None, :], inverse)
+            inverse = jnp.where((index == k)[None, :, None], row[:, None, :], inverse)
             left = left - column[:, :, None] * column[:, None, :]
-            return left, jnp.where(index == k, column[:, :, None], factor), inverse
+            return left, jnp.where((index == k)[None, None], column[:, :, None], factor), inverse
 
-        eye = jnp.broadcast_to(jnp.eye(size), matrices.shape)
+        eye = jnp.broadcast_to(jnp.eye(size, dtype=matrices.dtype), matrices.shape)
         state = (matrices, jnp.zeros_like(matrices), eye)
         return jax.lax.fori_loop(0, size, eliminate, state)[1:]
 

@@ -1,0 +1,61 @@
+"""Generation, networks and loading under the settings of strict research code."""
+
+import jax
+import numpy as np
+import pytest
+
+from neumeta_jax import checkpoint, core, resnet
+from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.inr import make_inr
+
+SPEC = cifar_resnet(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
+SETTINGS = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_enable_x64": True,
+    "jax_debug_nans": True,
+    "jax_check_tracer_leaks": True,
+    "jax_transfer_guard": "disallow",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The file of an INR of each kind, made under JAX's own settings."""
+    folder, paths = tmp_path_factory.mktemp("strict"), {}
+    backbone = resnet.init_params(jax.random.key(0), SPEC)
+    for kind in ("projection", "grid", "per_tensor_mlp"):
+        small = {"hidden_width": 4, "num_layers": 2, "num_frequencies": 2}
+        inr = make_inr(kind, **(small if kind == "per_tensor_mlp" else {}))
+        family = resnet.hypernetwork(SPEC, generated_blocks(SPEC), inr)
+        paths[kind] = folder / f"{kind}.safetensors"
+        checkpoint.save_inr(
+            paths[kind], family, hyper.init(jax.random.key(1), family, backbone), mean=[0.5]
+        )
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["projection", "grid", "per_tensor_mlp"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_generation_networks_and_loading_hold_under(files, kind, setting):
+    widths, pixels = np.array([2, 0], np.int32), np.ones((2, 8, 8, 3), np.float32)
+    expected = None
+    for value in (getattr(jax.config, setting), SETTINGS[setting]):
+        before = getattr(jax.config, setting)
+        jax.config.update(setting, value)
+        try:
+            family, params, _ = checkpoint.load_inr(files[kind])
+            chosen, images = jax.device_put((widths, pixels))
+            tree = jax.jit(lambda p, w, h=family: hyper.generate(h, p, w))(params, chosen)
+            logits = jax.jit(lambda p, x: resnet.apply(SPEC, p, x))(tree, images)
+            at = family.by_name([2, 0])
+            small = jax.jit(lambda t, h=family, at=at: core.slice_params(h.groups, t, at))(tree)
+            found = jax.device_get((logits, small))
+        finally:
+            jax.config.update(setting, before)
+        if expected is None:
+            expected = found
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected, found
+    )
