@@ -144,7 +144,9 @@ def _relu_jvp(primals, tangents):
 
 def _spread(bias, x) -> jax.Array:
     """`bias` at every image and pixel of `x`, in its type."""
-    return bias[None, None, None] if bias.dtype == x.dtype else jnp.asarray(_rounded(bias, x.shape, x.dtype.name))
+    if bias.dtype == x.dtype:
+        return bias[None, None, None]
+    return jnp.asarray(_rounded(bias, x.shape, x.dtype.name))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
