@@ -269,11 +269,13 @@ def overview_table(root: pathlib.Path) -> str:
         config = _read(path.with_name("config.json"), ("network", "inr", "train"))
         low, high = grid["trained_range"]
         depth = bool(config["train"].get("skip_blocks"))
-        trained = f"widths [{low:g}, {high:g}]" + (" and depth" if depth else "")
+        whole = " of the whole network" if config.get("generated") == "full" else ""
+        trained = f"widths{whole} [{low:g}, {high:g}]" + (" and depth" if depth else "")
         kind = config["inr"]["kind"]
         trained += "" if kind == "projection" else f"; INR kind `{kind}`"
         folder = path.parent.relative_to(root).as_posix()
-        name = f"{grid['dataset']}, ResNet{config['network']['depth']}"
+        network = config["network"].get("factory") or f"ResNet{config['network']['depth']}"
+        name = f"{grid['dataset']}, {network}"
         size = f"{grid['num_inr_params']:,}"
 
         def add(text, rows, field="accuracy", *, name=name, size=size, folder=folder):
