@@ -21,7 +21,7 @@ TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
 REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
 ENTRIES = ("#1f5fa8", "#c8501e", "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35")
-RATIO, HIDDEN = "kept hidden width (ratio)", "hidden width (channels)"
+RATIO, HIDDEN = "kept width (ratio)", "hidden width (channels)"
 MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
 CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
 
