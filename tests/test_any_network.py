@@ -265,3 +265,17 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     assert "best uniform" in out
     out = run(latency, f"--workdir={workdir}", "--width_ratios=1", "--calls=1", "--batch_sizes=1")
     assert "ONNX graphs are written for CIFAR ResNets" in out
+
+
+def test_the_readmes_code_for_a_network_of_ones_own_runs(capsys):
+    _, heading, section = (ROOT / "README.md").read_text().partition("\n## Your own network\n")
+    _, fence, block = section.split("\n## ")[0].partition("```python\n")
+    assert heading and fence
+    images = np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
+    names = {"net": Two(), "images": images, "labels": np.arange(64) % 3, "jax": jax}
+    names |= {"key": jax.random.key(0), "params": Two().init(jax.random.key(1), images)}
+    exec(compile(block.partition("```")[0], "README.md", "exec"), names)
+    assert "Dense_0" in capsys.readouterr().out
+    np.testing.assert_allclose(
+        names["logits"], Two().apply(names["tree"], images), rtol=1e-4, atol=1e-5
+    )
