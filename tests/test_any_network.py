@@ -169,6 +169,33 @@ def test_fit_makes_small_networks_better_than_slices():
     assert ours > 0.8 > accuracy(nm.mask_params(family.groups, params, third))
 
 
+@pytest.mark.parametrize("kind, fit_steps", [("grid", 0), ("per_tensor_mlp", 3)])
+def test_groups_join_the_training_one_at_a_time(kind, fit_steps):
+    x = np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
+    params = Two().init(jax.random.key(0), x)
+    family = nm.trace(Two().apply, params, x[:2], check=False)
+    hypernetwork = nm.Hypernetwork(family.groups, family.groups.elastic(), KINDS[kind])
+    inr_params = nm.init(jax.random.key(1), hypernetwork, params)
+    steps = []
+    recipe = dataclasses.replace(
+        fitting.RECIPE,
+        mode="blockwise",
+        epochs=2.0,
+        final_epochs=1.0,
+        fit_steps=fit_steps,
+        noise=True,
+    )
+    trained = nm.fit(
+        *(hypernetwork, Two().apply, inr_params, x, np.arange(64) % 3, recipe),
+        after=lambda step, metrics: steps.append(step),
+    )
+    assert steps[-1] == fit_steps + 2 + 2 + 1
+    half = nm.generate(hypernetwork, trained, hypernetwork.widths(0.5))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half))
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), trained["inr"], inr_params["inr"])
+    assert all(jax.tree.leaves(moved))
+
+
 def test_fit_refuses_what_makes_no_step():
     x = np.zeros((5, 4, 4, 1), np.float32)
     params = Two().init(jax.random.key(0), x)
