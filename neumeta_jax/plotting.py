@@ -369,8 +369,8 @@ def plot_families(
 ) -> None:
     """Draws accuracy against multiply-adds and against latency, a curve for each family.
 
-    `rows` have "family", "num_macs", "latency_ms" and "accuracy" in [0, 1]; the CSV has a column
-    for each of their entries.
+    `rows` have "family", "num_macs", "latency_ms", "accuracy" in [0, 1] and "trained"; the CSV has
+    a column for each of their entries, the figure leaves out what was never trained.
     """
     figure = _figure(9.0, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
@@ -379,10 +379,12 @@ def plot_families(
         for family, color, marker in zip(
             dict.fromkeys(row["family"] for row in rows), (UNSEEN, TRAINED), "so", strict=False
         ):
-            ordered = sorted((r for r in rows if r["family"] == family), key=lambda r: r[column])
+            ordered = [row for row in rows if row["family"] == family and row["trained"]]
+            ordered.sort(key=lambda row: row["num_macs"])
             x, y = [scale * r[column] for r in ordered], [100 * r["accuracy"] for r in ordered]
             shown = family if axis is axes[0] else None
             axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=shown)
+        _restrain(axis)
         axis.set_xlabel(label)
     _finish(figure, axes[0], xlabel=MACS, ylabel=TOP_1)
     _save(figure, path, title, storage.as_table(rows))
