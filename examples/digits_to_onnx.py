@@ -12,16 +12,17 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import onnxruntime
 
-from neumeta_jax import checkpoint, experiment as lab, export, hypernetwork as hyper
+from neumeta_jax import checkpoint, experiment as lab, export
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WIDTH_RATIOS = (1.0, 0.5, 0.4)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("digits"))
     parser.add_argument("--config", default="configs/digits.py", help="FILE[:PRESET]")
     options = parser.parse_args()
@@ -35,7 +36,7 @@ def main():
     pixels = splits.test_images.transpose(0, 3, 1, 2)  # uint8, NCHW
 
     for ratio in WIDTH_RATIOS:
-        spec, network = hyper.generate_dense(family, params, family.widths(ratio).tolist())
+        spec, network = export.draw(family, params, family.widths(ratio).tolist())
         path = workdir / f"width_{ratio}.onnx"
         equivalence = export.export(
             path,
@@ -48,7 +49,7 @@ def main():
         )
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (logits,) = session.run(None, {export.INPUT_NAME: pixels})
-        accuracy = (logits.argmax(axis=1) == splits.test_labels).mean()
+        accuracy = (np.argmax(np.asarray(logits), axis=1) == splits.test_labels).mean()
         print(
             f"{path.name}: {spec.num_params:,} parameters, {path.stat().st_size:,} bytes, "
             f"{100 * accuracy:.2f} % in onnxruntime; {equivalence}"

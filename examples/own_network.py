@@ -62,10 +62,10 @@ def train(net, x, labels, epochs=25, batch_size=64):
 
 
 def main(out: pathlib.Path) -> None:
-    digits = sklearn.datasets.load_digits()
-    x = digits.images.astype(np.float32)[..., None] / 16
+    x, labels = sklearn.datasets.load_digits(return_X_y=True)
+    x = np.asarray(x, np.float32).reshape(-1, 8, 8, 1) / 16
     x, test_x, labels, test_labels = sklearn.model_selection.train_test_split(
-        x, digits.target, test_size=0.25, random_state=0
+        x, labels, test_size=0.25, random_state=0
     )
     net = Net()
     params = train(net, x, labels)
@@ -85,12 +85,12 @@ def main(out: pathlib.Path) -> None:
     inr_params = nm.fit(hyper, net.apply, inr_params, x, labels, family=family)
 
     generate = jax.jit(lambda widths: nm.generate(hyper, inr_params, widths))
-    accuracy = jax.jit(lambda tree: jnp.mean(net.apply(tree, test_x).argmax(-1) == test_labels))
+    predict = jax.jit(lambda tree: jnp.argmax(jnp.asarray(net.apply(tree, test_x)), -1))
     print("width  parameters  multiply-adds  sliced  from the INR")
     for ratio in (1.0, 0.75, 0.5, 0.25):
         widths = hyper.by_name(hyper.widths(ratio).tolist())
-        sliced = accuracy(nm.mask_params(family.groups, params, widths))
-        ours = accuracy(generate(jnp.asarray(hyper.widths(ratio))))
+        sliced = (predict(nm.mask_params(family.groups, params, widths)) == test_labels).mean()
+        ours = (predict(generate(jnp.asarray(hyper.widths(ratio)))) == test_labels).mean()
         print(
             f"{ratio:5.2f}  {nm.num_params(family.groups, widths):10,}  "
             f"{nm.num_macs(family, widths):13,}  {100 * sliced:5.1f}%  {100 * ours:11.1f}%"
@@ -108,6 +108,6 @@ def main(out: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("half.stablehlo"))
     main(parser.parse_args().out)
