@@ -1,6 +1,6 @@
 """A network of one's own, every size of it: training, an elastic family, a width, a file.
 
-    python examples/own_network.py [--out=half.stablehlo]
+    pip install -e ".[export]" && python examples/own_network.py [--out=half.stablehlo]
 
 The network is plain Flax and knows nothing of this library. Two minutes on two CPU cores.
 """
