@@ -119,7 +119,7 @@ def fit(
             update = training.inr_update(
                 hypernetwork,
                 recipe,
-                _AsGiven(augment),  # pyright: ignore[reportArgumentType]
+                _AsGiven(augment),
                 forward,
                 num_classes=0,
                 unroll=jax.default_backend() != "tpu",

@@ -15,7 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,14 @@ class Images(NamedTuple):
 
     images: jax.Array
     labels: jax.Array
+
+
+class Prepares(Protocol):
+    """What a step needs of a preprocessing: `train` as of `Preprocessing`, of any inputs."""
+
+    def train(
+        self, key: jax.Array, images: jax.Array, labels: jax.Array, num_classes: int
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -868,7 +876,7 @@ def recipe_objective(recipe: InrRecipe) -> Objective:
 def inr_update(
     hypernetwork: Hypernetwork,
     recipe: InrRecipe,
-    preprocessing: Preprocessing,
+    preprocessing: Prepares,
     forward: Callable,
     *,
     num_classes: int,

@@ -70,3 +70,14 @@ def safetensors_with(header, content=b""):
     """A safetensors file of a header, as bytes or as a value, and what comes after it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content
+
+
+# What strict research code asks of JAX.
+STRICT = {
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_enable_x64": True,
+    "jax_debug_nans": True,
+    "jax_check_tracer_leaks": True,
+    "jax_transfer_guard": "disallow",
+}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from builders import flipped, refused
+from builders import STRICT, flipped, refused
 
 from neumeta_jax import checkpoint, data, progress, resnet, storage, teacher_import
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
@@ -324,24 +324,14 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved)
     assert_restores(saved, 3)
 
 
-SETTINGS = {
-    "jax_numpy_rank_promotion": "raise",
-    "jax_numpy_dtype_promotion": "strict",
-    "jax_enable_x64": True,
-    "jax_debug_nans": True,
-    "jax_check_tracer_leaks": True,
-    "jax_transfer_guard": "disallow",
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", STRICT)
 def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path, setting):
     spec = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
     family = resnet.hypernetwork(spec, generated_blocks(spec), MLP)
     params = hyper.init(jax.random.key(0), family, resnet.init_params(jax.random.key(1), spec))
     checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params)
     wanted = state_of(3)
-    with getattr(jax, setting.removeprefix("jax_"))(SETTINGS[setting]):
+    with getattr(jax, setting.removeprefix("jax_"))(STRICT[setting]):
         step, state = saved.restore(TEMPLATE)
         loaded = checkpoint.load_inr(tmp_path)
     assert step == 3 and loaded[0] == family

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from builders import STRICT
 
 from neumeta_jax import checkpoint, core, resnet
 from neumeta_jax.architecture import cifar_resnet, generated_blocks
@@ -10,14 +11,6 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
 
 SPEC = cifar_resnet(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
-SETTINGS = {
-    "jax_numpy_rank_promotion": "raise",
-    "jax_numpy_dtype_promotion": "strict",
-    "jax_enable_x64": True,
-    "jax_debug_nans": True,
-    "jax_check_tracer_leaks": True,
-    "jax_transfer_guard": "disallow",
-}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +30,11 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["projection", "grid", "per_tensor_mlp"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", STRICT)
 def test_generation_networks_and_loading_hold_under(files, kind, setting):
     widths, pixels = np.array([2, 0], np.int32), np.ones((2, 8, 8, 3), np.float32)
     expected = None
-    for value in (getattr(jax.config, setting), SETTINGS[setting]):
+    for value in (getattr(jax.config, setting), STRICT[setting]):
         before = getattr(jax.config, setting)
         jax.config.update(setting, value)
         try:

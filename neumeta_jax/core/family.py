@@ -239,7 +239,7 @@ def _with_slopes(function: Callable, backward: bool) -> Callable:
                 return outputs(params, *rest), _floats(slopes)
             direction = jax.tree.map(tangent, params)
             return jax.jvp(lambda params: outputs(params, *rest), (params,), (direction,))
-        except (NotImplementedError, TypeError, ValueError):
+        except (NotImplementedError, TypeError, ValueError):  # has no slopes: a callback, a loop
             return outputs(params, *rest), []
 
     return run
