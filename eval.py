@@ -12,13 +12,11 @@ python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 
 import pathlib
 
-from neumeta_jax import (
-    command_line,
-    evaluation,
-    experiment as lab,
-    morphs,
-    teacher_import,
-)
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.networks import teacher_import
+from neumeta_jax.runs import experiment as lab
 
 FLAGS: command_line.Flags = {
     **command_line.WORKDIR,
@@ -70,7 +68,7 @@ FLAGS: command_line.Flags = {
         "The folder for tables and figures; default: the work directory, where no file of another "
         "evaluation is replaced.",
     ),
-    **evaluation.SAMPLE_FLAGS,
+    **grid.SAMPLE_FLAGS,
     **command_line.DATA_DIR,
 }
 
@@ -81,12 +79,10 @@ def main(argv):
     lab.configure_jax()
     if options.teacher:
         if not config:
-            raise command_line.UsageError(
-                "--teacher=FILE needs --config=FILE, for data and images."
-            )
+            raise UsageError("--teacher=FILE needs --config=FILE, for data and images.")
         others = FLAGS.keys() - {"teacher", "split", "data_dir"}
         if given := sorted(name for name in others if options[name].present):
-            raise command_line.UsageError(
+            raise UsageError(
                 f"--{', --'.join(given)} and --teacher were given together, but a file of a "
                 "teacher is checked alone; leave one of them out."
             )
@@ -96,9 +92,7 @@ def main(argv):
     elif options.workdir:
         check_workdir(config, options)
     else:
-        raise command_line.UsageError(
-            "eval.py needs --workdir=DIR, or --teacher=FILE with --config."
-        )
+        raise UsageError("eval.py needs --workdir=DIR, or --teacher=FILE with --config.")
 
 
 def check_teacher(config, path, split):
@@ -170,7 +164,7 @@ def check_workdir(config, options):
             width_ratios=width_ratios,
             sweep_ratios=sweep_ratios,
             report=options.report,
-            others=[evaluation.grid_row(row) for row in rows],
+            others=[grid.grid_row(row) for row in rows],
             int8=options.int8,
             out=out,
         )

@@ -11,8 +11,10 @@ import json
 import pathlib
 import time
 
-from neumeta_jax import command_line, diagnosis, experiment as lab, hosts
-from neumeta_jax.progress import format_seconds
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import UsageError
+from neumeta_jax.runs import diagnosis, experiment as lab, hosts
+from neumeta_jax.runs.progress import format_seconds
 
 FLAGS: command_line.Flags = {
     "workdir": (str, "", "Where the run lives; created if absent."),
@@ -24,14 +26,12 @@ FLAGS: command_line.Flags = {
 def main(argv):
     config, options = command_line.parse(argv, FLAGS, config_required=True)
     if "baseline" in config:
-        raise command_line.UsageError(
+        raise UsageError(
             "A config with the section baseline is for python -m neumeta_jax.baselines, got it in "
             "train.py, which would train by another recipe; use that command."
         )
     if not options.workdir and not options.dry_run:
-        raise command_line.UsageError(
-            "--workdir=DIR is required; the run is kept and resumed there."
-        )
+        raise UsageError("--workdir=DIR is required; the run is kept and resumed there.")
     lab.quiet_logging()
     lab.configure_jax()
     with hosts.joined(options):

@@ -23,8 +23,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neumeta_jax import command_line, experiment as lab, storage
-from neumeta_jax.command_line import UsageError
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import UsageError
+from neumeta_jax.files import storage
+from neumeta_jax.runs import experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"

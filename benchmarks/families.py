@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from neumeta_jax import checkpoint, core, experiment as lab, losses, storage
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax import elastic
+from neumeta_jax.core import hypernetwork as hyper, losses
+from neumeta_jax.files import storage
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 FAMILIES = ("mlp", "vgg", "mobilenet", "resnet", "vit")
 RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -34,7 +36,7 @@ def tuned(
 ) -> Any:
     """The teacher cut to `widths` and tuned on as many images as the INR's recipe takes."""
     family, recipe = experiment.hypernetwork.network.family, experiment.recipe
-    params = core.slice_params(family.groups, teacher, widths)
+    params = elastic.slice_params(family.groups, teacher, widths)
     steps = round(recipe.epochs * len(splits.train_labels) / recipe.batch_size)
     frozen = {path: path in family.groups.frozen for path in hyper.flat(params)}
     optimizer = optax.chain(
@@ -50,7 +52,7 @@ def tuned(
         soft = experiment.hypernetwork.network.apply(teacher, x)
 
         def loss(params):
-            logits = core.apply_at(family, params, x, widths)
+            logits = elastic.apply_at(family, params, x, widths)
             distillation = losses.distillation(logits, soft, temperature=recipe.temperature)
             ce = losses.cross_entropy(logits, y)
             return recipe.ce_weight * ce + recipe.distillation_weight * distillation
@@ -75,7 +77,7 @@ def accuracy(experiment: lab.Experiment, params: Any, widths: dict[str, int], sp
     @jax.jit
     def predict(params, images):
         x = experiment.preprocessing.evaluate(images)
-        return core.apply_at(family, params, x, widths).argmax(-1)
+        return elastic.apply_at(family, params, x, widths).argmax(-1)
 
     images, labels = split
     return float(np.mean(np.asarray(predict(params, images)) == labels))
@@ -98,8 +100,8 @@ def measure(name: str, folder: pathlib.Path, options: list[str]) -> list[dict[st
         chosen = [int(width) for width in hypernetwork.widths(ratio)]
         widths = hypernetwork.by_name(chosen)
         tree = hyper.generate(hypernetwork, opened.params, np.array(chosen))
-        ours = core.slice_params(hypernetwork.groups, tree, widths)
-        sliced = core.slice_params(hypernetwork.groups, teacher, widths)
+        ours = elastic.slice_params(hypernetwork.groups, tree, widths)
+        sliced = elastic.slice_params(hypernetwork.groups, teacher, widths)
         others = [tuned(experiment, teacher, splits, widths, rate) for rate in RATES]
         scores = [accuracy(experiment, params, widths, validation) for params in others]
         rows.append(

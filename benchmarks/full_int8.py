@@ -19,8 +19,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neumeta_jax import checkpoint, experiment as lab, export
-from neumeta_jax.command_line import UsageError, run
+from neumeta_jax.commands.command_line import run
+from neumeta_jax.errors import UsageError
+from neumeta_jax.export import formats
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 FILES = {
     "float32, onnxruntime": ("onnx", None),
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     labels = getattr(splits, f"{args.split}_labels")[: args.num_images]
     if not len(images):
         raise UsageError(f"{args.workdir} must have a {args.split} split, but it is empty.")
-    normalization = export.Normalization(
+    normalization = formats.Normalization(
         experiment.preprocessing.mean, experiment.preprocessing.std
     )
     num_samples = experiment.evaluation.num_samples
@@ -59,12 +61,12 @@ def main(argv: Sequence[str]) -> None:
     rows = []
     for ratio in map(float, args.width_ratios.split(",")):
         widths = family.widths(ratio).tolist()
-        spec, tree = export.draw(family, params, widths, key=key, num_samples=num_samples)
+        spec, tree = formats.draw(family, params, widths, key=key, num_samples=num_samples)
         row = {"width_ratio": ratio, "accuracy": {}, "file_bytes": {}}
         for name, (format, int8) in FILES.items():
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder, "net")
-                export.export(
+                formats.export(
                     path,
                     spec,
                     tree,
@@ -72,9 +74,9 @@ def main(argv: Sequence[str]) -> None:
                     format=format,
                     normalization=normalization,
                     int8=int8,
-                    calibration=splits.train_images[: export.NUM_CALIBRATION_IMAGES],
+                    calibration=splits.train_images[: formats.NUM_CALIBRATION_IMAGES],
                 )
-                logits = export.logits_of_file(
+                logits = formats.logits_of_file(
                     path, images, format=format, normalization=normalization
                 )
                 row["file_bytes"][name] = path.stat().st_size

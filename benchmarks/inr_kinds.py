@@ -26,11 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import architecture, experiment as lab, resnet, timing
-from neumeta_jax.command_line import UsageError, run
+from neumeta_jax.commands.command_line import run
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
-from neumeta_jax.resnet import ResNetHypernetwork
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import timing
+from neumeta_jax.networks import cifar_resnet, cifar_spec
+from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
+from neumeta_jax.runs import experiment as lab
 
 NUM_IMAGES = 10_000
 KINDS: dict[str, tuple[str, INR]] = {
@@ -142,19 +145,19 @@ def main(argv: Sequence[str]) -> None:
     # A compilation that is read from a cache would be timed as one.
     jax.config.update("jax_enable_compilation_cache", False)
 
-    spec = architecture.cifar_resnet(args.depth, num_classes=100)
-    blocks = architecture.generated_blocks(spec, "inner")
-    backbone = jax.jit(resnet.init_params, static_argnums=1)(jax.random.key(0), spec)
+    spec = cifar_spec.resnet_spec(args.depth, num_classes=100)
+    blocks = cifar_spec.generated_blocks(spec, "inner")
+    backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(jax.random.key(0), spec)
     shape = (args.batch_size, spec.image_size, spec.image_size, spec.channels)
     images = jax.random.normal(jax.random.key(1), shape)
-    _, network = timing.compiled(lambda p, x: resnet.apply(spec, p, x), backbone, images)
+    _, network = timing.compiled(lambda p, x: cifar_resnet.apply(spec, p, x), backbone, images)
 
     rows = []
     for name in names:
         rows.append(
             measure(
                 name,
-                resnet.hypernetwork(spec, blocks, inr=KINDS[name][1]),
+                cifar_resnet.hypernetwork(spec, blocks, inr=KINDS[name][1]),
                 backbone,
                 lambda: network(backbone, images),
                 batch_size=args.batch_size,

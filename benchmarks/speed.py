@@ -31,21 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax import (
-    command_line,
-    data,
-    evaluation,
-    experiment as lab,
-    losses,
-    resnet,
-    storage,
-    timing,
-    training,
-)
-from neumeta_jax.architecture import ResNetSpec, morph
-from neumeta_jax.command_line import UsageError, run
-from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.resnet import Params, ResNetHypernetwork
+from neumeta_jax.commands import command_line
+from neumeta_jax.commands.command_line import run
+from neumeta_jax.core import hypernetwork as hyper, losses
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import grid, timing
+from neumeta_jax.files import storage
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
+from neumeta_jax.networks.cifar_spec import ResNetSpec, morph
+from neumeta_jax.runs import experiment as lab, training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
@@ -120,7 +116,7 @@ class Case:
     name: str
     args: argparse.Namespace
     experiment: lab.Experiment
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     backbone: Params
 
     @property
@@ -165,9 +161,11 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     rng = np.random.default_rng(0)
     train = random_images(rng, max(per_call, NUM_CLASSES), image_size(name))
     test = random_images(rng, args.num_images, image_size(name))
-    dataset = data.make_dataset(config["data"]["name"], *train, *test, num_classes=NUM_CLASSES)
+    dataset = datasets.make_dataset(config["data"]["name"], *train, *test, num_classes=NUM_CLASSES)
     experiment = lab.from_config(config, dataset)
-    backbone = jax.jit(resnet.init_params, static_argnums=1)(jax.random.key(0), experiment.spec)
+    backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(
+        jax.random.key(0), experiment.spec
+    )
     return Case(name, args, experiment, dataset, backbone)
 
 
@@ -197,7 +195,7 @@ def measure_grid(case: Case) -> Findings:
     number = len(widths)
 
     def grid():
-        return evaluation.evaluate_grid(
+        return grid.evaluate_grid(
             family, case.params, widths, images, labels, preprocessing, batch_size=args.batch_size
         )
 
@@ -211,7 +209,7 @@ def measure_grid(case: Case) -> Findings:
 
     @functools.partial(jax.jit, static_argnums=0)
     def count(spec, tree, images, labels):
-        logits = resnet.apply(spec, tree, preprocessing.evaluate(images))
+        logits = cifar_resnet.apply(spec, tree, preprocessing.evaluate(images))
         return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
     def forward(spec, tree):
@@ -222,7 +220,7 @@ def measure_grid(case: Case) -> Findings:
     dense = []
     for row in widths:
         tree = jax.device_get(generate(case.params, jnp.asarray(row)))
-        small, tree = resnet.slice_params(spec, tree, family.blocks, row.tolist())
+        small, tree = cifar_resnet.slice_params(spec, tree, family.blocks, row.tolist())
         dense.append((small, jax.device_put(tree)))
     counts = [forward(*network) for network in dense]
 
@@ -280,7 +278,7 @@ def measure_strategies(case: Case) -> Findings:
 
     def measure(strategies, number):
         def call(strategy):
-            return evaluation.evaluate_grid(
+            return grid.evaluate_grid(
                 case.family,
                 case.params,
                 widths,
@@ -363,12 +361,12 @@ def make_step(case: Case) -> Step:
     stateful("step", call, state, case.backbone, inputs)
 
     teacher = training.TeacherRecipe(batch_size=recipe.batch_size)
-    update = training.teacher_update(resnet.Network(spec), teacher, preprocessing, 10_000)
+    update = training.teacher_update(cifar_resnet.Network(spec), teacher, preprocessing, 10_000)
     call = training.chunked(update, images_per_step=recipe.batch_size, steps_per_call=steps)
     stateful(
         "plain",
         call,
-        training.teacher_init(jax.random.key(4), resnet.Network(spec), teacher, 10_000),
+        training.teacher_init(jax.random.key(4), cifar_resnet.Network(spec), teacher, 10_000),
     )
 
     # The shapes that the step runs: where it is written out, its smallest size is dense.
@@ -376,7 +374,7 @@ def make_step(case: Case) -> Step:
     if unroll and recipe.sandwich and recipe.num_random_sizes and recipe.mode == "at_once":
         sizes[1] = morph(spec, family.blocks, training.smallest_widths(family, recipe))
     trees = [
-        jax.jit(resnet.init_params, static_argnums=1)(jax.random.key(10 + n), size)
+        jax.jit(cifar_resnet.init_params, static_argnums=1)(jax.random.key(10 + n), size)
         for n, size in enumerate(sizes)
     ]
     micro = recipe.micro_batch or recipe.batch_size
@@ -391,7 +389,7 @@ def make_step(case: Case) -> Step:
         """Gradients of the losses on logits with respect to weights, nothing else."""
 
         def loss(tree, size, x, y, targets):
-            logits = resnet.apply(size, tree, x)
+            logits = cifar_resnet.apply(size, tree, x)
             value = recipe.ce_weight * losses.cross_entropy(logits, y)
             if distilled:
                 value += recipe.distillation_weight * losses.distillation(
@@ -404,7 +402,7 @@ def make_step(case: Case) -> Step:
 
         targets: list[list[Any]] = [[None] * count] * groups
         if distilled:
-            targets = [[resnet.apply(spec, teacher, batch) for batch in group] for group in x]
+            targets = [[cifar_resnet.apply(spec, teacher, batch) for batch in group] for group in x]
         found = []
         for n, (size, tree) in enumerate(zip(sizes, trees, strict=True)):
             group = 0 if recipe.share_images else n

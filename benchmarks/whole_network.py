@@ -17,19 +17,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from neumeta_jax import data, experiment as lab, export, plotting, recipes, resnet, storage, timing
+from neumeta_jax.data import datasets
+from neumeta_jax.evaluation import timing
+from neumeta_jax.export import formats
+from neumeta_jax.files import storage
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.report import plotting
+from neumeta_jax.runs import experiment as lab, recipes
 
 BATCH = 64
 KEPT = ("width_ratio", "num_params", "num_macs", "accuracy", "trained")
 
 
-def grid(folder: pathlib.Path) -> list[tuple[dict[str, Any], resnet.ResNetSpec]]:
+def grid(folder: pathlib.Path) -> list[tuple[dict[str, Any], cifar_resnet.ResNetSpec]]:
     """The rows of a run's grid and the shapes of their networks."""
     config = recipes.completed(json.loads((folder / "config.json").read_text()))
     name = config["data"]["name"]
     image = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, int)
     classes = {"cifar10": 10, "cifar100": 100}[name]
-    dataset = data.make_dataset(name, *image, *image, num_classes=classes)
+    dataset = datasets.make_dataset(name, *image, *image, num_classes=classes)
     family = lab.from_config(config, dataset).hypernetwork
     rows = json.loads((folder / "grid.json").read_text())["rows"]
     return [({key: row[key] for key in KEPT}, family.at(row["widths"])) for row in rows]
@@ -40,9 +46,9 @@ def add_latencies(rows: list[dict[str, Any]], specs: list[Any], rounds: int) -> 
     import onnxruntime
 
     calls, rng = {}, np.random.default_rng(0)
-    feed = {export.INPUT_NAME: rng.normal(size=(BATCH, 3, 32, 32)).astype(np.float32)}
+    feed = {formats.INPUT_NAME: rng.normal(size=(BATCH, 3, 32, 32)).astype(np.float32)}
     for number, spec in enumerate(specs):
-        model = export.to_onnx(spec, resnet.init_params(jax.random.key(number), spec))
+        model = formats.to_onnx(spec, cifar_resnet.init_params(jax.random.key(number), spec))
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )

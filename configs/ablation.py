@@ -25,7 +25,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 NUM_IMAGES = 45_000
 NUM_STEPS = 200

@@ -23,8 +23,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
-from neumeta_jax.baselines import Baseline
+from neumeta_jax.comparison.baselines import Baseline
+from neumeta_jax.runs import recipes
 
 # A network with soft labels learns from them and from labels as 4 to 1, as the INR's recipe does.
 DISTILLED = {

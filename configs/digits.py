@@ -11,7 +11,7 @@ Presets: `:smoke` is a run of seconds that touches every phase.
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 PRESETS = ("", "smoke")
 

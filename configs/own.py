@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 # Sizes and rates for the digits, chosen on validation images.
 FIELDS: dict[str, dict[str, Any]] = {

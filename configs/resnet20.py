@@ -20,7 +20,7 @@ with this recipe.
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 PRESETS = ("", "protocol_a", "depth", "full", "smoke", "grid", "per_tensor_mlp")
 

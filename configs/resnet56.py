@@ -24,7 +24,7 @@ hours at the 70 GFLOP/s that two CPU cores reach in such a step (results/speed).
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 PRESETS = ("", "protocol_a", "depth", "full", "cifar10", "smoke")
 

@@ -14,7 +14,7 @@ one phase (NeuMeta, arXiv 2410.11878), `:smoke` touches every phase on a CPU in 
 
 from ml_collections import ConfigDict
 
-from neumeta_jax import recipes
+from neumeta_jax.runs import recipes
 
 PRESETS = ("", "cifar10", "at_once", "smoke")
 

@@ -15,7 +15,8 @@ import sys
 import numpy as np
 import onnxruntime
 
-from neumeta_jax import checkpoint, experiment as lab, export
+from neumeta_jax.export import formats
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WIDTH_RATIOS = (1.0, 0.5, 0.4)
@@ -31,14 +32,14 @@ def main():
     subprocess.run(train, cwd=ROOT, check=True)
 
     family, params, info = checkpoint.load_inr(workdir)
-    normalization = export.Normalization(tuple(info["mean"]), tuple(info["std"]))
+    normalization = formats.Normalization(tuple(info["mean"]), tuple(info["std"]))
     _, splits = lab.load_data(lab.read_config(workdir))
     pixels = splits.test_images.transpose(0, 3, 1, 2)  # uint8, NCHW
 
     for ratio in WIDTH_RATIOS:
-        spec, network = export.draw(family, params, family.widths(ratio).tolist())
+        spec, network = formats.draw(family, params, family.widths(ratio).tolist())
         path = workdir / f"width_{ratio}.onnx"
-        equivalence = export.export(
+        equivalence = formats.export(
             path,
             spec,
             network,
@@ -48,7 +49,7 @@ def main():
             normalize=True,
         )
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (logits,) = session.run(None, {export.INPUT_NAME: pixels})
+        (logits,) = session.run(None, {formats.INPUT_NAME: pixels})
         accuracy = (np.argmax(np.asarray(logits), axis=1) == splits.test_labels).mean()
         print(
             f"{path.name}: {spec.num_params:,} parameters, {path.stat().st_size:,} bytes, "

@@ -5,16 +5,16 @@ from typing import Any
 
 # Public names by module. They are imported when they are used: a look at the package needs no JAX.
 _PUBLIC = {
-    "checkpoint": ("load",),
-    "core.family": ("Family", "apply_at", "num_macs", "trace"),
-    "core.folding": ("fold",),
-    "core.groups": ("Groups", "num_params"),
+    "runs.checkpoint": ("load",),
+    "elastic.family": ("Family", "apply_at", "num_macs", "trace"),
+    "elastic.folding": ("fold",),
+    "elastic.groups": ("Groups", "num_params"),
     "core.hypernetwork": ("Hypernetwork", "generate", "init"),
     "core.inr": ("make_inr",),
-    "core.moments": ("moments",),
-    "core.ordering": ("by_importance", "smooth"),
-    "core.resize": ("mask_params", "permute", "slice_params"),
-    "fitting": ("fit",),
+    "elastic.moments": ("moments",),
+    "elastic.ordering": ("by_importance", "smooth"),
+    "elastic.resize": ("mask_params", "permute", "slice_params"),
+    "runs.fitting": ("fit",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

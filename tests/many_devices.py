@@ -23,11 +23,13 @@ def main(folder):
     import numpy as np
     import test_training as tiny
 
-    from neumeta_jax import evaluation, resnet, training
-    from neumeta_jax.architecture import cifar_resnet
-    from neumeta_jax.checkpoint import Checkpoints
     from neumeta_jax.core import hypernetwork as hyper
     from neumeta_jax.core.inr import Grid, Projection
+    from neumeta_jax.evaluation import grid
+    from neumeta_jax.networks import cifar_resnet
+    from neumeta_jax.networks.cifar_spec import resnet_spec
+    from neumeta_jax.runs import training
+    from neumeta_jax.runs.checkpoint import Checkpoints
 
     assert jax.device_count() == NUM_DEVICES, jax.devices()
     recipe = dataclasses.replace(tiny.RECIPE, batch_size=8)
@@ -47,9 +49,9 @@ def main(folder):
         "teacher": training.TeacherRecipe(batch_size=8, learning_rate=1e-3),
     }
     # As few blocks as have one that can be skipped and one that changes the shape.
-    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    plain = resnet.hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
-    deep = resnet.hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
+    spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    plain = cifar_resnet.hypernetwork(spec, BLOCKS, Grid(noise_scale=0.5))
+    deep = cifar_resnet.hypernetwork(spec, BLOCKS, Projection(modulated=True, depth_term=True))
     backbone = tiny.random_backbone(spec)
     images = tiny.random_images()
 
@@ -65,9 +67,9 @@ def main(folder):
         options = {"steps_per_call": 1 if case == "unrolled" else 2, "mesh": mesh, "rest": ()}
         if case == "teacher":
             update = training.teacher_update(
-                resnet.Network(spec), recipe, tiny.PREPROCESSING, 10, mesh=mesh
+                cifar_resnet.Network(spec), recipe, tiny.PREPROCESSING, 10, mesh=mesh
             )
-            state = training.teacher_init(jax.random.key(0), resnet.Network(spec), recipe, 10)
+            state = training.teacher_init(jax.random.key(0), cifar_resnet.Network(spec), recipe, 10)
             options["images_per_step"] = recipe.batch_size
         else:
             kind = case if case in ("fit", "depth") else "train"
@@ -141,10 +143,10 @@ def main(folder):
     data = plain, params, pixels, labels, tiny.PREPROCESSING
     lowered["evaluated"] = []
     for options in ({}, {"mesh": None}):
-        evaluator = evaluation.Evaluator(*data, options=options, comparison=evaluation.Comparison())
+        evaluator = grid.Evaluator(*data, options=options, comparison=grid.Comparison())
         found = evaluator.evaluate(rows)
         lowered["evaluated"].append([[row["accuracy"], row["kl_divergence"]] for row in found])
-    mesh = evaluation.device_mesh()
+    mesh = grid.device_mesh()
     lowered["evaluated_on"] = mesh.shape["data"] if mesh else 1
     np.savez(folder / "states.npz", **states)
     (folder / "lowered.json").write_text(json.dumps(lowered, indent=1))

@@ -13,9 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import checkpoint, command_line, data, experiment as lab, export, resnet
-from neumeta_jax.architecture import ResNetSpec
+from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.data import datasets
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import ResNetSpec
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPECS = {
@@ -37,7 +41,9 @@ def random_params(spec, seed=0):
         values = rng.normal(size=shape) * (2 / np.prod(shape[:-1])) ** 0.5
         return (values * rng.uniform(0.3, 1.5, shape[-1])).astype(np.float32)
 
-    return jax.tree.map(leaf, resnet.param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        leaf, cifar_resnet.param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 def random_pixels(spec, number, seed=0):
@@ -49,7 +55,7 @@ def random_inr(family, *, seed, scale):
     """The parameters of INRs, all of them at random."""
 
     def init(key):
-        return hyper.init(key, family, resnet.init_params(key, family.spec))
+        return hyper.init(key, family, cifar_resnet.init_params(key, family.spec))
 
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -58,7 +64,7 @@ def random_inr(family, *, seed, scale):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(spec, params, images):
-    return resnet.apply(spec, params, images)
+    return cifar_resnet.apply(spec, params, images)
 
 
 def dense_network(family, params, widths):
@@ -71,7 +77,7 @@ class Network(NamedTuple):
 
     spec: ResNetSpec
     params: Any
-    normalization: export.Normalization
+    normalization: formats.Normalization
     pixels: np.ndarray
     images: np.ndarray  # the pixels normalised
     logits: np.ndarray
@@ -83,15 +89,15 @@ def network(name):
     spec, rng = SPECS[name], np.random.default_rng(1)
     params, pixels = random_params(spec), random_pixels(spec, 12)
     mean, std = rng.uniform(0.2, 0.6, (2, spec.channels)).round(3).tolist()
-    normalization = export.Normalization(tuple(mean), tuple(std))
-    images = np.asarray(data.normalize(jax.numpy.asarray(pixels), *normalization))
+    normalization = formats.Normalization(tuple(mean), tuple(std))
+    images = np.asarray(datasets.normalize(jax.numpy.asarray(pixels), *normalization))
     logits = np.asarray(logits_of(spec, params, images))
     return Network(spec, params, normalization, pixels, images, logits)
 
 
 def assert_same_logits(found, wanted):
     assert found.dtype == np.float32 and found.shape == wanted.shape
-    assert export.compare(found, np.asarray(wanted)).error < 1e-5
+    assert formats.compare(found, np.asarray(wanted)).error < 1e-5
 
 
 @contextlib.contextmanager
@@ -117,7 +123,7 @@ def write_workdir(path, *, depth):
     config = load_module("configs/digits.py").get_config("smoke").to_dict()
     config["network"]["depth"] = depth
     (path / "config.json").write_text(json.dumps(config))
-    family = lab.from_config(config, data.load_dataset("digits")).hypernetwork
+    family = lab.from_config(config, datasets.load_dataset("digits")).hypernetwork
     params = random_inr(family, seed=3, scale=0.4)
     checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
     return path

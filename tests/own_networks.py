@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.example_libraries import stax
 
-from neumeta_jax import architecture, resnet
+from neumeta_jax.networks import cifar_resnet, cifar_spec
 
 KEY = jax.random.key(0)
 VECTORS, TOKENS, IMAGES = (
@@ -382,11 +382,11 @@ def standardised(p, x):
 
 def padded():
     """Shortcuts of option A: the stream of a stage is a piece of that of the next."""
-    spec = architecture.cifar_resnet(
+    spec = cifar_spec.resnet_spec(
         8, num_classes=3, stage_widths=(4, 8, 12), image_size=8, shortcut="pad"
     )
-    params = draw(resnet.param_shapes(spec))
-    return Case(lambda p, x: resnet.apply(spec, p, x), params, IMAGES, ("stream",))
+    params = draw(cifar_resnet.param_shapes(spec))
+    return Case(lambda p, x: cifar_resnet.apply(spec, p, x), params, IMAGES, ("stream",))
 
 
 _DENSE = {"scale": [(16,), (24,), (32,)], "shift": [(16,), (24,), (32,)], "head": (40, 4)}

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from neumeta_jax import command_line
+from neumeta_jax.errors import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def test_finished_rows_are_not_run_again(ablation, tmp_path, capsys):
     assert "base (1 of 1): there already" in again
     assert not (workdir / "base" / "train.log").exists()
     assert again.splitlines()[1:] == first.splitlines()[1:]
-    with pytest.raises(command_line.UsageError, match=r"another config.*train.batch_size"):
+    with pytest.raises(UsageError, match=r"another config.*train.batch_size"):
         ablation.main([*command, *OVERRIDES, "--config.train.batch_size=64"])
 
 
@@ -89,6 +89,6 @@ def test_finished_rows_are_not_run_again(ablation, tmp_path, capsys):
     ],
 )
 def test_what_no_row_could_use_is_refused(ablation, tmp_path, args, given):
-    with pytest.raises(command_line.UsageError, match=given):
+    with pytest.raises(UsageError, match=given):
         ablation.main(["", f"--workdir={tmp_path / 'runs'}", *args.split()])
     assert not list(tmp_path.rglob("*.json"))

@@ -14,9 +14,13 @@ from builders import refused
 from networks import ROOT, assert_refuses, load_module, run
 
 import neumeta_jax as nm
-from neumeta_jax import core, export, families, fitting, latency, search
-from neumeta_jax.core import counting, hypernetwork as hyper, inr, ordering
-from neumeta_jax.networks import linen
+from neumeta_jax import elastic
+from neumeta_jax.core import hypernetwork as hyper, inr
+from neumeta_jax.elastic import counting, ordering
+from neumeta_jax.export import formats
+from neumeta_jax.networks import families, linen
+from neumeta_jax.runs import fitting
+from neumeta_jax.search import evolution, latency
 
 
 def largest(a, b):
@@ -28,9 +32,9 @@ def largest(a, b):
 def case(request):
     """(apply, params, x, the family, its elastic groups, their moments)."""
     apply, params, x, allowed = own_networks.CASES[request.param]()
-    family = core.trace(apply, params, x, check=False)
+    family = elastic.trace(apply, params, x, check=False)
     names = family.groups.elastic(*allowed)
-    moments = jax.jit(lambda p, x: core.moments(family, p, x, names))(params, x)
+    moments = jax.jit(lambda p, x: elastic.moments(family, p, x, names))(params, x)
     return apply, params, x, family, names, moments
 
 
@@ -59,11 +63,11 @@ def test_every_kind_generates_networks_that_run_masked_and_dense(case, kind):
     widths = hypernetwork.widths(0.5)
     half = generate(inr_params, jnp.asarray(widths), None)
     at = hypernetwork.by_name(widths.tolist())
-    assert largest(half, core.mask_params(family.groups, half, at)) == 0
+    assert largest(half, elastic.mask_params(family.groups, half, at)) == 0
 
     @jax.jit
     def dense(tree):
-        return core.apply_at(family, core.slice_params(family.groups, tree, at), x, at)
+        return elastic.apply_at(family, elastic.slice_params(family.groups, tree, at), x, at)
 
     assert largest(jax.jit(apply)(half, x), dense(half)) < 1e-4
     noisy = generate(inr_params, jnp.asarray(widths), jax.random.key(3))
@@ -77,7 +81,7 @@ def test_projections_beyond_the_full_size_leave_the_function_as_it_is(case):
     inr_params = hyper.init(jax.random.key(0), hypernetwork, params, moments=moments)
     sizes = [3 * width // 2 for width in hypernetwork.full_widths]
     wide = hyper.generate(hypernetwork, inr_params, np.array(sizes), sizes=sizes)
-    ours = core.apply_at(family, wide, x, hypernetwork.by_name(sizes))
+    ours = elastic.apply_at(family, wide, x, hypernetwork.by_name(sizes))
     assert largest(jax.jit(apply)(params, x), ours) < 1e-5
 
 
@@ -93,14 +97,14 @@ def test_orders_leave_the_function_and_counts_are_those_of_the_groups(case):
     of_params = counting.params_count(groups, names)
     of_macs = counting.macs_count(family, names)
     at = [dict(zip(names, row, strict=True)) for row in rows]
-    assert [of_params(row) for row in rows] == [core.num_params(groups, w) for w in at]
-    assert [of_macs(row) for row in rows] == [core.num_macs(family, w) for w in at]
+    assert [of_params(row) for row in rows] == [elastic.num_params(groups, w) for w in at]
+    assert [of_macs(row) for row in rows] == [elastic.num_macs(family, w) for w in at]
     assert of_macs(np.array(rows)).tolist() == [of_macs(row) for row in rows]
 
 
 def test_variances_are_cut_and_not_generated():
     apply, params, x, _ = own_networks.CASES["vgg"]()
-    groups = core.trace(apply, params, x, check=False).groups
+    groups = elastic.trace(apply, params, x, check=False).groups
     assert groups.frozen == tuple(path for path, _ in groups.tensors if path.endswith("/var"))
     hypernetwork = nm.Hypernetwork(groups, groups.elastic(), inr.Grid())
     assert not {*groups.frozen} & {*hypernetwork.owners}
@@ -109,8 +113,8 @@ def test_variances_are_cut_and_not_generated():
 @pytest.mark.parametrize("name, number", [("vgg", 3), ("mobilenet", 2), ("nnx", 1), ("unet", 0)])
 def test_folding_moves_batch_norm_into_the_product_before_it(name, number):
     apply, params, x, _ = own_networks.CASES[name]()
-    family = core.trace(apply, params, x, check=False)
-    after, folded = core.fold(family, params)
+    family = elastic.trace(apply, params, x, check=False)
+    after, folded = elastic.fold(family, params)
     chex.assert_trees_all_equal_shapes(folded, params)
     assert largest(jax.jit(apply)(params, x), jax.jit(apply)(folded, x)) < 1e-6
     leaves = after.groups.leaves(folded)
@@ -224,7 +228,7 @@ def test_a_network_by_the_name_of_its_factory():
     assert families.size_from_dict(json.loads(json.dumps(size.to_dict()))) == size
     variables = family.network.init_variables(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (5, 4, 4, 1))
-    masked = core.mask_params(family.groups, variables, family.by_name((3, 8)))
+    masked = elastic.mask_params(family.groups, variables, family.by_name((3, 8)))
     small, dense = family.dense(variables, (3, 8))
     shapes = families.abstract_params(small)
     chex.assert_trees_all_equal_shapes(dense, shapes)
@@ -261,7 +265,7 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     family, params, _ = nm.load(str(workdir))
     assert family.spec.title == "VGG" and len(family.names) == 3
     out = run(
-        export,
+        formats,
         f"--workdir={workdir}",
         "--widths=2,3,4",
         "--format=stablehlo",
@@ -269,8 +273,8 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     )
     assert f"VGG of digits with widths 2,3,4: {family.num_params((2, 3, 4)):,} parameters" in out
     path = tmp_path / "small.safetensors"
-    run(export, f"--workdir={workdir}", "--widths=2,3,4", "--format=safetensors", f"--out={path}")
-    size, tree, _ = export.load_safetensors(path)
+    run(formats, f"--workdir={workdir}", "--widths=2,3,4", "--format=safetensors", f"--out={path}")
+    size, tree, _ = formats.load_safetensors(path)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     masked = hyper.generate(family, params, np.array([2, 3, 4]))
     np.testing.assert_allclose(
@@ -279,7 +283,7 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     assert_refuses(
         "a VGG is exported as one of safetensors, stablehlo",
         *(
-            export,
+            formats,
             f"--workdir={workdir}",
             "--width=1",
             "--format=onnx",
@@ -288,7 +292,7 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     )
     budget = family.num_macs((2, 4, 6))
     options = ("--num_candidates=8", "--population=4", "--num_images=20")
-    out = run(search, f"--workdir={workdir}", f"--max_macs={budget}", *options)
+    out = run(evolution, f"--workdir={workdir}", f"--max_macs={budget}", *options)
     assert "best uniform" in out
     out = run(latency, f"--workdir={workdir}", "--width_ratios=1", "--calls=1", "--batch_sizes=1")
     assert "ONNX graphs are written for CIFAR ResNets" in out

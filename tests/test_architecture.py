@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from networks import random_params, random_pixels, refused
 
-from neumeta_jax import resnet
-from neumeta_jax.architecture import (
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import (
     SHORTCUTS,
     ResNetSpec,
-    cifar_resnet,
     generated_blocks,
     morph,
+    resnet_spec,
     widths_at,
 )
 
-RESNET14 = cifar_resnet(14, num_classes=5)
-RESNET56 = cifar_resnet(56, num_classes=100)
+RESNET14 = resnet_spec(14, num_classes=5)
+RESNET56 = resnet_spec(56, num_classes=100)
 
 
 def random_spec(seed):
@@ -70,7 +70,7 @@ def test_compressed_networks_have_the_totals_of_the_papers(gamma, thousand_param
 
 def test_a_resnet56_has_the_parameters_and_multiply_adds_of_the_papers():
     assert (RESNET56.num_params, round(RESNET56.num_macs / 1e6, 2)) == (859_492, 125.75)
-    assert cifar_resnet(56, num_classes=10).num_params == 853_642
+    assert resnet_spec(56, num_classes=10).num_params == 853_642
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -78,14 +78,14 @@ def test_a_spec_counts_its_parameters_and_multiply_adds_and_survives_json(seed):
     spec = random_spec(seed)
     params, images = random_params(spec), random_pixels(spec, 1).astype("float32")
     assert spec.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
-    jaxpr = jax.make_jaxpr(resnet.apply, static_argnums=0)(spec, params, images)
+    jaxpr = jax.make_jaxpr(cifar_resnet.apply, static_argnums=0)(spec, params, images)
     assert spec.num_macs == count_macs(jaxpr.jaxpr)
     restored = ResNetSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert restored == spec and hash(restored) == hash(spec)
 
 
 def test_skipping_a_block_removes_exactly_its_parameters_and_multiply_adds():
-    spec = cifar_resnet(20, num_classes=5)
+    spec = resnet_spec(20, num_classes=5)
     for n in generated_blocks(spec):
         small, block = morph(spec, [n], [0]), spec.blocks[n]
         assert spec.num_params - small.num_params == block.num_params
@@ -106,7 +106,7 @@ def test_the_inner_blocks_of_a_resnet56_are_23_of_27():
 
 
 def test_widths_are_rounded_half_up_and_at_least_one():
-    spec = cifar_resnet(14, num_classes=5, stage_widths=(3, 5, 8))
+    spec = resnet_spec(14, num_classes=5, stage_widths=(3, 5, 8))
     wanted = {0.5: (2, 3, 4), 0.01: (1, 1, 1), 1.5: (5, 8, 12), 1: (3, 5, 8)}
     assert {ratio: widths_at(spec, (0, 2, 4), ratio) for ratio in wanted} == wanted
 
@@ -140,12 +140,12 @@ WITHOUT_CHANNELS = {name: value for name, value in FIELDS.items() if name != "ch
 @pytest.mark.parametrize(
     "impossible, words",
     [
-        *((partial(cifar_resnet, n, num_classes=9), f"6n . 2.*depth={n}") for n in NO_DEPTHS),
+        *((partial(resnet_spec, n, num_classes=9), f"6n . 2.*depth={n}") for n in NO_DEPTHS),
         *((partial(widths_at, RESNET14, [1], x), f"got {x};") for x in (0, 1.6, -1, math.nan)),
-        (partial(cifar_resnet, 14, num_classes=5, stage_widths=[4, 6]), r"\(4, 6\)"),
+        (partial(resnet_spec, 14, num_classes=5, stage_widths=[4, 6]), r"\(4, 6\)"),
         (partial(generated_blocks, RESNET14, "outer"), "'outer'"),
         # ... and says what to do.
-        (partial(generated_blocks, cifar_resnet(8, num_classes=5)), "ResNet8.*generated='all'"),
+        (partial(generated_blocks, resnet_spec(8, num_classes=5)), "ResNet8.*generated='all'"),
         (partial(morph, RESNET14, [2], [0]), "stage2_block0"),
         (partial(morph, RESNET14, [1, 3], [4, 4, 4]), "2 generated blocks.*got 3"),
         (partial(ResNetSpec.from_dict, {**FIELDS, "dropout": 0.1}), "'dropout'"),

@@ -11,25 +11,19 @@ import numpy as np
 import pytest
 from networks import ROOT, assert_refuses, load_module, random_pixels, refused, run
 
-from neumeta_jax import (
-    architecture,
-    baselines,
-    checkpoint,
-    data,
-    experiment as lab,
-    losses,
-    resnet,
-    teacher_import,
-    training,
-)
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, widths_at
-from neumeta_jax.baselines import Baseline
-from neumeta_jax.command_line import UsageError
-from neumeta_jax.training import Preprocessing, TrainState
+from neumeta_jax.comparison import baselines
+from neumeta_jax.comparison.baselines import Baseline
+from neumeta_jax.core import losses
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import UsageError
+from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
+from neumeta_jax.runs import checkpoint, experiment as lab, training
+from neumeta_jax.runs.training import Preprocessing, TrainState
 
 CONFIG = "configs/baselines.py"
 CONFIGS = load_module(CONFIG)
-SPEC = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
+SPEC = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
 BLOCKS = generated_blocks(SPEC, "all")
 NAMES = [SPEC.blocks[n].name for n in BLOCKS]
 RATIOS = (1.0, 0.5)
@@ -66,7 +60,7 @@ def images(number=24, seed=1):
 def _logits(spec, tree, masks, train, pictures):
     options = {"train": True, "mutable": ["batch_stats"]} if train else {}
     x = PLAIN.evaluate(pictures)
-    found = resnet.ResNet(spec).apply(tree, x, hidden_masks=masks, **options)
+    found = cifar_resnet.ResNet(spec).apply(tree, x, hidden_masks=masks, **options)
     return found[0] if train else found
 
 
@@ -129,9 +123,11 @@ def test_reordering_channels_does_not_change_the_function():
 
 def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
     small, sliced = slice_to(HALF)
-    spec, wanted = resnet.slice_params(SPEC, resnet.fold_batch_norm(variables()), BLOCKS, HALF)
+    spec, wanted = cifar_resnet.slice_params(
+        SPEC, cifar_resnet.fold_batch_norm(variables()), BLOCKS, HALF
+    )
     assert small == spec
-    close(resnet.fold_batch_norm(sliced), wanted, 1e-6)
+    close(cifar_resnet.fold_batch_norm(sliced), wanted, 1e-6)
 
 
 def test_switches_start_at_the_sliced_network_and_have_batch_norm_of_their_own():
@@ -276,14 +272,14 @@ def experiment_of(preset="ours", **overrides):
     for name, value in overrides.items():
         section, field = name.split("__")
         config[section][field] = value
-    dataset = data.make_dataset("tiny", *images(), *images(), num_classes=SPEC.num_classes)
+    dataset = datasets.make_dataset("tiny", *images(), *images(), num_classes=SPEC.num_classes)
     return lab.from_config(config.to_dict(), dataset)
 
 
 @functools.cache
 def stand_in():
     split = np.zeros((4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32)
-    return data.make_dataset("cifar100", *split, *split)
+    return datasets.make_dataset("cifar100", *split, *split)
 
 
 @pytest.mark.parametrize("preset", [name + of for name in CONFIGS.ROWS for of in ("", "_resnet56")])
@@ -307,7 +303,7 @@ def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
 def test_costs_are_passes_of_the_networks_that_are_trained():
     experiment = experiment_of()
     full = SPEC.num_macs
-    half = architecture.morph(SPEC, BLOCKS, HALF).num_macs
+    half = cifar_spec.morph(SPEC, BLOCKS, HALF).num_macs
 
     def cost(method, **fields):
         row = baseline(method=method, images=640, batch_size=32, **fields)
@@ -420,7 +416,7 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     assert [line["images"] for line in row["sizes"]] == [64, 64]
     assert [line["compression"] for line in row["sizes"]] == [0, 50]
     assert row["sizes"][1]["widths"] == [2, 3, 4] and not row["continuous"]
-    small = architecture.morph(SPEC, BLOCKS, (2, 3, 4))
+    small = cifar_spec.morph(SPEC, BLOCKS, (2, 3, 4))
     assert row["sizes"][1]["num_params"] == small.num_params
     # Kernels once, and a factor and a summand per channel of each width.
     channels = [2 * sum(norm_channels(s)) for s in (SPEC, small)]
@@ -456,8 +452,8 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     moved = baselines.reorder(SPEC, variables(), order)
     small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3, 4))
     pictures, labels = images(20, 5)
-    x = data.normalize(pictures, *data.channel_statistics(images(96, 4)[0]))
-    found = np.argmax(resnet.ResNet(small).apply(tree, x), axis=-1) == labels
+    x = datasets.normalize(pictures, *datasets.channel_statistics(images(96, 4)[0]))
+    found = np.argmax(cifar_resnet.ResNet(small).apply(tree, x), axis=-1) == labels
     assert rows["l1"]["sizes"][1]["test"] == pytest.approx(100 * found.mean())
 
 

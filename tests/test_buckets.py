@@ -3,14 +3,15 @@ import itertools
 import numpy as np
 import pytest
 
-from neumeta_jax import buckets, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.evaluation import buckets
+from neumeta_jax.evaluation.buckets import Bucket, fill_containers, make_buckets
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 
-SPEC = cifar_resnet(20, num_classes=10)
-FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC, "all"), Grid())
-INNER = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+SPEC = resnet_spec(20, num_classes=10)
+FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC, "all"), Grid())
+INNER = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 BLOCKS = FAMILY.blocks
 
 

@@ -19,11 +19,14 @@ import safetensors
 import safetensors.numpy
 from builders import STRICT, flipped, refused
 
-from neumeta_jax import checkpoint, data, progress, resnet, storage, teacher_import
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
-from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP
+from neumeta_jax.data import datasets
+from neumeta_jax.files import storage
+from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.runs import checkpoint, progress
+from neumeta_jax.runs.checkpoint import Checkpoints
 
 RAMP = np.arange(24, dtype="float32").reshape(2, 3, 4)
 TREE = {
@@ -114,10 +117,10 @@ MLP = PerTensorMLP(4, 1, 1, noise_scale=0.5, noise_per="channel")
 
 @pytest.mark.parametrize("inr", [MLP, Grid(3, "nested", 0.25)], ids=["mlp", "grid"])
 def test_a_saved_inr_generates_the_same_networks_bit_for_bit(tmp_path, inr):
-    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), inr)
+    spec = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), inr)
     init = jax.jit(lambda key, tree: hyper.init(key, family, tree, alpha=0.3))
-    params = init(jax.random.key(0), resnet.init_params(jax.random.key(1), spec))
+    params = init(jax.random.key(0), cifar_resnet.init_params(jax.random.key(1), spec))
     notes = {"dataset": "x", "trained_range": [0.5, 1.0]}
     checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params, **notes)
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
@@ -303,7 +306,7 @@ def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
         (checkpoint, "_digest"): lambda: saved.restore(TEMPLATE),
         (safetensors, "safe_open"): lambda: checkpoint.load_tree(path),
         (pathlib.Path, "read_bytes"): lambda: teacher_import.read_tensors(path),
-        (zipfile, "ZipFile"): lambda: data.load_dataset("mine", data_dir=images),
+        (zipfile, "ZipFile"): lambda: datasets.load_dataset("mine", data_dir=images),
     }
     for (place, name), read in readers.items():
         monkeypatch.setattr(place, name, fail)
@@ -326,9 +329,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved)
 
 @pytest.mark.parametrize("setting", STRICT)
 def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path, setting):
-    spec = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), MLP)
-    params = hyper.init(jax.random.key(0), family, resnet.init_params(jax.random.key(1), spec))
+    spec = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), MLP)
+    params = hyper.init(
+        jax.random.key(0), family, cifar_resnet.init_params(jax.random.key(1), spec)
+    )
     checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params)
     wanted = state_of(3)
     with getattr(jax, setting.removeprefix("jax_"))(STRICT[setting]):

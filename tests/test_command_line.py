@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import architecture, command_line
-from neumeta_jax.command_line import UsageError
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import Interrupted, UsageError
+from neumeta_jax.networks import cifar_spec
 
 VALUES = {
     "seed": 0,
@@ -217,11 +218,11 @@ def run(error_or_main, capsys):
 
 
 def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, monkeypatch):
-    of_the_package = run(lambda: architecture.cifar_resnet(9, num_classes=10), capsys)
+    of_the_package = run(lambda: cifar_spec.resnet_spec(9, num_classes=10), capsys)
     message = "error: A CIFAR ResNet has depth 6n + 2 with n >= 1, got depth=9.\n"
     assert of_the_package == (2, message)
     assert run(UsageError("first\n  second"), capsys) == (2, "error: first second\n")
-    stop = command_line.Interrupted("stopped at step 3")
+    stop = Interrupted("stopped at step 3")
     assert run(stop, capsys) == (75, "stopped at step 3\n")
     assert command_line.run(lambda argv: None, ["train.py"]) is None
     monkeypatch.setattr(sys, "argv", [__file__])

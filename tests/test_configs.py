@@ -10,10 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import command_line, data, experiment as lab, recipes, training
+from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
-from neumeta_jax.resnet import init_params
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import UsageError
+from neumeta_jax.networks.cifar_resnet import init_params
+from neumeta_jax.runs import experiment as lab, recipes, training
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
 NUM_TRAINING_IMAGES = 45_000  # of CIFAR, without 5,000 for validation
@@ -39,7 +42,7 @@ def stand_in(name):
     num_classes = 100 if name == "cifar100" else 10
     images = np.random.default_rng(0).integers(0, 256, (4, size, size, channels), np.uint8)
     labels = np.arange(4, dtype=np.int32)
-    return data.make_dataset(name, images, labels, images, labels, num_classes=num_classes)
+    return datasets.make_dataset(name, images, labels, images, labels, num_classes=num_classes)
 
 
 def resolve(config):
@@ -199,7 +202,7 @@ def test_options_that_are_gone_are_taken_where_they_changed_nothing(fields, refu
     config = recipes.defaults("grid").to_dict()
     old = {**config, "train": {**config["train"], **fields}}
     if refused:
-        with pytest.raises(command_line.UsageError, match=refused) as error:
+        with pytest.raises(UsageError, match=refused) as error:
             recipes.completed(old)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
     else:
@@ -219,5 +222,5 @@ def test_options_that_are_gone_are_taken_where_they_changed_nothing(fields, refu
 def test_an_unknown_field_is_refused(section, field, message):
     config = recipes.defaults("grid").to_dict()
     (config[section] if section else config)[field] = 1
-    with pytest.raises(command_line.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         lab.from_config(config, stand_in("cifar100"))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from neumeta_jax import consistency
+from neumeta_jax.evaluation import consistency
 
 # Softmax of log(p) is p.
 P = np.log([[0.5, 0.5], [0.75, 0.25], [0.2, 0.8]])

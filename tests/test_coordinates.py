@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from networks import refused
 
-from neumeta_jax import resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.core import coordinates
 from neumeta_jax.core.coordinates import Coordinates
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 
-SPEC = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+SPEC = resnet_spec(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 BLOCKS = generated_blocks(SPEC)
 WIDTHS = np.array([3, 4, 1, 6, 5])
 LAYERS, KINDS = ("conv1", "conv2"), ("kernel", "bias")
 
 
 def stacks_of(spec=SPEC, blocks=BLOCKS):
-    return resnet.hypernetwork(spec, blocks, Grid()).stacks
+    return cifar_resnet.hypernetwork(spec, blocks, Grid()).stacks
 
 
 def full_grid(coords):
@@ -40,7 +40,7 @@ def tensors_of(stacks):
 
 
 def test_the_papers_resnet56_has_92_tensors_in_12_stacks():
-    spec = cifar_resnet(56, num_classes=100)
+    spec = resnet_spec(56, num_classes=100)
     stacks = stacks_of(spec, generated_blocks(spec))
     assert len(stacks) == len({stack.name for stack in stacks}) == 12
     assert sum(len(stack.paths) for stack in stacks) == 92
@@ -51,7 +51,7 @@ def test_the_papers_resnet56_has_92_tensors_in_12_stacks():
 @pytest.mark.parametrize("which", ["inner", "not_first", "all"])
 @pytest.mark.parametrize("stage_widths", [(4, 6, 8), (4, 4, 4), (8, 6, 4)])
 def test_every_tensor_has_its_own_index_in_training_order_and_its_shape(stage_widths, which):
-    spec = cifar_resnet(20, num_classes=5, stage_widths=stage_widths, image_size=8)
+    spec = resnet_spec(20, num_classes=5, stage_widths=stage_widths, image_size=8)
     blocks = generated_blocks(spec, which)
     stacks = stacks_of(spec, blocks)
     tensors = tensors_of(stacks)

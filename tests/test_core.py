@@ -19,8 +19,8 @@ from flax import nnx
 from jax.extend.core import Primitive
 from own_networks import CASES, IMAGES, PLAIN, REBUILT, TOKENS, VECTORS, draw
 
-from neumeta_jax import core
-from neumeta_jax.core import rules
+from neumeta_jax import elastic
+from neumeta_jax.elastic import rules
 
 every_network = pytest.mark.parametrize("name", CASES)
 COMPILED = collections.Counter()  # how often the masked network was
@@ -59,7 +59,7 @@ ELASTIC = {
 def traced(name):
     """The network, its family, the names of its elastic groups."""
     case = CASES[name]()
-    family = core.trace(case.apply, case.params, case.x, check=False)
+    family = elastic.trace(case.apply, case.params, case.x, check=False)
     return case, family, family.groups.elastic(*case.allowed)
 
 
@@ -84,7 +84,7 @@ def masked(name):
 
     def run(params, widths):
         COMPILED[name] += 1
-        return case.apply(core.mask_params(family.groups, params, widths), case.x)
+        return case.apply(elastic.mask_params(family.groups, params, widths), case.x)
 
     return differentiate(run)
 
@@ -94,8 +94,8 @@ def sliced(name, widths):
     case, family, _ = traced(name)
 
     def run(params):
-        return core.apply_at(
-            family, core.slice_params(family.groups, params, widths), case.x, widths
+        return elastic.apply_at(
+            family, elastic.slice_params(family.groups, params, widths), case.x, widths
         )
 
     return differentiate(run)(case.params)
@@ -140,7 +140,7 @@ def test_a_masked_network_equals_the_smaller_one_and_so_do_their_gradients(name)
 def test_permuted_channels_compute_the_same(name):
     case, family, names = traced(name)
     orders = {n: np.roll(np.arange(family.groups[n].size), 1) for n in names}
-    permuted = jax.jit(lambda p: core.permute(family.groups, p, orders))(case.params)
+    permuted = jax.jit(lambda p: elastic.permute(family.groups, p, orders))(case.params)
     out, _ = masked(name)(permuted, full_widths(name))
     expected, _ = masked(name)(case.params, full_widths(name))
     assert distance(expected, out) < 1e-5
@@ -158,8 +158,8 @@ def test_one_compilation_serves_all_widths(name):
 @every_network
 def test_groups_are_data_and_tracing_again_finds_the_same(name):
     case, family, _ = traced(name)
-    again = core.trace(case.apply, case.params, case.x, check=False).groups
-    revived = core.Groups.from_json(family.groups.to_json(), case.params)
+    again = elastic.trace(case.apply, case.params, case.x, check=False).groups
+    revived = elastic.Groups.from_json(family.groups.to_json(), case.params)
     assert revived == again == family.groups
     assert hash(revived) == hash(again) == hash(family.groups)
     assert revived.to_json() == family.groups.to_json()
@@ -169,10 +169,12 @@ def test_groups_are_data_and_tracing_again_finds_the_same(name):
 def test_counts_of_a_smaller_network_are_those_of_its_arrays(name):
     case, family, _ = traced(name)
     widths = some_widths(name)
-    small = jax.eval_shape(lambda p: core.slice_params(family.groups, p, widths), case.params)
-    assert core.num_params(family.groups, widths) == sum(x.size for x in jax.tree.leaves(small))
-    assert core.num_params(family.groups, {}) == sum(x.size for x in jax.tree.leaves(case.params))
-    assert 0 < core.num_macs(family, widths) < core.num_macs(family, {})
+    small = jax.eval_shape(lambda p: elastic.slice_params(family.groups, p, widths), case.params)
+    assert elastic.num_params(family.groups, widths) == sum(x.size for x in jax.tree.leaves(small))
+    assert elastic.num_params(family.groups, {}) == sum(
+        x.size for x in jax.tree.leaves(case.params)
+    )
+    assert 0 < elastic.num_macs(family, widths) < elastic.num_macs(family, {})
 
 
 @pytest.mark.parametrize("name", REBUILT)
@@ -181,14 +183,14 @@ def test_a_network_runs_at_widths_at_which_it_was_not_traced_as_if_it_was_built_
     widths, build = REBUILT[name]
     other = build()
     assert jax.tree.map(jnp.shape, other.params) != jax.tree.map(jnp.shape, traced(name)[0].params)
-    assert core.num_params(family.groups, widths) == sum(
+    assert elastic.num_params(family.groups, widths) == sum(
         leaf.size for leaf in jax.tree.leaves(other.params)
     )
-    rebuilt = core.trace(other.apply, other.params, other.x, check=False)
-    assert core.num_macs(family, widths) == core.num_macs(rebuilt, {})
+    rebuilt = elastic.trace(other.apply, other.params, other.x, check=False)
+    assert elastic.num_macs(family, widths) == elastic.num_macs(rebuilt, {})
     whole_batches = name == "stax"  # its norms sum over the batch
     more = other.x if whole_batches else np.concatenate([other.x, other.x])
-    ours = jax.jit(lambda p, x: core.apply_at(family, p, x, widths))(other.params, more)
+    ours = jax.jit(lambda p, x: elastic.apply_at(family, p, x, widths))(other.params, more)
     assert distance(jax.jit(other.apply)(other.params, more), ours) < 1e-5
 
 
@@ -196,11 +198,11 @@ def test_a_network_runs_at_widths_at_which_it_was_not_traced_as_if_it_was_built_
 def test_a_function_of_arrays_alone_runs_by_itself_on_sliced_parameters(name):
     case, family, _ = traced(name)
     widths = some_widths(name, seed=2)
-    small = core.slice_params(family.groups, case.params, widths)
-    ours = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
+    small = elastic.slice_params(family.groups, case.params, widths)
+    ours = jax.jit(lambda p: elastic.apply_at(family, p, case.x, widths))(small)
     assert distance(jax.jit(case.apply)(small, case.x), ours) < 1e-5
-    assert core.num_macs(family, widths) == core.num_macs(
-        core.trace(case.apply, small, case.x, check=False), {}
+    assert elastic.num_macs(family, widths) == elastic.num_macs(
+        elastic.trace(case.apply, small, case.x, check=False), {}
     )
 
 
@@ -209,15 +211,15 @@ def test_counts_of_convolutions_are_those_of_the_textbook():
     a, b, c, d = widths = 5, 12, 9, 33
     at = dict(zip(family.groups.elastic(), widths, strict=True))
     products = 9 * (3 * a * 64 + a * b * 64 + b * c * 16) + 16 * c * d + 10 * d
-    assert core.num_macs(family, at) == products
+    assert elastic.num_macs(family, at) == products
     norms_and_biases = 4 * (a + b + c) + d + 10
     kernels = 9 * (3 * a + a * b + b * c) + 16 * c * d + 10 * d
-    assert core.num_params(family.groups, at) == kernels + norms_and_biases
+    assert elastic.num_params(family.groups, at) == kernels + norms_and_biases
 
 
 def test_counts_of_scanned_layers_are_those_of_each_layer():
     _, family, _ = traced("stacked")
-    counted = core.num_macs(family, {"in": 7, "layers/up": 9})
+    counted = elastic.num_macs(family, {"in": 7, "layers/up": 9})
     assert counted == 16 * 7 + 3 * 2 * 7 * 9 + 7 * 4
 
 
@@ -225,7 +227,7 @@ def test_counts_of_attention_are_those_of_its_products_too():
     _, family, _ = traced("fused")
     heads, tokens = 5, 5
     projections = tokens * 16 * (3 * 4 * heads + 4 * heads + 3)
-    assert core.num_macs(family, {"qkv": heads}) == projections + 2 * heads * tokens**2 * 4
+    assert elastic.num_macs(family, {"qkv": heads}) == projections + 2 * heads * tokens**2 * 4
 
 
 def test_another_process_finds_the_same_groups():
@@ -248,9 +250,9 @@ def test_another_process_finds_the_same_groups():
 def test_widths_may_be_mapped_over():
     case, family, names = traced("glu")
     widths = {names[0]: jnp.arange(1, 13)}
-    many = jax.jit(jax.vmap(lambda w: core.mask_params(family.groups, case.params, w)))(widths)
+    many = jax.jit(jax.vmap(lambda w: elastic.mask_params(family.groups, case.params, w)))(widths)
     for n in (1, 7, 12):
-        expected = core.mask_params(family.groups, case.params, {names[0]: n})
+        expected = elastic.mask_params(family.groups, case.params, {names[0]: n})
         assert all(np.array_equal(many[path][n - 1], leaf) for path, leaf in expected.items())
         assert np.count_nonzero(np.any(expected["down"], 1)) == n
 
@@ -259,7 +261,7 @@ def test_a_branch_of_width_0_is_skipped():
     case, family, _ = traced("vit")
     widths = {"up1": 0, "attention1/value": 0}
     shorter = jax.jit(own_networks.ViT(depth=1).apply)(case.params, case.x)
-    skipped = core.mask_params(family.groups, case.params, widths)
+    skipped = elastic.mask_params(family.groups, case.params, widths)
     assert distance(shorter, jax.jit(case.apply)(skipped, case.x)) < 1e-5
     assert distance(shorter, jax.jit(case.apply)(case.params, case.x)) > 1e-3
 
@@ -270,8 +272,8 @@ def test_width_0_means_the_same_to_a_masked_and_a_sliced_network(name):
     widths = {n: 0 for n in names if family.groups[n].lowest == 0}
     assert widths
     out, slopes = masked(name)(case.params, full_widths(name) | widths)
-    small = core.slice_params(family.groups, case.params, widths)
-    expected = jax.jit(lambda p: core.apply_at(family, p, case.x, widths))(small)
+    small = elastic.slice_params(family.groups, case.params, widths)
+    expected = jax.jit(lambda p: elastic.apply_at(family, p, case.x, widths))(small)
     assert distance(expected, out) < 1e-5
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(slopes))
 
@@ -299,24 +301,24 @@ def test_width_0_is_for_branches_that_are_the_identity_then(branch):
 
     shapes = {"a": (16, 8), "both": (24, 16), "d": (8, 16), "c": (16,), "g": (8, 6)}
     params = draw(shapes | {"out": (16, 3)})
-    groups = core.trace(apply, params, VECTORS, check=False).groups
+    groups = elastic.trace(apply, params, VECTORS, check=False).groups
     assert ("a" in groups.elastic(), groups["a"].lowest) == (True, lowest)
     if lowest == 0:
-        out = apply(core.mask_params(groups, params, {"a": 0}), VECTORS)
+        out = apply(elastic.mask_params(groups, params, {"a": 0}), VECTORS)
         assert distance(VECTORS @ params["out"], out) < 1e-5
 
 
 def check_masks(apply, params, x):
     """The family, after a check that masked and sliced networks of half the widths agree."""
-    family = core.trace(apply, params, x, check=False)
+    family = elastic.trace(apply, params, x, check=False)
     widths = {name: family.groups[name].size // 2 for name in family.groups.elastic("stream")}
     assert widths
 
     @jax.jit
     def run(params):
-        masked = apply(core.mask_params(family.groups, params, widths), x)
-        small = core.slice_params(family.groups, params, widths)
-        return masked, core.apply_at(family, small, x, widths)
+        masked = apply(elastic.mask_params(family.groups, params, widths), x)
+        small = elastic.slice_params(family.groups, params, widths)
+        return masked, elastic.apply_at(family, small, x, widths)
 
     assert distance(*run(params)) < 1e-5
     return family
@@ -414,8 +416,8 @@ def test_a_convolution_over_the_batch_is_refused_with_its_line():
     def apply(p, x):
         return x * jax.lax.conv_general_dilated(p["a"], p["b"], (1,), "SAME", batch_group_count=2)
 
-    with pytest.raises(core.UnknownPrimitive, match=r"conv_general_dilated.*test_core\.py:\d+"):
-        core.trace(apply, draw({"a": (2, 8, 5), "b": (6, 8, 3)}), VECTORS[:, :5, None, None])
+    with pytest.raises(elastic.UnknownPrimitive, match=r"conv_general_dilated.*test_core\.py:\d+"):
+        elastic.trace(apply, draw({"a": (2, 8, 5), "b": (6, 8, 3)}), VECTORS[:, :5, None, None])
 
 
 UNSOUND = {  # finite at all widths, but not where a parameter is 0
@@ -426,10 +428,10 @@ UNSOUND = {  # finite at all widths, but not where a parameter is 0
 
 @pytest.mark.parametrize("case", UNSOUND)
 def test_groups_whose_masked_network_differs_are_found_by_numbers(case):
-    groups = core.trace(UNSOUND[case], TWO_LAYERS, VECTORS).groups
+    groups = elastic.trace(UNSOUND[case], TWO_LAYERS, VECTORS).groups
     assert groups["a"].flags == ("unsound",)
     assert not groups.elastic()
-    assert core.trace(UNSOUND[case], TWO_LAYERS, VECTORS, check=False).groups.elastic() == ("a",)
+    assert elastic.trace(UNSOUND[case], TWO_LAYERS, VECTORS, check=False).groups.elastic() == ("a",)
 
 
 SENSITIVE = {  # to a parameter of 0
@@ -447,7 +449,7 @@ def test_a_mask_leaves_what_must_not_be_0_as_it_is(case):
         lambda p, x: jnp.tanh(SENSITIVE[case](x @ p["a"], p["c"])) @ p["b"], params, VECTORS
     )
     assert family.groups.frozen == ("c",)
-    assert np.array_equal(core.mask_params(family.groups, params, {"a": 3})["c"], params["c"])
+    assert np.array_equal(elastic.mask_params(family.groups, params, {"a": 3})["c"], params["c"])
 
 
 # Finite for a channel of zeros, with a slope that is not.
@@ -463,15 +465,15 @@ def test_gradients_of_masked_networks_are_finite_or_their_groups_are_not_elastic
         return STEEP[steep](jnp.tanh(x @ p["a"]) @ p["h"]) @ p["b"]
 
     params = draw({"a": (16, 8), "h": (8, 6), "b": (6, 3)})
-    groups = core.trace(apply, params, TOKENS).groups
+    groups = elastic.trace(apply, params, TOKENS).groups
     widths = {name: groups[name].size // 2 for name in groups.elastic()}
-    masked = differentiate(lambda p: apply(core.mask_params(groups, p, widths), TOKENS))
+    masked = differentiate(lambda p: apply(elastic.mask_params(groups, p, widths), TOKENS))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(masked(params)))
 
 
 def test_groups_without_a_structure_differ_from_those_with_one():
     groups = traced("haiku_rnn")[1].groups
-    assert core.Groups.from_json(groups.to_json()) != groups
+    assert elastic.Groups.from_json(groups.to_json()) != groups
 
 
 @jax.custom_vjp
@@ -485,7 +487,9 @@ rounded.defvjp(lambda h: (rounded(h), None), lambda _, slopes: (slopes,))
 @pytest.mark.parametrize("rest", [rounded, ON_TOKENS["while"]], ids=["own rule", "no gradient"])
 def test_unusual_gradients_and_numbers_among_the_parameters_pass_the_check(rest):
     params = TWO_LAYERS | {"scale": 2.0}
-    groups = core.trace(lambda p, x: p["scale"] * rest(x @ p["a"]) @ p["b"], params, VECTORS).groups
+    groups = elastic.trace(
+        lambda p, x: p["scale"] * rest(x @ p["a"]) @ p["b"], params, VECTORS
+    ).groups
     assert groups.elastic() == ("a",)
 
 
@@ -501,7 +505,7 @@ UNSILENCED = {  # weights that are 0 where all parameters are, but not in a mask
 @pytest.mark.parametrize("weight", UNSILENCED)
 def test_weights_that_are_not_0_in_a_masked_row_keep_the_channels(weight):
     params = draw({"a": (16, 8), "m": (8, 3), "s": (3,), "u": (8,), "n": (3, 3)})
-    family = core.trace(
+    family = elastic.trace(
         lambda p, x: jnp.exp(x @ p["a"]) @ UNSILENCED[weight](p), params, VECTORS, check=False
     )
     assert "reduced" in family.groups["a"].flags
@@ -543,7 +547,7 @@ RIGID = {  # what is done with h, 8 channels after a product, and the flag that 
 @pytest.mark.parametrize("case", RIGID)
 def test_channels_that_a_mask_cannot_remove_are_not_elastic(case):
     flag, rest = RIGID[case]
-    groups = core.trace(
+    groups = elastic.trace(
         lambda p, x: rest(x @ p["a"], p["b"]), TWO_LAYERS, VECTORS, check=False
     ).groups
     assert flag in groups["a"].flags
@@ -552,7 +556,7 @@ def test_channels_that_a_mask_cannot_remove_are_not_elastic(case):
 
 def test_a_reader_sees_the_second_moments_of_its_input_and_a_constant():
     case, family, _ = traced("glu")
-    seen = jax.jit(lambda p: core.moments(family, p, case.x, ["up"]))(case.params)
+    seen = jax.jit(lambda p: elastic.moments(family, p, case.x, ["up"]))(case.params)
     value, gate = jnp.split(case.x @ case.params["up"] + case.params["bias"], 2, -1)
     h = jnp.concatenate([value * jax.nn.sigmoid(gate), jnp.ones((len(case.x), 1))], -1)
     assert list(seen) == ["down"]
@@ -567,8 +571,8 @@ def test_doubled_channels_have_equal_moments(name):
 
     @jax.jit
     def run(params):
-        doubled = core.select(family.groups, params, copies)
-        return core.moments(family, doubled, case.x, names)
+        doubled = elastic.select(family.groups, params, copies)
+        return elastic.moments(family, doubled, case.x, names)
 
     seen, checked = run(case.params), 0
     for reader in family.groups.readers:
@@ -595,8 +599,8 @@ def test_an_unknown_primitive_on_channels_is_named_with_its_line():
         return jax.lax.linalg.lu(x @ p["a"])[0] @ p["b"]
 
     line = factorise.__code__.co_firstlineno + 1
-    with pytest.raises(core.UnknownPrimitive, match=rf"lu .*test_core\.py:{line}.*8 channels"):
-        core.trace(factorise, TWO_LAYERS, VECTORS)
+    with pytest.raises(elastic.UnknownPrimitive, match=rf"lu .*test_core\.py:{line}.*8 channels"):
+        elastic.trace(factorise, TWO_LAYERS, VECTORS)
 
 
 @functools.cache
@@ -611,83 +615,86 @@ def foreign_params():
 
 OUTSIDE = nnx.Variable(jnp.zeros(3))
 REFUSED = {  # a call that cannot be right, and the essential words of the answer
-    "a batch of 1": ("batch axis of 2", lambda v: core.trace(v.apply, v.params, v.x[:1])),
+    "a batch of 1": ("batch axis of 2", lambda v: elastic.trace(v.apply, v.params, v.x[:1])),
     "a function that asks for values": (
         "traceable",
-        lambda v: core.trace(lambda p, x: x if x.sum() > 0 else -x, v.params, v.x),
+        lambda v: elastic.trace(lambda p, x: x if x.sum() > 0 else -x, v.params, v.x),
     ),
     "a function that changes a variable outside": (
         "traceable",
-        lambda v: core.trace(lambda p, x: setattr(OUTSIDE, "value", x) or x, v.params, v.x),
+        lambda v: elastic.trace(lambda p, x: setattr(OUTSIDE, "value", x) or x, v.params, v.x),
     ),
     "two parameters of one path": (
         "a/b twice",
-        lambda v: core.trace(lambda p, x: x, {"a": {"b": 1.0}, "a/b": 1.0}, v.x),
+        lambda v: elastic.trace(lambda p, x: x, {"a": {"b": 1.0}, "a/b": 1.0}, v.x),
     ),
     "another batch where the network holds one": (
         "each of the 3 of the example, got 2",
-        lambda v: core.apply_at(
-            core.trace(lambda p, x: x @ p["a"] + np.eye(3, 8), TWO_LAYERS, VECTORS),
+        lambda v: elastic.apply_at(
+            elastic.trace(lambda p, x: x @ p["a"] + np.eye(3, 8), TWO_LAYERS, VECTORS),
             *(TWO_LAYERS, VECTORS[:2], {}),
         ),
     ),
-    "an unknown group": ("up9.*up0", lambda v: core.mask_params(v.groups, v.params, {"up9": 3})),
+    "an unknown group": (
+        "up9.*up0",
+        lambda v: elastic.mask_params(v.groups, v.params, {"up9": 3}),
+    ),
     "an unknown group to run": (
         "up9",
-        lambda v: core.apply_at(v.family, v.params, v.x, {"up9": 3}),
+        lambda v: elastic.apply_at(v.family, v.params, v.x, {"up9": 3}),
     ),
     "a mask of more": (
         "from [01] to 24",
-        lambda v: core.mask_params(v.groups, v.params, {"up0": 25}),
+        lambda v: elastic.mask_params(v.groups, v.params, {"up0": 25}),
     ),
     "a slice of more": (
         "from [01] to 24",
-        lambda v: core.slice_params(v.groups, v.params, {"up0": 25}),
+        lambda v: elastic.slice_params(v.groups, v.params, {"up0": 25}),
     ),
     "less than nothing": (
         "from [01] to 24",
-        lambda v: core.slice_params(v.groups, v.params, {"up0": -1}),
+        lambda v: elastic.slice_params(v.groups, v.params, {"up0": -1}),
     ),
     "a rigid group": (
         "embed is reduced.* 12 ",
-        lambda v: core.apply_at(v.family, v.params, v.x, {"embed": 8}),
+        lambda v: elastic.apply_at(v.family, v.params, v.x, {"embed": 8}),
     ),
     "parameters of another width": (
         r"(up|down)0/\w+ must have the shape .*8.*24",
-        lambda v: core.apply_at(v.family, v.params, v.x, {"up0": 8}),
+        lambda v: elastic.apply_at(v.family, v.params, v.x, {"up0": 8}),
     ),
     "another image": (
         "input must have the shape",
-        lambda v: core.apply_at(v.family, v.params, v.x[:, :4], {}),
+        lambda v: elastic.apply_at(v.family, v.params, v.x[:, :4], {}),
     ),
     "no permutation": (
         "permutation of 0, ..., 23",
-        lambda v: core.permute(v.groups, v.params, {"up0": np.zeros(24, int)}),
+        lambda v: elastic.permute(v.groups, v.params, {"up0": np.zeros(24, int)}),
     ),
     "a channel that is not there": (
         "channels of up0 are 0 to 23, got",
-        lambda v: core.select(v.groups, v.params, {"up0": [24]}),
+        lambda v: elastic.select(v.groups, v.params, {"up0": [24]}),
     ),
     "another tree to mask": (
         "same tree",
-        lambda v: core.mask_params(v.groups, foreign_params(), {"up0": 8}),
+        lambda v: elastic.mask_params(v.groups, foreign_params(), {"up0": 8}),
     ),
     "another tree to slice": (
         "same tree",
-        lambda v: core.slice_params(v.groups, foreign_params(), {"up0": 8}),
+        lambda v: elastic.slice_params(v.groups, foreign_params(), {"up0": 8}),
     ),
     "another tree to run": (
         "same tree",
-        lambda v: core.apply_at(v.family, foreign_params(), v.x, {}),
+        lambda v: elastic.apply_at(v.family, foreign_params(), v.x, {}),
     ),
     "groups of another network": (
         "another network",
-        lambda v: core.Groups.from_json(traced("mlp")[1].groups.to_json(), v.params),
+        lambda v: elastic.Groups.from_json(traced("mlp")[1].groups.to_json(), v.params),
     ),
-    "no groups at all": ("that to_json writes", lambda v: core.Groups.from_json('{"a": 1}')),
+    "no groups at all": ("that to_json writes", lambda v: elastic.Groups.from_json('{"a": 1}')),
     "a branch that is no branch": (
         "from 1 to 7",
-        lambda v: core.Groups.check(traced("unet")[1].groups, {"up": 0}),
+        lambda v: elastic.Groups.check(traced("unet")[1].groups, {"up": 0}),
     ),
 }
 

@@ -16,7 +16,7 @@ import pytest
 from builders import Call, flipped, npz_bytes, refused, unzipped, zipped
 from sklearn.datasets import load_digits
 
-from neumeta_jax import data
+from neumeta_jax.data import datasets
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -139,7 +139,7 @@ def test_cifar_is_read_from_its_files(tmp_path, name, num_classes, write_pickle,
         write_folder(tmp_path, files)
     folder = tmp_path / next(iter(files)).split("/")[0]
     data_dir = {"archive": archive, "inside": folder}.get(place, tmp_path)
-    dataset = data.load_dataset(name, data_dir=str(data_dir))
+    dataset = datasets.load_dataset(name, data_dir=str(data_dir))
     assert_holds(dataset, arrays)
     assert dataset.num_classes == num_classes
     assert (dataset.image_size, dataset.channels) == (32, 3)
@@ -152,8 +152,8 @@ def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, write):
     attack = {b"data": Call(os.system, f"echo x > {marker}")}
     files["cifar-100-python/train"] = pickle.dumps(attack, protocol=2)
     write(tmp_path / "cifar-100-python.tar.gz" if write is write_tar else tmp_path, files)
-    with refused(f"for {os.name}.system", "train in ", tmp_path, error=data._RefusedError):
-        data.load_dataset("cifar100", data_dir=tmp_path)
+    with refused(f"for {os.name}.system", "train in ", tmp_path, error=datasets._RefusedError):
+        datasets.load_dataset("cifar100", data_dir=tmp_path)
     assert not marker.exists()
 
 
@@ -174,7 +174,7 @@ def test_damaged_batch_is_named(tmp_path, file, content, match):
     files = cifar_files("cifar100", version, random_arrays())
     write_folder(tmp_path, files | {f"cifar-100-{file}": content})
     with refused(match, f"{name} in ", tmp_path):
-        data.load_dataset("cifar100", data_dir=tmp_path)
+        datasets.load_dataset("cifar100", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("version", ["python", "binary"])
@@ -186,7 +186,7 @@ def test_truncated_or_damaged_tar_is_one_sentence(tmp_path, version):
     for case in [*damaged, flipped(content, len(content) // 2)]:
         path.write_bytes(case)
         with refused("must", path):
-            data.load_dataset("cifar10", data_dir=tmp_path)
+            datasets.load_dataset("cifar10", data_dir=tmp_path)
 
 
 def test_links_in_a_tar_are_not_followed(tmp_path):
@@ -194,17 +194,17 @@ def test_links_in_a_tar_are_not_followed(tmp_path):
     files = {"train.bin": b"", "test.bin": b""}
     write_tar(tmp_path / "cifar-100-binary.tar.gz", files, **link)
     with refused("got none called train, test"):
-        data.load_dataset("cifar100", data_dir=tmp_path)
+        datasets.load_dataset("cifar100", data_dir=tmp_path)
 
 
 def test_archive_of_the_other_cifar_or_beyond_the_size_limit_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "cifar-10-python.tar.gz"
     write_tar(path, cifar_files("cifar10", "python", random_arrays()))
     with refused("check the name of the data set", path, "train, test"):
-        data.load_dataset("cifar100", data_dir=path)
-    monkeypatch.setattr(data, "_MAX_FILE_BYTES", 1000)
+        datasets.load_dataset("cifar100", data_dir=path)
+    monkeypatch.setattr(datasets, "_MAX_FILE_BYTES", 1000)
     with refused("more than 1000 bytes"):
-        data.load_dataset("cifar10", data_dir=tmp_path)
+        datasets.load_dataset("cifar10", data_dir=tmp_path)
 
 
 # MNIST and Fashion-MNIST
@@ -225,7 +225,7 @@ def test_mnist_is_read_from_its_original_files(tmp_path, name, folder, compresse
     if compressed:
         files = {f"{file}.gz": gzip.compress(content) for file, content in files.items()}
     write_folder(tmp_path / folder, files)
-    dataset = data.load_dataset(name, data_dir=tmp_path)
+    dataset = datasets.load_dataset(name, data_dir=tmp_path)
     assert_holds(dataset, GRAY)
     assert (dataset.image_size, dataset.channels, dataset.num_classes) == (28, 1, 10)
 
@@ -234,8 +234,8 @@ def test_fashion_mnist_in_its_own_folder_is_not_taken_for_mnist_beside_it(tmp_pa
     fashion = random_arrays(size=28, channels=1, seed=2)
     write_folder(tmp_path, idx_files(GRAY))
     write_folder(tmp_path / "fashion_mnist", idx_files(fashion))
-    assert_holds(data.load_dataset("fashion_mnist", data_dir=tmp_path), fashion)
-    assert_holds(data.load_dataset("mnist", data_dir=tmp_path), GRAY)
+    assert_holds(datasets.load_dataset("fashion_mnist", data_dir=tmp_path), fashion)
+    assert_holds(datasets.load_dataset("mnist", data_dir=tmp_path), GRAY)
 
 
 def test_truncated_impossible_and_missing_idx_files_are_named(tmp_path):
@@ -245,16 +245,16 @@ def test_truncated_impossible_and_missing_idx_files_are_named(tmp_path):
     content = files[name]
     (tmp_path / name).unlink()
     with refused("add the missing ones", tmp_path, f"{name}[.gz]"):
-        data.load_dataset("mnist", data_dir=tmp_path)
+        datasets.load_dataset("mnist", data_dir=tmp_path)
     for kept in (0, 3, 10, 200):
         for file, part in {name: content, f"{name}.gz": gzip.compress(content)}.items():
             (tmp_path / file).write_bytes(part[:kept])
             with refused("must", name):
-                data.load_dataset("mnist", data_dir=tmp_path)
+                datasets.load_dataset("mnist", data_dir=tmp_path)
             (tmp_path / file).unlink()
     (tmp_path / name).write_bytes(bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"x")
     with refused("for its shape", name, (2**32 - 1) ** 3):
-        data.load_dataset("mnist", data_dir=tmp_path)
+        datasets.load_dataset("mnist", data_dir=tmp_path)
 
 
 # NumPy archives
@@ -265,11 +265,11 @@ def test_npz_is_read_with_any_name(tmp_path, as_folder):
     arrays = random_arrays(size=6, channels=2, num_classes=7)
     path = tmp_path / "mine.npz"
     path.write_bytes(npz_of(arrays))
-    dataset = data.load_dataset("mine", data_dir=tmp_path if as_folder else path)
+    dataset = datasets.load_dataset("mine", data_dir=tmp_path if as_folder else path)
     assert_holds(dataset, arrays)
     assert dataset.num_classes == 1 + max(arrays[1].max(), arrays[3].max())
     path.write_bytes(npz_of([a[..., 0] if a.ndim == 4 else a for a in GRAY]))
-    assert_holds(data.load_dataset("mnist", data_dir=path), GRAY)  # with an axis for channels
+    assert_holds(datasets.load_dataset("mnist", data_dir=path), GRAY)  # with an axis for channels
 
 
 def test_npz_files_that_are_damaged_or_hold_something_else_are_refused(tmp_path):
@@ -289,7 +289,7 @@ def test_npz_files_that_are_damaged_or_hold_something_else_are_refused(tmp_path)
     for content, match in cases:
         path.write_bytes(content)
         with refused(match, path):
-            data.load_dataset("mnist", data_dir=tmp_path)
+            datasets.load_dataset("mnist", data_dir=tmp_path)
     assert not marker.exists()
 
 
@@ -320,7 +320,7 @@ def tfds_builder(name, root, arrays, *, version="3.0.1"):
 
     features = {
         "image": tfds.features.Image(shape=arrays[0].shape[1:]),
-        "label": tfds.features.ClassLabel(num_classes=data.NUM_CLASSES[name]),
+        "label": tfds.features.ClassLabel(num_classes=datasets.NUM_CLASSES[name]),
     }
     return TinyBuilder(
         name=name,
@@ -343,7 +343,7 @@ def test_tfds_array_record_is_read(tmp_path, monkeypatch, given):
     tfds_builder("cifar10", tmp_path, random_arrays()).download_and_prepare()
     tfds_builder("cifar10", tmp_path, newer, version="3.0.10").download_and_prepare()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    dataset = data.load_dataset("cifar10", data_dir=tmp_path if given else None)
+    dataset = datasets.load_dataset("cifar10", data_dir=tmp_path if given else None)
     assert in_order(dataset.train_images, dataset.train_labels) == in_order(*newer[:2])
     assert in_order(dataset.test_images, dataset.test_labels) == in_order(*newer[2:])
     assert dataset.train_images.dtype == np.uint8
@@ -358,12 +358,12 @@ def test_tfds_downloads_only_with_tensorflow_and_without_data_dir(tmp_path, monk
         return tfds_builder(name, tmp_path, GRAY)
 
     monkeypatch.setattr(tfds, "builder", unprepared)
-    monkeypatch.setattr(data, "_tensorflow_installed", lambda: True)
+    monkeypatch.setattr(datasets, "_tensorflow_installed", lambda: True)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(FileNotFoundError):
-        data.load_dataset("mnist", data_dir=tmp_path)
+        datasets.load_dataset("mnist", data_dir=tmp_path)
     assert not calls
-    dataset = data.load_dataset("mnist")
+    dataset = datasets.load_dataset("mnist")
     assert calls == [("mnist", {"data_dir": tmp_path, "file_format": "array_record"})]
     assert in_order(dataset.test_images, dataset.test_labels) == in_order(*GRAY[2:])
 
@@ -375,12 +375,12 @@ def test_tfds_in_tfrecord_format_or_with_damaged_files_is_refused(tmp_path):
     good = info.read_text()
     info.write_text(good.replace("array_record", "tfrecord"))
     with refused("prepared as array_record, got tfrecord", folder):
-        data.load_dataset("mnist", data_dir=tmp_path)
+        datasets.load_dataset("mnist", data_dir=tmp_path)
     info.write_text(good)
     for path in folder.glob("*train.array_record*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with refused("complete and readable", folder):
-        data.load_dataset("mnist", data_dir=tmp_path)
+        datasets.load_dataset("mnist", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -400,17 +400,17 @@ def test_tfds_in_tfrecord_format_or_with_damaged_files_is_refused(tmp_path):
 )
 def test_missing_data_lists_what_was_looked_for(tmp_path, monkeypatch, name, folder, words):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "absent"))
-    monkeypatch.setattr(data, "_tensorflow_installed", lambda: False)
+    monkeypatch.setattr(datasets, "_tensorflow_installed", lambda: False)
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path, {"notes/notes.txt": b"x"})
     with refused(name, tmp_path / (folder or "absent"), *words, error=FileNotFoundError):
-        data.load_dataset(name, data_dir=folder and tmp_path / folder)
+        datasets.load_dataset(name, data_dir=folder and tmp_path / folder)
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path):
     for data_dir in (None, tmp_path):
         with refused("load_dataset knows", "'imagenet'", "fashion_mnist", ".npz"):
-            data.load_dataset("imagenet", data_dir=data_dir)
+            datasets.load_dataset("imagenet", data_dir=data_dir)
 
 
 # Dataset
@@ -435,31 +435,31 @@ def small_arrays(**changes):
 )
 def test_arrays_that_are_no_data_set_are_refused(key, array, words):
     with refused("must", "some.npz", *words):
-        data.make_dataset("cifar10", **small_arrays(**{key: array}), source="some.npz")
+        datasets.make_dataset("cifar10", **small_arrays(**{key: array}), source="some.npz")
 
 
 @pytest.mark.parametrize("labels, absent", [([1, 2, 1, 2], 0), ([0, 1, 3, 4], 2)])
 def test_classes_of_unknown_data_are_counted_from_0_without_a_gap(labels, absent):
     images, labels = np.zeros((4, 4, 4), np.uint8), np.array(labels)
     with refused(f"no image of class {absent} in some.npz"):
-        data.make_dataset("mine", images, labels, images, labels, source="some.npz")
-    dataset = data.make_dataset("mine", images, labels, images, labels, num_classes=7)
+        datasets.make_dataset("mine", images, labels, images, labels, source="some.npz")
+    dataset = datasets.make_dataset("mine", images, labels, images, labels, num_classes=7)
     assert dataset.num_classes == 7
 
 
 def test_fingerprint_depends_on_every_array_and_on_nothing_else():
-    dataset = data.make_dataset("cifar10", **small_arrays())
+    dataset = datasets.make_dataset("cifar10", **small_arrays())
     assert len(dataset.fingerprint()) == 16
-    assert dataset.fingerprint() == data.make_dataset("mnist", **small_arrays()).fingerprint()
+    assert dataset.fingerprint() == datasets.make_dataset("mnist", **small_arrays()).fingerprint()
     prints = {dataset.fingerprint()}
     for key, array in small_arrays().items():
         array.flat[-1] ^= 1
-        prints.add(data.make_dataset("cifar10", **small_arrays(**{key: array})).fingerprint())
+        prints.add(datasets.make_dataset("cifar10", **small_arrays(**{key: array})).fingerprint())
     assert len(prints) == 5
 
 
 def test_digits_are_all_there_scaled_and_stratified():
-    dataset = data.load_dataset("digits")
+    dataset = datasets.load_dataset("digits")
     assert dataset.train_images.shape == (1438, 8, 8, 1)
     assert dataset.test_images.shape == (359, 8, 8, 1)
     scaled = np.round(load_digits().images * 255 / 16 + 1e-6).astype(np.uint8)
@@ -468,16 +468,16 @@ def test_digits_are_all_there_scaled_and_stratified():
     assert both.max() == 255
     sizes = np.bincount(load_digits().target)
     assert np.abs(np.bincount(dataset.test_labels) - 0.2 * sizes).max() < 1
-    assert dataset.fingerprint() == data.load_dataset("digits").fingerprint()
-    measured = data.channel_statistics(dataset.train_images)
-    np.testing.assert_allclose(measured, data.NORMALIZATION["digits"], atol=5e-5)
+    assert dataset.fingerprint() == datasets.load_dataset("digits").fingerprint()
+    measured = datasets.channel_statistics(dataset.train_images)
+    np.testing.assert_allclose(measured, datasets.NORMALIZATION["digits"], atol=5e-5)
 
 
 def test_channel_statistics_are_mean_and_std_and_known_for_every_known_data_set():
-    assert data.NORMALIZATION.keys() == data.NUM_CLASSES.keys()
+    assert datasets.NORMALIZATION.keys() == datasets.NUM_CLASSES.keys()
     images = random_arrays(size=7)[0]
     wanted = (images / 255).mean((0, 1, 2)), (images / 255).std((0, 1, 2))
-    np.testing.assert_allclose(data.channel_statistics(images), wanted)
+    np.testing.assert_allclose(datasets.channel_statistics(images), wanted)
 
 
 # Splits
@@ -486,7 +486,7 @@ def test_channel_statistics_are_mean_and_std_and_known_for_every_known_data_set(
 def labelled(labels):
     """Returns a data set whose every training image is its own index, in four bytes."""
     images = np.arange(len(labels), dtype=np.uint32).view(np.uint8).reshape(-1, 2, 2, 1)
-    return data.make_dataset("x", images, labels, images[:1], labels[:1])
+    return datasets.make_dataset("x", images, labels, images[:1], labels[:1])
 
 
 def indices_of(images):
@@ -498,7 +498,7 @@ def indices_of(images):
 def test_split_is_disjoint_complete_ordered_and_stratified(num_validation, seed):
     labels = np.random.default_rng(3).choice(5, 1000, p=[0.4, 0.3, 0.2, 0.07, 0.03])
     dataset = labelled(labels)
-    splits = data.split_validation(dataset, num_validation=num_validation, seed=seed)
+    splits = datasets.split_validation(dataset, num_validation=num_validation, seed=seed)
     train, validation = indices_of(splits.train_images), indices_of(splits.validation_images)
     assert len(validation) == num_validation
     assert sorted([*train, *validation]) == list(range(1000))
@@ -513,7 +513,9 @@ def test_split_is_disjoint_complete_ordered_and_stratified(num_validation, seed)
 def test_split_depends_on_the_seed_alone():
     dataset = labelled(np.arange(300) % 10)
     first, again, other = (
-        indices_of(data.split_validation(dataset, num_validation=30, seed=seed).validation_images)
+        indices_of(
+            datasets.split_validation(dataset, num_validation=30, seed=seed).validation_images
+        )
         for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(first, again)
@@ -526,23 +528,23 @@ def test_impossible_split_is_refused():
     dataset = labelled(np.arange(300) % 10)
     for num_validation, seed in ((-1, 0), (301, 0), (3, -1), (3, 2**32)):
         with refused("choose"):
-            data.split_validation(dataset, num_validation=num_validation, seed=seed)
+            datasets.split_validation(dataset, num_validation=num_validation, seed=seed)
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_key_and_epoch_alone():
-    order = jax.jit(data.epoch_order, static_argnums=2)
+    order = jax.jit(datasets.epoch_order, static_argnums=2)
     key = jax.random.key(0)
     first = order(key, 0, 101)
     assert first.dtype == jnp.int32
     np.testing.assert_array_equal(jnp.sort(first), np.arange(101))
-    np.testing.assert_array_equal(first, data.epoch_order(key, jnp.asarray(0), 101))
+    np.testing.assert_array_equal(first, datasets.epoch_order(key, jnp.asarray(0), 101))
     others = [order(key, 1, 101), order(jax.random.key(1), 0, 101)]
     assert all((first != other).any() for other in others)
 
 
 # Augmentation
 
-augment = jax.jit(data.augment, static_argnames=("crop_padding", "flip"))
+augment = jax.jit(datasets.augment, static_argnames=("crop_padding", "flip"))
 
 
 def distinct_images(num, height, width):
@@ -584,19 +586,19 @@ def test_augment_refuses_what_it_cannot_crop():
 
 def test_normalize_is_its_formula_for_as_many_channels_as_it_has_means():
     images = distinct_images(3, 4, 4)
-    mean, std = data.NORMALIZATION["cifar100"]
+    mean, std = datasets.NORMALIZATION["cifar100"]
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        result = jax.jit(lambda images: data.normalize(images, mean, std))(images)
+        result = jax.jit(lambda images: datasets.normalize(images, mean, std))(images)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     with refused("channel_statistics", "3 channels", "got 1 and 1"):
-        data.normalize(images, (0.5,), (0.5,))
+        datasets.normalize(images, (0.5,), (0.5,))
     for scaled in (images / 255, np.float32(images)):
         with refused("takes uint8 pixels from 0 to 255", f"got {scaled.dtype}"):
-            data.normalize(scaled, mean, std)
+            datasets.normalize(scaled, mean, std)
 
 
-mix = jax.jit(data.mix, static_argnames=("mixup", "cutmix"))
+mix = jax.jit(datasets.mix, static_argnames=("mixup", "cutmix"))
 
 
 def numbered(batch=64, size=16):

@@ -11,15 +11,17 @@ import many_devices
 import numpy as np
 import pytest
 
-from neumeta_jax import evaluation, resnet, training
-from neumeta_jax.architecture import cifar_resnet
-from neumeta_jax.checkpoint import Checkpoints
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import INR_KINDS, Grid, make_inr
-from neumeta_jax.training import InrRecipe, TeacherRecipe
+from neumeta_jax.evaluation import grid
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import resnet_spec
+from neumeta_jax.runs import training
+from neumeta_jax.runs.checkpoint import Checkpoints
+from neumeta_jax.runs.training import InrRecipe, TeacherRecipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SPEC = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+SPEC = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 PLATFORMS = ("tpu", "cuda")
 
 
@@ -76,7 +78,7 @@ def test_the_state_stays_on_all_devices_and_one_program_serves_all_steps(found, 
 
 def test_gradients_are_summed_over_devices_once_per_step(found):
     """Not once per micro-batch; the fit phase looks at no images and has nothing to sum."""
-    tree = resnet.param_shapes(SPEC)
+    tree = cifar_resnet.param_shapes(SPEC)
     tensors = len(jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, tuple)))
     metrics = 4  # cross-entropy, distillation, their sum; accuracy
     for case in ("looped", "unrolled"):
@@ -91,7 +93,7 @@ def test_what_a_command_evaluates_is_shared_by_all_devices(found):
     assert divergences[0] < 1e-7 < min(divergences[1:])  # each network is another one
     assert divergences[1] != pytest.approx(divergences[2], rel=0.1)
     assert found["evaluated_on"] == many_devices.NUM_DEVICES
-    assert evaluation.device_mesh() is None  # here, where there is one
+    assert grid.device_mesh() is None  # here, where there is one
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -102,10 +104,10 @@ def test_steps_on_many_devices_lower_for_accelerators_with_donated_state(found, 
 
 def test_a_checkpoint_of_two_devices_is_continued_on_one(folder):
     assert jax.device_count() == 1
-    family = resnet.hypernetwork(SPEC, many_devices.BLOCKS, Grid(noise_scale=0.5))
+    family = cifar_resnet.hypernetwork(SPEC, many_devices.BLOCKS, Grid(noise_scale=0.5))
 
     def fresh(key):
-        params = hyper.init(key, family, resnet.init_params(key, SPEC))
+        params = hyper.init(key, family, cifar_resnet.init_params(key, SPEC))
         return training.TrainState(params, training.inr_optimizer(InrRecipe()).init(params))
 
     template = jax.eval_shape(fresh, jax.random.key(0))
@@ -160,9 +162,11 @@ def test_a_run_is_refused_before_it_starts_where_the_batch_does_not_divide(tmp_p
 @pytest.mark.parametrize("kind", sorted(INR_KINDS))
 def test_generation_lowers_for_accelerators(kind, platform):
     inr = make_inr(kind)
-    family = resnet.hypernetwork(SPEC, many_devices.BLOCKS, inr)
+    family = cifar_resnet.hypernetwork(SPEC, many_devices.BLOCKS, inr)
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda key: hyper.init(key, family, resnet.init_params(key, SPEC)), key)
+    params = jax.eval_shape(
+        lambda key: hyper.init(key, family, cifar_resnet.init_params(key, SPEC)), key
+    )
 
     def generate(params, widths, key):
         return hyper.generate(family, params, widths, key=key, num_samples=3, dtype="bfloat16")

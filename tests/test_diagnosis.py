@@ -10,10 +10,11 @@ import test_hosts
 import test_recipe as recipe
 import test_training as tiny
 
-from neumeta_jax import checkpoint, diagnosis, resnet, training
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Projection
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.runs import checkpoint, diagnosis, training
 
 config = test_hosts.config
 BLOCKS = [tiny.SPEC.blocks[n].name for n in tiny.FAMILY.blocks]
@@ -118,12 +119,12 @@ def test_images_that_are_not_finite_are_named(params, monkeypatch):
 
 @pytest.mark.parametrize("block", ["stage1_block0", "stage3_block0"])
 def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
-    variables = resnet.init_variables(jax.random.key(0), tiny.SPEC)
+    variables = cifar_resnet.init_variables(jax.random.key(0), tiny.SPEC)
     kernel = variables["params"][block]["conv1"]["kernel"]
     variables["params"][block]["conv1"]["kernel"] = kernel * 1e38
     step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
     found = diagnosis.locate_in_teacher(
-        resnet.Network(tiny.SPEC), tiny.PREPROCESSING, variables, step, tiny.random_images()
+        cifar_resnet.Network(tiny.SPEC), tiny.PREPROCESSING, variables, step, tiny.random_images()
     )
     width = next(b.hidden_width for b in tiny.SPEC.blocks if b.name == block)
     assert found == f"first in the activations of {block} at hidden width {width}"
@@ -172,8 +173,10 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
 
 @pytest.mark.parametrize("depth_term", [False, True])
 def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth_term):
-    spec = cifar_resnet(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection(depth_term=depth_term))
+    spec = resnet_spec(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = cifar_resnet.hypernetwork(
+        spec, generated_blocks(spec), Projection(depth_term=depth_term)
+    )
     first, second, third = (spec.blocks[n].name for n in family.blocks[:3])
     backbone = tiny.random_backbone(spec)
     backbone[first]["conv1"]["bias"] = backbone[first]["conv1"]["bias"].at[:3].set(-100.0)
@@ -196,8 +199,8 @@ def test_channels_that_never_fire_and_blocks_that_change_nothing_are_named(depth
 
 
 def test_nothing_is_said_of_a_family_all_of_which_does_something():
-    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), Projection())
+    spec = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), Projection())
     backbone = tiny.random_backbone(spec)
     for n in family.blocks:
         layer = backbone[spec.blocks[n].name]["conv1"]

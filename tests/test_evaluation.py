@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from networks import dense_network, logits_of, random_params, random_pixels, refused
 
-from neumeta_jax import consistency, evaluation, plotting, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.evaluation import GridRow
-from neumeta_jax.training import Preprocessing
+from neumeta_jax.evaluation import consistency, grid
+from neumeta_jax.evaluation.grid import GridRow
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.report import plotting
+from neumeta_jax.runs.training import Preprocessing
 
-SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))
+SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))
 PREPROCESSING = Preprocessing((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 NUM_IMAGES = 23
 IMAGES = random_pixels(SPEC, NUM_IMAGES)
@@ -30,7 +32,7 @@ BACKBONE = random_params(SPEC, seed=5)  # which names several classes
 RANGE = (0.5, 1.0)
 RATIOS = [1.0, 0.5, 1.25, 0.25]
 WIDTHS = np.array([[4, 6], [2, 3], [6, 9], [0, 6], [2, 3], [0, 0]])
-accuracy = functools.partial(evaluation.accuracy, resnet.Network(SPEC), preprocessing=PREPROCESSING)
+accuracy = functools.partial(grid.accuracy, cifar_resnet.Network(SPEC), preprocessing=PREPROCESSING)
 
 
 def test_means_of_any_sequence_make_the_same_preprocessing():
@@ -65,7 +67,7 @@ def dense_predictions():
 
 
 def grid(ratios, *, images=IMAGES, known=None, comparison=None, on_row=None, **options):
-    evaluator = evaluation.Evaluator(
+    evaluator = grid.Evaluator(
         FAMILY,
         inr_params(),
         images,
@@ -81,7 +83,7 @@ def grid(ratios, *, images=IMAGES, known=None, comparison=None, on_row=None, **o
 def evaluate(widths=WIDTHS, **options):
     given = {"images": IMAGES, "labels": labels(), "preprocessing": PREPROCESSING}
     chosen = {"batch_size": 10, "predictions": True, "macs_per_compilation": 0}
-    return evaluation.evaluate_grid(FAMILY, inr_params(), widths, **given | chosen | options)
+    return grid.evaluate_grid(FAMILY, inr_params(), widths, **given | chosen | options)
 
 
 def all_logits(logits, labels):
@@ -111,9 +113,9 @@ def test_batch_norm_accuracy_is_that_of_the_folded_network():
     rng = np.random.default_rng(2)
     variables = jax.tree.map(
         lambda x: x + 0.2 * abs(rng.normal(size=x.shape)).astype("float32"),
-        jax.jit(functools.partial(resnet.init_variables, spec=SPEC))(jax.random.key(0)),
+        jax.jit(functools.partial(cifar_resnet.init_variables, spec=SPEC))(jax.random.key(0)),
     )
-    folded = resnet.fold_batch_norm(variables)
+    folded = cifar_resnet.fold_batch_norm(variables)
     near = (predictions(SPEC, folded) + (np.arange(NUM_IMAGES) % 3 == 0)) % 5
     for tree in (variables, folded):
         assert accuracy(tree, IMAGES, near, batch_size=10) == pytest.approx(15 / 23)
@@ -166,7 +168,7 @@ def test_a_width_ratio_out_of_range_is_refused_before_anything_is_evaluated(rati
 
 def test_rows_say_how_consistent_they_are_with_the_full_network():
     """In one pass, in which the full network comes first whether a row asks for it or not."""
-    comparison, seen = evaluation.Comparison(), []
+    comparison, seen = grid.Comparison(), []
     options = {"comparison": comparison, "known": {}, "on_row": seen.append}
     found = grid([0.5, 0.5], **options)
     assert seen == found and list(comparison.found) == [FAMILY.full_widths, found[0].widths]
@@ -178,7 +180,7 @@ def test_rows_say_how_consistent_they_are_with_the_full_network():
     for row in found:
         got = [getattr(row, name) for name in consistency.Consistency._fields]
         assert got == pytest.approx(list(wanted), abs=1e-3)
-        line = evaluation.format_row(row)
+        line = grid.format_row(row)
         assert f"{100 * row.agreement:.2f}" in line and f"{row.kl_divergence:.4f}" in line
         assert f" {row.worst_class} (" in line
     # Nothing of it is evaluated again.
@@ -235,12 +237,12 @@ def test_shapes_are_compiled_only_where_they_are_worth_it():
 
 
 def num_programs():
-    return evaluation._generate_chunk._cache_size(), evaluation._score_chunk._cache_size()
+    return grid._generate_chunk._cache_size(), grid._score_chunk._cache_size()
 
 
 def test_buckets_share_the_program_that_generates():
-    evaluation._generate_chunk.clear_cache()
-    evaluation._score_chunk.clear_cache()
+    grid._generate_chunk.clear_cache()
+    grid._score_chunk.clear_cache()
     up_to_full = WIDTHS[np.less_equal(WIDTHS, FAMILY.full_widths).all(axis=1)]
     found = evaluate(up_to_full, strategy="loop", batch_size=1000)
     assert len(found.buckets) > 2
@@ -291,12 +293,12 @@ def test_noise_does_not_depend_on_the_networks_beside_it():
 @pytest.fixture
 def probing(monkeypatch):
     """As if even this were worth a probe, in a process that has probed nothing."""
-    monkeypatch.setattr(evaluation, "_MACS_PER_COMPILATION", {"cpu": 1.0, "gpu": 1.0})
-    monkeypatch.setattr(evaluation, "_probed", {})
+    monkeypatch.setattr(grid, "_MACS_PER_COMPILATION", {"cpu": 1.0, "gpu": 1.0})
+    monkeypatch.setattr(grid, "_probed", {})
 
 
 def test_little_work_is_done_one_by_one_without_a_probe(monkeypatch):
-    monkeypatch.setattr(evaluation, "_seconds_per_network", None)
+    monkeypatch.setattr(grid, "_seconds_per_network", None)
     found = evaluate(macs_per_compilation=None, predictions=False)
     assert found.strategy == "loop"
     assert "not worth a probe" in found.reason
@@ -319,8 +321,8 @@ def test_the_fastest_in_the_probe_is_taken(probing, monkeypatch, fastest):
     def seconds(job, *_):
         return 0.001 if job.strategy == fastest else float("inf")
 
-    monkeypatch.setattr(evaluation._Data, "platform", "gpu")
-    monkeypatch.setattr(evaluation, "_seconds_per_network", seconds)
+    monkeypatch.setattr(grid._Data, "platform", "gpu")
+    monkeypatch.setattr(grid, "_seconds_per_network", seconds)
     found = evaluate(WIDTHS[:2], max_buckets=1, predictions=False)
     assert found.strategy == fastest
     assert f"{fastest} 1.0 ms" in found.reason and "inf ms" in found.reason
@@ -328,14 +330,14 @@ def test_the_fastest_in_the_probe_is_taken(probing, monkeypatch, fastest):
 
 def test_only_running_out_of_memory_is_a_time_of_its_own(monkeypatch):
     job = lower_job("loop")
-    data = evaluation._Data(np.zeros((1, 1)), np.zeros((1, 1)))
+    data = grid._Data(np.zeros((1, 1)), np.zeros((1, 1)))
 
     def fail(message):
         def dispatch(*_):
             raise jax.errors.JaxRuntimeError(message)
 
-        monkeypatch.setattr(evaluation, "_dispatch", dispatch)
-        return evaluation._seconds_per_network(job, {}, WIDTHS, None, data)
+        monkeypatch.setattr(grid, "_dispatch", dispatch)
+        return grid._seconds_per_network(job, {}, WIDTHS, None, data)
 
     assert fail("RESOURCE_EXHAUSTED: out of memory") == float("inf")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
@@ -375,7 +377,7 @@ def test_four_devices_give_the_numbers_of_one():
 
 
 def lower_job(strategy):
-    return evaluation._Job(
+    return grid._Job(
         hypernetwork=FAMILY,
         preprocessing=PREPROCESSING,
         strategy=strategy,
@@ -393,14 +395,14 @@ def lower_job(strategy):
 @pytest.mark.parametrize("strategy", ["loop", "map", "vmap"])
 def test_every_strategy_lowers_for_accelerators(strategy, platform):
     job = lower_job(strategy)
-    data = evaluation._place(IMAGES, labels(), 10, None)
+    data = grid._place(IMAGES, labels(), 10, None)
     widths = jnp.asarray(WIDTHS[:1] if strategy == "loop" else WIDTHS[:2])
-    generate = functools.partial(evaluation._generate_chunk, job)
+    generate = functools.partial(grid._generate_chunk, job)
     trees = jax.eval_shape(generate, inr_params(), widths, None)
     correct = jnp.zeros((len(widths), 1), jnp.int32)
     programs = [
-        evaluation._generate_chunk.trace(job, inr_params(), widths, None),
-        evaluation._score_chunk.trace(job, trees, *data, np.int32(0), correct),
+        grid._generate_chunk.trace(job, inr_params(), widths, None),
+        grid._score_chunk.trace(job, trees, *data, np.int32(0), correct),
     ]
     for program in programs:
         lowered = program.lower(lowering_platforms=(platform,)).as_text()
@@ -461,7 +463,7 @@ def test_a_grid_that_cannot_be_evaluated_is_refused(options, match):
 def test_the_largest_dip_is_below_the_line_through_the_two_neighbours(
     ratios, accuracies, fall, where
 ):
-    found = evaluation.largest_dip(ratios, accuracies)
+    found = grid.largest_dip(ratios, accuracies)
     assert found.fall == pytest.approx(fall, abs=1e-12)
     assert found.where == where
 
@@ -476,11 +478,11 @@ def test_the_largest_dip_is_below_the_line_through_the_two_neighbours(
 )
 def test_a_dip_needs_increasing_ratios_with_one_accuracy_each(ratios, accuracies, match):
     with refused(match):
-        evaluation.largest_dip(ratios, accuracies)
+        grid.largest_dip(ratios, accuracies)
 
 
 def test_weight_slices_are_the_kernels_of_the_dense_networks():
-    slices = evaluation.weight_slices(FAMILY, inr_params())
+    slices = grid.weight_slices(FAMILY, inr_params())
     full = FAMILY.full_widths[-1]
     assert slices.block == SPEC.blocks[FAMILY.blocks[-1]].name
     assert slices.full_width == full == 6
@@ -499,7 +501,7 @@ def test_weight_slices_are_the_kernels_of_the_dense_networks():
 
 
 def test_the_written_files_hold_the_rows(tmp_path, rows):
-    evaluation.write_grid(tmp_path, rows, dataset="digits", split="test", seconds=1.5)
+    grid.write_grid(tmp_path, rows, dataset="digits", split="test", seconds=1.5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.csv", "grid.json"]
     document = json.loads((tmp_path / "grid.json").read_text())
     assert set(document) == {"dataset", "split", "rows", "seconds"}
@@ -519,8 +521,8 @@ def test_the_written_files_hold_the_rows(tmp_path, rows):
 
 def test_the_table_has_one_line_per_row(rows):
     for row in rows:
-        line = evaluation.format_row(row)
-        assert len(line.rsplit("  ", 1)[0]) == len(evaluation.TABLE_HEADER.rsplit("  ", 1)[0])
+        line = grid.format_row(row)
+        assert len(line.rsplit("  ", 1)[0]) == len(grid.TABLE_HEADER.rsplit("  ", 1)[0])
         assert f"{row.num_params:,}" in line and f"{100 * row.accuracy:.2f}" in line
         assert line.endswith("trained" if row.trained else "unseen")
 

@@ -30,30 +30,25 @@ from networks import (
     write_workdir,
 )
 
-from neumeta_jax import (
-    checkpoint,
-    data,
-    experiment as lab,
-    export,
-    litert,
-    morphs,
-    resnet,
-    teacher_import,
-)
-from neumeta_jax.architecture import ResNetSpec, cifar_resnet, morph
-from neumeta_jax.command_line import UsageError
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import morphs
+from neumeta_jax.export import formats, litert
+from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.networks.cifar_spec import ResNetSpec, morph, resnet_spec
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 written_formats = pytest.mark.parametrize(
-    "format", [*export.FORMATS[:-1], pytest.param("litert", marks=no_litert)]
+    "format", [*formats.FORMATS[:-1], pytest.param("litert", marks=no_litert)]
 )
 SPEC, PARAMS, NORMALIZATION, PIXELS, IMAGES, LOGITS = network("projection")
-STATE = export.to_state_dict(SPEC, PARAMS)
+STATE = formats.to_state_dict(SPEC, PARAMS)
 
 
 def write(path, format, *, params=PARAMS, images=PIXELS, **options):
     options = {"normalization": NORMALIZATION, **options}
-    return export.export(path, SPEC, params, images, format=format, **options)
+    return formats.export(path, SPEC, params, images, format=format, **options)
 
 
 # --- safetensors -----------------------------------------------------------------------------
@@ -63,12 +58,12 @@ def write(path, format, *, params=PARAMS, images=PIXELS, **options):
 def test_a_safetensors_file_holds_all_that_it_takes_to_run_the_network(tmp_path, name):
     spec, params, normalization, pixels, _, logits = network(name)
     path = tmp_path / "net.safetensors"
-    export.save_safetensors(path, spec, params, normalization=normalization, dataset="noise")
-    found_spec, found, info = export.load_safetensors(path)
+    formats.save_safetensors(path, spec, params, normalization=normalization, dataset="noise")
+    found_spec, found, info = formats.load_safetensors(path)
     assert found_spec == spec
     chex.assert_trees_all_equal(found, params, strict=True)
     assert info["dataset"] == "noise"
-    images = data.normalize(pixels, info["mean"], info["std"])
+    images = datasets.normalize(pixels, info["mean"], info["std"])
     assert_same_logits(logits_of(found_spec, found, images), logits)
 
 
@@ -100,13 +95,13 @@ def test_a_safetensors_file_that_does_not_fit_its_spec_is_refused(tmp_path, dama
     path = tmp_path / "net.safetensors"
     checkpoint.save_tree(path, *damage(PARAMS, header))
     with pytest.raises(ValueError, match=match) as error:
-        export.load_safetensors(path)
+        formats.load_safetensors(path)
     assert str(path) in str(error.value)
 
 
 def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
     with refused("gone.safetensors", FileNotFoundError):
-        export.load_safetensors(tmp_path / "gone.safetensors")
+        formats.load_safetensors(tmp_path / "gone.safetensors")
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -116,10 +111,10 @@ def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
 def test_a_state_dict_reads_back_to_the_same_bits(tmp_path, name):
     spec, params, *_ = network(name)
     path = tmp_path / "net.pt"
-    path.write_bytes(export.to_torch(export.to_state_dict(spec, params)))
+    path.write_bytes(formats.to_torch(formats.to_state_dict(spec, params)))
     tensors = teacher_import.read_tensors(path)
     assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
-    folded = resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
+    folded = cifar_resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
     chex.assert_trees_all_equal(folded, params, strict=True)
 
 
@@ -144,7 +139,7 @@ def test_a_state_dict_has_the_names_and_order_of_the_stock_network():
 
 
 def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pickle():
-    content = export.to_torch(STATE)
+    content = formats.to_torch(STATE)
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = [entry.filename for entry in archive.infolist()]
     assert names[0] == "archive/data.pkl"
@@ -160,7 +155,7 @@ def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pick
         start = entry.header_offset + 30 + int(name_size) + int(extra_size)
         assert start % 64 == 0
         assert archive.read(entry) == content[start : start + array.nbytes] == array.tobytes()
-    assert export.to_torch(STATE) == content
+    assert formats.to_torch(STATE) == content
     pickled = archive.read("archive/data.pkl")
     opcodes = list(pickletools.genops(pickled))
     pickletools.dis(pickled, io.StringIO())  # which checks the stack
@@ -179,7 +174,7 @@ def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pick
 
 def test_arrays_that_the_pytorch_format_has_no_name_for_are_refused():
     with refused("weights must be float32 or int64, got float64"):
-        export.to_torch({"weights": np.zeros(3)})
+        formats.to_torch({"weights": np.zeros(3)})
 
 
 @both_shortcuts
@@ -189,9 +184,9 @@ def test_pytorch_loads_the_file_strictly_and_computes_the_same(tmp_path, name, m
     torch_resnet = load_module("examples/torch_resnet.py")
     spec, params, _, _, images, wanted = network(name)
     path = tmp_path / "net.pt"
-    path.write_bytes(export.to_torch(export.to_state_dict(spec, params)))
+    path.write_bytes(formats.to_torch(formats.to_state_dict(spec, params)))
     loaded = torch.load(path, weights_only=True, mmap=mmap)
-    for key, array in export.to_state_dict(spec, params).items():
+    for key, array in formats.to_state_dict(spec, params).items():
         np.testing.assert_array_equal(loaded[key].numpy(), array)
     with torch.no_grad():
         logits = torch_resnet.load(path)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
@@ -214,13 +209,13 @@ def test_graphs_compute_the_network_for_batches_of_any_size(name, normalize):
     spec, params, normalization, pixels, images, wanted = network(name)
     mean, images = list(normalization.mean), pixels if normalize else images
     options = {"normalization": normalization if normalize else None}
-    model = export.to_onnx(spec, params, mean=mean, dataset="noise", **options)
+    model = formats.to_onnx(spec, params, mean=mean, dataset="noise", **options)
     onnx.checker.check_model(model, full_check=True)
-    assert [entry.version for entry in model.opset_import] == [export.ONNX_OPSET]
+    assert [entry.version for entry in model.opset_import] == [formats.ONNX_OPSET]
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert ResNetSpec.from_dict(metadata["network"]) == spec
     assert metadata["mean"] == mean and metadata["dataset"] == "noise"
-    exported = jax.export.deserialize(bytearray(export.to_stablehlo(spec, params, **options)))
+    exported = jax.export.deserialize(bytearray(formats.to_stablehlo(spec, params, **options)))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     for size in (1, 5):
         assert_same_logits(run_onnx(model, images[:size]), wanted[:size])
@@ -252,10 +247,10 @@ def test_an_export_writes_a_file_that_computes_the_same(older, format):
 @written_formats
 def test_a_file_that_computes_something_else_does_not_take_its_name(older, format, monkeypatch):
     module, name, position = {
-        "safetensors": (export, "save_safetensors", 2),
-        "torch": (export, "to_state_dict", 1),
-        "onnx": (export, "to_onnx", 1),
-        "stablehlo": (export, "to_stablehlo", 1),
+        "safetensors": (formats, "save_safetensors", 2),
+        "torch": (formats, "to_state_dict", 1),
+        "onnx": (formats, "to_onnx", 1),
+        "stablehlo": (formats, "to_stablehlo", 1),
         "litert": (litert, "to_litert", 1),
     }[format]
     right = getattr(module, name)
@@ -266,7 +261,7 @@ def test_a_file_that_computes_something_else_does_not_take_its_name(older, forma
         return right(*args[:position], params, *args[position + 1 :], **options)
 
     monkeypatch.setattr(module, name, wrong)
-    with pytest.raises(export.EquivalenceError, match="was not written") as error:
+    with pytest.raises(formats.EquivalenceError, match="was not written") as error:
         write(older, format)
     assert str(older) in str(error.value) and "\n" not in str(error.value)
     assert_alone_and_as_before(older)
@@ -274,7 +269,7 @@ def test_a_file_that_computes_something_else_does_not_take_its_name(older, forma
 
 def test_a_network_that_is_not_finite_is_not_exported(tmp_path):
     head = {**PARAMS["head"], "bias": np.full(5, np.nan, np.float32)}
-    with pytest.raises(export.EquivalenceError):
+    with pytest.raises(formats.EquivalenceError):
         write(tmp_path / "net", "onnx", params={**PARAMS, "head": head})
     assert not list(tmp_path.iterdir())
 
@@ -314,7 +309,7 @@ def test_an_export_that_cannot_be_is_refused(tmp_path, options, match):
 def test_the_error_is_relative_to_the_largest_logit_of_each_image():
     wanted = np.array([[1.0, 10.0], [0.2, -0.1]])
     found = np.array([[1.1, 10.0], [0.1, 0.12]])
-    result = export.compare(found, wanted)
+    result = formats.compare(found, wanted)
     assert result.error == pytest.approx(1.1)
     assert result.agreement == 0.5 and result.num_images == 2
     wanted = "largest relative logit error 1.1e+00, top-1 agreement 50.00 % on 2 images"
@@ -341,7 +336,7 @@ def workdir(tmp_path_factory):
     ids=lambda options: options[0].split("=")[1],
 )
 def test_the_command_ends_with_an_equivalence_line(workdir, tmp_path, options):
-    out = run(export, f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
+    out = run(formats, f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
     last = out.splitlines()[-1]
     assert last.startswith("equivalence: largest relative logit error ")
     assert last.endswith("top-1 agreement 100.00 % on 144 images of the validation split of digits")
@@ -354,15 +349,15 @@ def test_without_its_data_set_a_network_is_compared_on_random_images(workdir, tm
     config = json.loads((there / "config.json").read_text())
     (there / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"dir": "x"}}))
     args = (f"--workdir={there}", "--width=1", "--num_images=7", "--format=safetensors")
-    out = run(export, *args, f"--out={tmp_path / 'net'}")
+    out = run(formats, *args, f"--out={tmp_path / 'net'}")
     assert "on 7 images at random, as digits is not here; --data_dir=DIR says where" in out
-    info = export.load_safetensors(tmp_path / "net")[2]
+    info = formats.load_safetensors(tmp_path / "net")[2]
     assert (info["mean"], info["std"]) == ([0.3055], [0.376])
-    assert_refuses("does not exist", export, *args, f"--out={tmp_path / 'net'}", "--data_dir=y")
+    assert_refuses("does not exist", formats, *args, f"--out={tmp_path / 'net'}", "--data_dir=y")
     (there / "config.json").write_text(
         json.dumps(config | {"data": config["data"] | {"name": "mine", "dir": "x"}})
     )
-    assert_refuses("mean of mine is not known", export, *args, f"--out={tmp_path / 'net'}")
+    assert_refuses("mean of mine is not known", formats, *args, f"--out={tmp_path / 'net'}")
 
 
 def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_path):
@@ -371,8 +366,8 @@ def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_
     best, path = tmp_path / "best.json", tmp_path / "net.safetensors"
     best.write_text(json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5}))
     args = (f"--workdir={workdir}", f"--spec={best}", f"--out={path}", "--format=safetensors")
-    run(export, *args, "--num_images=10")
-    spec, tree, info = export.load_safetensors(path)
+    run(formats, *args, "--num_images=10")
+    spec, tree, info = formats.load_safetensors(path)
     assert spec == morph(family.spec, family.blocks, widths)
     wanted = jax.jit(lambda params: dense_network(family, params, widths)[1])(params)
     wanted = {name: wanted[name] for name in tree}
@@ -389,7 +384,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("reached the data or the network")
 
     monkeypatch.setattr(lab, "load_data", refuse)
-    monkeypatch.setattr(export, "draw", refuse)
+    monkeypatch.setattr(formats, "draw", refuse)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +423,7 @@ def test_the_command_refuses_in_one_sentence(workdir, tmp_path, nothing_runs, ch
     options = {"workdir": workdir, "width": 0.5, "format": "onnx", "out": tmp_path / "net"}
     options |= change
     args = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    assert_refuses(shown, export, *args)
+    assert_refuses(shown, formats, *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -448,7 +443,7 @@ def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, 
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     args = (f"--workdir={workdir}", f"--format={format}", f"--out={tmp_path / 'net'}")
-    assert_refuses(f"{format} files need {package}; install them", export, *args, "--width=1")
+    assert_refuses(f"{format} files need {package}; install them", formats, *args, "--width=1")
 
 
 @pytest.mark.parametrize(
@@ -482,8 +477,8 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
 
 
 def test_a_block_that_changes_the_shape_of_the_stream_cannot_be_skipped():
-    spec = cifar_resnet(8, num_classes=3, stage_widths=(2, 2, 2))
-    family = resnet.hypernetwork(spec, (0, 1, 2), Grid())
+    spec = resnet_spec(8, num_classes=3, stage_widths=(2, 2, 2))
+    family = cifar_resnet.hypernetwork(spec, (0, 1, 2), Grid())
     assert morphs.check_widths(family, (0, 1, 1)) == (0, 1, 1)
     with refused("stage2_block0/conv1 takes widths from 1 to 3, got 0"):
         morphs.check_widths(family, (0, 0, 1))

@@ -29,25 +29,21 @@ import test_data as data_files
 import test_teacher_import as teacher_files
 from builders import flipped, npy_bytes, safetensors_with, unzipped, zipped
 
-from neumeta_jax import (
-    checkpoint,
-    command_line,
-    data,
-    experiment as lab,
-    export,
-    morphs,
-    progress,
-    resnet,
-    teacher_import,
-)
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import morphs
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.runs import checkpoint, experiment as lab, progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
-FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
-NORMALIZATION = export.Normalization((0.5,) * 3, (0.2,) * 3)
+SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
+FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+NORMALIZATION = formats.Normalization((0.5,) * 3, (0.2,) * 3)
 
 CPU_SECONDS = 10
 EXTRA_BYTES = 2**30
@@ -118,7 +114,7 @@ def attempt(kind, load, *args):
     if refusal is None:
         return "loaded"
     # train.py and eval.py show exactly these as one line.
-    ours = isinstance(refusal, command_line.UsageError) or command_line._is_ours(refusal)
+    ours = isinstance(refusal, UsageError) or command_line._is_ours(refusal)
     assert ours, f"{kind}: a traceback would end in {refusal!r}"
     message = str(refusal)
     file = args[0]
@@ -229,16 +225,16 @@ def opcodes(number, seed):
 def written(tmp_path_factory):
     """Good files of this package: {"tree", "inr", "network": bytes}."""
     folder = tmp_path_factory.mktemp("written")
-    tree = resnet.init_params(jax.random.key(0), SPEC)
+    tree = cifar_resnet.init_params(jax.random.key(0), SPEC)
     params = jax.jit(lambda tree: hyper.init(jax.random.key(0), FAMILY, tree))(tree)
     checkpoint.save_tree(folder / "tree", tree, {"spec": SPEC.to_dict()})
     checkpoint.save_inr(folder / "inr", FAMILY, params, dataset="x", mean=[0.5], std=[0.2])
-    export.save_safetensors(folder / "network", SPEC, tree, normalization=NORMALIZATION)
+    formats.save_safetensors(folder / "network", SPEC, tree, normalization=NORMALIZATION)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 LOADERS = {"tree": checkpoint.load_tree, "inr": checkpoint.load_inr}
-LOADERS |= {"network": export.load_safetensors}
+LOADERS |= {"network": formats.load_safetensors}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -271,7 +267,7 @@ def test_headers_that_ask_for_other_networks_than_there_are_are_refused(written,
     attempt_all(f"{kind} header", LOADERS[kind], path, contents)
 
 
-@pytest.mark.parametrize("load", [checkpoint.load_inr, export.load_safetensors])
+@pytest.mark.parametrize("load", [checkpoint.load_inr, formats.load_safetensors])
 def test_headers_that_are_no_dict_are_refused(written, tmp_path, load):
     flat = safetensors.numpy.load(written["tree"])
     headers = ["[" * 100_000, "[1]", "null", "{", '"x"', '{"spec": 1e999}', "", "\x00"]
@@ -314,8 +310,8 @@ def config():
 
 def test_damaged_configs_of_work_directories_are_refused(config, tmp_path, monkeypatch):
     """As eval.py reads them; values that are merely unusual make an experiment."""
-    load_once = functools.cache(data.load_dataset)
-    monkeypatch.setattr(data, "load_dataset", load_once)
+    load_once = functools.cache(datasets.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_once)
 
     def load(path):
         found = lab.read_config(path.parent)
@@ -398,7 +394,7 @@ FEW = data_files.random_arrays(num_train=2, num_test=1)
 def load_data(name, path):
     """From a file, or from the folder of a file that is a part of it."""
     whole = path.is_dir() or path.suffix == ".npz" or path.name.endswith(".tar.gz")
-    return data.load_dataset(name, data_dir=path if whole else path.parent)
+    return datasets.load_dataset(name, data_dir=path if whole else path.parent)
 
 
 load_cifar100, load_mnist, load_npz = (
@@ -454,7 +450,7 @@ def test_structures_that_unfold_to_more_than_the_memory_are_refused(tmp_path, fi
 
 
 def test_a_tar_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_MAX_ARCHIVE_BYTES", 2**22)
+    monkeypatch.setattr(datasets, "_MAX_ARCHIVE_BYTES", 2**22)
     heads = [tarfile.TarInfo("cifar-100-python/other"), tarfile.TarInfo("x")]
     heads[1].type = tarfile.XHDTYPE  # a header that tarfile reads at once
     for head in heads:

@@ -14,7 +14,9 @@ import pytest
 import test_recipe as recipe
 from absl import flags
 
-from neumeta_jax import checkpoint, command_line, hosts
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import UsageError
+from neumeta_jax.runs import checkpoint, hosts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_STEPS = 40
@@ -231,7 +233,7 @@ def test_a_run_on_one_host_starts_nothing(monkeypatch):
 )
 def test_flags_that_do_not_fit_together_are_refused(args, given, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    with pytest.raises(command_line.UsageError) as error, hosts.joined(options(*args)):
+    with pytest.raises(UsageError) as error, hosts.joined(options(*args)):
         pass
     assert given in str(error.value)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
@@ -242,7 +244,7 @@ def test_hosts_that_do_not_come_are_named_with_what_to_do(monkeypatch, capsys):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(command_line.UsageError) as error, hosts.joined(options("--distributed")):
+    with pytest.raises(UsageError) as error, hosts.joined(options("--distributed")):
         pass
     assert "the other workers did not come together (DEADLINE_EXCEEDED" in str(error.value)
     assert "start the same command on every host" in capsys.readouterr().out

@@ -11,8 +11,7 @@ import pytest
 from networks import random_params, refused
 from test_coordinates import reference_features
 
-from neumeta_jax import core, resnet
-from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks, morph, widths_at
+from neumeta_jax import elastic
 from neumeta_jax.core import coordinates, hypernetwork as hyper
 from neumeta_jax.core.inr import (
     INR_KINDS,
@@ -23,8 +22,16 @@ from neumeta_jax.core.inr import (
     describe_inr,
     make_inr,
 )
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import (
+    SHORTCUTS,
+    generated_blocks,
+    morph,
+    resnet_spec,
+    widths_at,
+)
 
-SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=2)
+SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=2)
 # Two blocks of one stack, and one that enters a stage and cannot be skipped.
 BLOCKS = (0, 1, 2)
 IMAGES = np.random.default_rng(7).normal(size=(3, 8, 8, 2)).astype(np.float32)
@@ -68,10 +75,10 @@ def fast_key(seed):
 @functools.cache
 def case(inr, blocks=BLOCKS, streams=False):
     """A family and parameters of it at random."""
-    family = resnet.hypernetwork(SPEC, blocks, inr, streams=streams)
+    family = cifar_resnet.hypernetwork(SPEC, blocks, inr, streams=streams)
 
     def init(key):
-        return hyper.init(key, family, resnet.init_params(key, SPEC))
+        return hyper.init(key, family, cifar_resnet.init_params(key, SPEC))
 
     params = scrambled(jax.eval_shape(init, fast_key(0)), 1)
     return family, {**params, "alpha": params["alpha"] + np.float32(0.8)}
@@ -88,7 +95,7 @@ def generate(family, params, widths, **kwargs):
     return _generate(family, params, np.array(widths), **kwargs)
 
 
-apply = jax.jit(resnet.apply, static_argnums=0)
+apply = jax.jit(cifar_resnet.apply, static_argnums=0)
 
 
 def rows_of(family):
@@ -229,7 +236,7 @@ def assert_same_tree(actual, expected, tolerance=2e-6):
 
 def padded(leaves, spec):
     """The tree of `leaves` with zeros up to the shapes of `spec`."""
-    shapes = hyper.flat(resnet.param_shapes(spec))
+    shapes = hyper.flat(cifar_resnet.param_shapes(spec))
     tree = {path: np.zeros(shape) for path, shape in shapes.items()}
     for path, values in leaves.items():
         tree[path][tuple(map(slice, values.shape))] = values
@@ -265,8 +272,8 @@ def test_the_residual_scales_of_the_mlp_start_at_a_tenth_and_all_mlps_differ():
 
 
 def test_the_papers_inr_of_a_resnet56_has_187_8_million_parameters():
-    spec = cifar_resnet(56, num_classes=100)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
+    spec = resnet_spec(56, num_classes=100)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
     inr = jax.eval_shape(lambda key: family.inr.init(key, family.stacks), jax.random.key(0))
     for stack in family.stacks:
         count = sum(leaf.size for leaf in jax.tree.leaves(inr[stack.name]))
@@ -299,7 +306,7 @@ def test_the_dense_network_is_the_masked_one_without_zeros(inr, streams):
     smaller = family.dense(generate(family, params, widths, sizes=widths), widths, widths)
     spec, tree = family.dense(masked, widths)
     assert smaller[0] == spec == family.at(widths)
-    shapes = resnet.param_shapes(spec)
+    shapes = cifar_resnet.param_shapes(spec)
     assert jax.tree.map(np.shape, tree) == shapes and list(tree) == list(shapes)
     assert_same_tree(smaller[1], tree)
     logits = apply(spec, tree, IMAGES)
@@ -380,9 +387,9 @@ def test_generation_calls_no_linear_algebra_library(inr):
 
 
 def test_the_last_skippable_blocks_of_each_stage_are_left_out():
-    spec = cifar_resnet(20, num_classes=10)
+    spec = resnet_spec(20, num_classes=10)
     inner, everything = (
-        resnet.hypernetwork(spec, generated_blocks(spec, which), Grid())
+        cifar_resnet.hypernetwork(spec, generated_blocks(spec, which), Grid())
         for which in ("inner", "all")
     )
     widths = (16, 12, 32, 20, 64)
@@ -432,7 +439,7 @@ def test_a_new_width_compiles_nothing_and_moves_nothing_between_host_and_device(
 def test_noise_is_drawn_only_with_a_key_and_only_at_a_positive_scale():
     fields = {"hidden_width": 8, "num_layers": 2, "num_frequencies": 5}
     family, params = case(PerTensorMLP(**fields), blocks=(1,))
-    quiet = resnet.hypernetwork(SPEC, (1,), PerTensorMLP(**fields, noise_scale=0.0))
+    quiet = cifar_resnet.hypernetwork(SPEC, (1,), PerTensorMLP(**fields, noise_scale=0.0))
     exact = generate(family, params, (3,))
     assert_same_tree(generate(quiet, params, (3,), key=fast_key(0)), exact, tolerance=0)
     moved = generate(family, params, (3,), key=fast_key(0))["stage1_block1"]
@@ -448,14 +455,14 @@ def test_noise_is_drawn_only_with_a_key_and_only_at_a_positive_scale():
 
 @functools.cache
 def random_backbone():
-    return scrambled(jax.eval_shape(lambda k: resnet.init_params(k, SPEC), fast_key(0)), 3)
+    return scrambled(jax.eval_shape(lambda k: cifar_resnet.init_params(k, SPEC), fast_key(0)), 3)
 
 
 @functools.cache
 def measured_moments():
-    family = resnet.family(SPEC)
-    names = [resnet.hidden_group(SPEC.blocks[n]) for n in BLOCKS]
-    return jax.jit(lambda params: core.moments(family, params, IMAGES, names))(random_backbone())
+    family = cifar_resnet.family(SPEC)
+    names = [cifar_resnet.hidden_group(SPEC.blocks[n]) for n in BLOCKS]
+    return jax.jit(lambda params: elastic.moments(family, params, IMAGES, names))(random_backbone())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -465,12 +472,12 @@ def _init(family, backbone, moments):
 
 def started(inr, moments=None, blocks=BLOCKS):
     """The family of the INR, and its parameters where they start at the backbone."""
-    family = resnet.hypernetwork(SPEC, blocks, inr)
+    family = cifar_resnet.hypernetwork(SPEC, blocks, inr)
     return family, _init(family, random_backbone(), moments)
 
 
 def test_a_fresh_family_starts_with_the_alpha_asked_for_and_the_backbone_around_it():
-    family, backbone = resnet.hypernetwork(SPEC, (2,), INRS["cell grid"]), random_backbone()
+    family, backbone = cifar_resnet.hypernetwork(SPEC, (2,), INRS["cell grid"]), random_backbone()
     learned = {**backbone, "stage2_block0": {"shortcut": backbone["stage2_block0"]["shortcut"]}}
     for kwargs, alpha in (({}, 1.0), ({"alpha": 0.5}, 0.5)):
         params = hyper.init(fast_key(0), family, backbone, **kwargs)
@@ -488,7 +495,7 @@ def test_kinds_with_a_closed_form_start_at_the_backbone(name):
 
 
 def test_a_start_elsewhere_is_what_the_inr_draws():
-    family, backbone = resnet.hypernetwork(SPEC, (2,), Grid()), random_backbone()
+    family, backbone = cifar_resnet.hypernetwork(SPEC, (2,), Grid()), random_backbone()
     drawn = hyper.init(fast_key(0), family, backbone, from_backbone=False)["inr"]
     chex.assert_trees_all_equal(drawn, family.inr.init(fast_key(0), family.stacks))
 
@@ -499,12 +506,12 @@ def test_a_start_elsewhere_is_what_the_inr_draws():
 def test_without_moments_a_projection_is_a_nested_slice():
     family, params = started(Projection())
     widths = (2, 3, 5)
-    sliced = core.mask_params(family.groups, random_backbone(), family.by_name(widths))
+    sliced = elastic.mask_params(family.groups, random_backbone(), family.by_name(widths))
     assert_same_tree(generate(family, params, widths), sliced)
 
 
 def test_a_projection_has_its_moments_wherever_its_values_start():
-    family, moments = resnet.hypernetwork(SPEC, BLOCKS, Projection()), measured_moments()
+    family, moments = cifar_resnet.hypernetwork(SPEC, BLOCKS, Projection()), measured_moments()
     params = hyper.init(
         fast_key(0), family, random_backbone(), from_backbone=False, moments=moments
     )
@@ -540,7 +547,7 @@ def without_depth_term(family, params, widths):
         for name, layers in params["learned"].items()
     }
     params = {"inr": fields, "alpha": params["alpha"], "learned": learned}
-    return resnet.hypernetwork(SPEC, BLOCKS, INRS["projection"]), params
+    return cifar_resnet.hypernetwork(SPEC, BLOCKS, INRS["projection"]), params
 
 
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
@@ -601,7 +608,7 @@ def test_a_projection_loses_less_than_a_nested_slice():
 
 def test_a_network_drawn_through_wider_cells_computes_what_a_narrower_one_does():
     family, params = started(Projection(max_cell=2.0), measured_moments())
-    plain = resnet.hypernetwork(SPEC, BLOCKS, Projection())
+    plain = cifar_resnet.hypernetwork(SPEC, BLOCKS, Projection())
     wide = (2, 2, 4)
     logits = {
         widths: apply(SPEC, generate(plain, params, widths), IMAGES)
@@ -763,8 +770,8 @@ def test_samples_without_a_key_and_types_without_fractions_are_refused(options, 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_a_block_that_changes_the_shape_cannot_be_skipped(shortcut):
-    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), shortcut=shortcut)
-    family = resnet.hypernetwork(spec, (0, 1, 2), Grid())
+    spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), shortcut=shortcut)
+    family = cifar_resnet.hypernetwork(spec, (0, 1, 2), Grid())
     assert family.lowest == (0, 1, 1)
     with refused("stage2_block0/conv1 takes widths from 1 to 6, got 0"):
         hyper.generate(family, {}, (0, 0, 8))
@@ -773,18 +780,18 @@ def test_a_block_that_changes_the_shape_cannot_be_skipped(shortcut):
 def test_a_group_of_one_channel_cannot_vary_and_leaves_with_its_block():
     spec = morph(SPEC, (1,), (1,))
     with refused("has no stage1_block1/conv1; generate other blocks"):
-        resnet.hypernetwork(spec, (0, 1), Grid())
+        cifar_resnet.hypernetwork(spec, (0, 1), Grid())
     params = random_params(spec)
     for width in (0, 1):
-        small, tree = resnet.slice_params(spec, params, (0, 1), (2, width))
-        assert jax.tree.map(np.shape, tree) == resnet.param_shapes(small)
+        small, tree = cifar_resnet.slice_params(spec, params, (0, 1), (2, width))
+        assert jax.tree.map(np.shape, tree) == cifar_resnet.param_shapes(small)
 
 
 def test_blocks_of_uneven_width_cannot_be_stacked():
     spec = morph(SPEC, (0,), (3,))
-    family = resnet.hypernetwork(spec, BLOCKS, INRS["cell grid"])
+    family = cifar_resnet.hypernetwork(spec, BLOCKS, INRS["cell grid"])
     leaves = {
-        path: np.zeros(shape) for path, shape in hyper.flat(resnet.param_shapes(spec)).items()
+        path: np.zeros(shape) for path, shape in hyper.flat(cifar_resnet.param_shapes(spec)).items()
     }
     with refused(r"stage1_conv1_kernel .*, got \[\(3, 4, 9\), \(4, 4, 9\)"):
         hyper.pack(family, leaves)

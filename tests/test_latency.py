@@ -11,20 +11,25 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import checkpoint, command_line, export, latency, page, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
+from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.report import page
+from neumeta_jax.runs import checkpoint
+from neumeta_jax.search import latency
 
-SPEC = cifar_resnet(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
-FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
+SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
+FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("latency")
     shapes = jax.eval_shape(
-        lambda key: hyper.init(key, FAMILY, resnet.init_params(key, SPEC)), jax.random.key(0)
+        lambda key: hyper.init(key, FAMILY, cifar_resnet.init_params(key, SPEC)), jax.random.key(0)
     )
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
@@ -51,7 +56,7 @@ def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
     # Wider than the full size, and with a block less.
     widths = (0, 5)
     spec = tmp_path / "wider_and_shallower.json"
-    spec.write_text(json.dumps(export.morph_to_dict(FAMILY, widths)))
+    spec.write_text(json.dumps(formats.morph_to_dict(FAMILY, widths)))
     status, out, err = call(
         f"--workdir={workdir}", f"--spec={spec}", "--calls=3", "--batch_sizes=2,1"
     )
@@ -98,8 +103,8 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
     latency.measure(family, params, [network], batch_sizes=(2,), rounds=1)
     compiled, (tree, images) = kept[0, "jax", 2].func, kept[0, "jax", 2].args
     (onnx_logits,) = kept[0, "onnxruntime", 2]()
-    small, wanted = export.draw(family, params, network.widths)
-    logits = jax.jit(lambda tree: resnet.apply(small, tree, images))(wanted)
+    small, wanted = formats.draw(family, params, network.widths)
+    logits = jax.jit(lambda tree: cifar_resnet.apply(small, tree, images))(wanted)
     np.testing.assert_allclose(compiled(tree, images), logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(onnx_logits, logits, rtol=1e-4, atol=1e-5)
 

@@ -13,9 +13,11 @@ pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not instal
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from neumeta_jax import command_line, export, litert, quantize
-from neumeta_jax.architecture import ResNetSpec
-from neumeta_jax.export import Normalization
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation import quantize
+from neumeta_jax.export import formats, litert
+from neumeta_jax.export.formats import Normalization
+from neumeta_jax.networks.cifar_spec import ResNetSpec
 
 both_inputs = pytest.mark.parametrize("normalize", [False, True], ids=["images", "pixels"])
 
@@ -114,7 +116,7 @@ def test_8_bit_weights_compute_what_the_rounded_network_does(name, normalize):
     batch = pixels if normalize else images
     assert_runs(content, batch, logits_of(spec, quantize.dequantize(rounded), images))
     exact = np.asarray(logits_of(spec, params, images))
-    assert 1e-4 < export.compare(run(content, batch)[0], exact).error < 0.1
+    assert 1e-4 < formats.compare(run(content, batch)[0], exact).error < 0.1
     model, operators, versions = unpack(content)
     stored = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT8]
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
@@ -129,7 +131,7 @@ def test_the_quantiser_rounds_the_activations_too(tmp_path, name, normalize):
     path = tmp_path / "net.tflite"
     options = {"format": "litert", "normalization": normalization, "normalize": normalize}
     options |= {"int8": "full", "calibration": pixels, "dataset": "noise"}
-    assert 1e-3 < export.export(path, spec, params, pixels, **options).error < 0.2
+    assert 1e-3 < formats.export(path, spec, params, pixels, **options).error < 0.2
     model, _, _ = unpack(path.read_bytes())
     graph = model.subgraphs[0]
     types = {tensor.name.decode(): tensor.type for tensor in graph.tensors}
@@ -150,7 +152,7 @@ def test_ranges_are_those_of_all_calibration_images():
     errors = []
     for images in (faint, np.concatenate([faint, pixels])):
         small = litert.quantize_litert(content, images, normalization=normalization)
-        errors.append(export.compare(run(small, batch)[0], wanted).error)
+        errors.append(formats.compare(run(small, batch)[0], wanted).error)
     assert errors[1] < 0.05 < errors[0]
 
 
@@ -162,7 +164,7 @@ def test_a_block_whose_channels_never_fire_can_be_rounded_too(tmp_path, format):
     silent = {**params[name]["conv1"], "bias": np.full(spec.blocks[0].hidden_width, -100, "f4")}
     params = {**params, name: {**params[name], "conv1": silent}}
     options = {"normalization": normalization, "int8": "full", "calibration": pixels}
-    found = export.export(tmp_path / "net", spec, params, pixels, format=format, **options)
+    found = formats.export(tmp_path / "net", spec, params, pixels, format=format, **options)
     assert found.error < 0.2
 
 
@@ -173,6 +175,6 @@ def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path):
     params, black = {**params, "stem": large}, np.zeros_like(pixels)
     options = {"normalization": Normalization((0.0,) * 3, (1.0,) * 3), "int8": "full"}
     options |= {"format": "litert", "calibration": black}
-    with refused("LiteRT must be able to run", command_line.UsageError):
-        export.export(tmp_path / "net", spec, params, black, **options)
+    with refused("LiteRT must be able to run", UsageError):
+        formats.export(tmp_path / "net", spec, params, black, **options)
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neumeta_jax import losses
+from neumeta_jax.core import losses
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, 5), scale=3)

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 from networks import random_params, refused
 
-from neumeta_jax import core, resnet
-from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, morph
-from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax import elastic
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.elastic import ordering
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import SHORTCUTS, morph, resnet_spec
 
 SPECS = {
-    shortcut: cifar_resnet(
+    shortcut: resnet_spec(
         14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, shortcut=shortcut
     )
     for shortcut in SHORTCUTS
 }
 SPEC = SPECS["projection"]
-GROUPS = resnet.family(SPEC).groups
-HIDDEN = [resnet.hidden_group(block) for block in SPEC.blocks]
+GROUPS = cifar_resnet.family(SPEC).groups
+HIDDEN = [cifar_resnet.hidden_group(block) for block in SPEC.blocks]
 PARAMS = random_params(SPEC)
 IMAGES = np.random.default_rng(7).normal(size=(4, 8, 8, 3))
 both_shortcuts = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -30,7 +32,7 @@ both_shortcuts = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def logits(spec, params):
     """Computed in float64 up to the float32 head, so that only a wrong permutation shows."""
     with jax.enable_x64(True):
-        return np.asarray(resnet.apply(spec, params, jnp.asarray(IMAGES, jnp.float64)))
+        return np.asarray(cifar_resnet.apply(spec, params, jnp.asarray(IMAGES, jnp.float64)))
 
 
 def assert_same_function(spec, params, other):
@@ -46,7 +48,7 @@ def random_distances(n, seed):
 
 
 def test_a_resnet56_has_27_hidden_and_3_stream_groups_to_order():
-    groups = resnet.family(cifar_resnet(56, num_classes=100)).groups
+    groups = cifar_resnet.family(resnet_spec(56, num_classes=100)).groups
     streams = [groups[name] for name in ordering.movable(groups) if groups[name].skips is None]
     sizes = [group.size for group in streams if "stream" in group.flags]
     assert len(ordering.movable(groups)) == 30 and sizes == [16, 32, 64]
@@ -67,7 +69,7 @@ def test_every_channel_axis_is_in_exactly_one_group():
 
 @both_shortcuts
 def test_hidden_channels_are_written_and_read_by_one_layer_each(spec):
-    groups = resnet.family(spec).groups
+    groups = cifar_resnet.family(spec).groups
     for block in spec.blocks:
         members = {(m.path, m.axis, m.role) for m in groups[f"{block.name}/conv1"].members}
         assert members == {
@@ -79,10 +81,10 @@ def test_hidden_channels_are_written_and_read_by_one_layer_each(spec):
 
 def test_skipped_blocks_have_no_group_and_are_in_no_stream():
     skipped = morph(SPEC, (1, 5), (0, 0))
-    groups = resnet.family(skipped).groups
+    groups = cifar_resnet.family(skipped).groups
     assert len(ordering.movable(groups)) == len(ordering.movable(GROUPS)) - 2
     names = {path.partition("/")[0] for path, _ in groups.tensors}
-    assert names == set(resnet.param_shapes(skipped))
+    assert names == set(cifar_resnet.param_shapes(skipped))
     params = random_params(skipped)
     assert_same_function(skipped, params, ordering.smooth(groups, params)[0])
 
@@ -167,7 +169,7 @@ def test_leaving_out_any_member_of_a_group_changes_the_function():
     expected = logits(SPEC, PARAMS)
     for name in ordering.movable(GROUPS):
         order = np.roll(np.arange(GROUPS[name].size), 1)
-        whole = GROUPS.leaves(core.permute(GROUPS, PARAMS, {name: order}))
+        whole = GROUPS.leaves(elastic.permute(GROUPS, PARAMS, {name: order}))
         for path in {member.path for member in GROUPS[name].members}:
             leaves = whole | {path: GROUPS.leaves(PARAMS)[path]}
             wrong = logits(SPEC, hyper.nested(leaves))
@@ -184,13 +186,13 @@ def test_total_variation_is_the_length_of_all_paths():
 @both_shortcuts
 @pytest.mark.parametrize("seed", range(3))
 def test_smoothing_keeps_the_function_says_which_channel_went_where_and_needs_one_pass(spec, seed):
-    params, groups = random_params(spec, seed), resnet.family(spec).groups
+    params, groups = random_params(spec, seed), cifar_resnet.family(spec).groups
     smoothed, orders = ordering.smooth(groups, params)
     assert_same_function(spec, params, smoothed)
     before = ordering.total_variation(groups, params)
     assert ordering.total_variation(groups, smoothed) < 0.99 * before
     assert tuple(orders) == ordering.movable(groups)
-    chex.assert_trees_all_equal(core.permute(groups, params, orders), smoothed)
+    chex.assert_trees_all_equal(elastic.permute(groups, params, orders), smoothed)
     again, kept = ordering.smooth(groups, smoothed)
     chex.assert_trees_all_equal(kept, {name: np.arange(groups[name].size) for name in orders})
     chex.assert_trees_all_equal(again, smoothed)
@@ -200,7 +202,7 @@ def scramble(groups, params):
     """(params with the channels of every group at random, their orders)."""
     rng = np.random.default_rng(1)
     orders = {name: rng.permutation(groups[name].size) for name in ordering.movable(groups)}
-    return core.permute(groups, params, orders), orders
+    return elastic.permute(groups, params, orders), orders
 
 
 def waves(shape, rng):
@@ -214,8 +216,8 @@ def waves(shape, rng):
 
 
 def test_a_scrambled_smooth_network_returns_to_its_own_order():
-    spec = cifar_resnet(14, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
-    rng, groups = np.random.default_rng(0), resnet.family(spec).groups
+    spec = resnet_spec(14, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
+    rng, groups = np.random.default_rng(0), cifar_resnet.family(spec).groups
     params = jax.tree.map(lambda leaf: waves(leaf.shape, rng), random_params(spec))
     scrambled, came_from = scramble(groups, params)
     rescued, orders = ordering.smooth(groups, scrambled)
@@ -281,8 +283,8 @@ def test_a_channel_that_others_make_up_for_is_the_least_important():
 
 
 def test_ordering_by_importance_keeps_the_function_and_moves_only_blocks_with_moments():
-    family, chosen = resnet.family(SPEC), [HIDDEN[n] for n in (1, 3, 5)]
-    moments = core.moments(family, PARAMS, IMAGES.astype(np.float32), chosen)
+    family, chosen = cifar_resnet.family(SPEC), [HIDDEN[n] for n in (1, 3, 5)]
+    moments = elastic.moments(family, PARAMS, IMAGES.astype(np.float32), chosen)
     ordered, orders = ordering.by_importance(GROUPS, PARAMS, moments)
     assert list(orders) == chosen
     assert_same_function(SPEC, PARAMS, ordered)
@@ -293,7 +295,7 @@ def test_ordering_by_importance_keeps_the_function_and_moves_only_blocks_with_mo
         if (path := f"{block.name}/conv2/kernel") in moments:
             kernel = np.moveaxis(conv2, 2, 0).reshape(block.hidden_width, -1)
             order = ordering.importance_order({path: moments[path]}, {path: kernel})
-            np.testing.assert_array_equal(orders[resnet.hidden_group(block)], order)
+            np.testing.assert_array_equal(orders[cifar_resnet.hidden_group(block)], order)
         layers = ordered[block.name]
         np.testing.assert_array_equal(layers["conv2"]["kernel"], conv2[:, :, order])
         np.testing.assert_array_equal(layers["conv1"]["kernel"], conv1[..., order])

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from builders import refused
 
-from neumeta_jax import command_line, page
-from neumeta_jax.architecture import cifar_resnet, morph
-from neumeta_jax.evaluation import GridRow, WeightSlices
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.networks.cifar_spec import morph, resnet_spec
+from neumeta_jax.report import page
 
-SPEC, BLOCKS = cifar_resnet(14, num_classes=10, stage_widths=(4, 8, 16), image_size=8), (1, 3)
+SPEC, BLOCKS = resnet_spec(14, num_classes=10, stage_widths=(4, 8, 16), image_size=8), (1, 3)
 
 
 def row(ratio, widths, accuracy):
@@ -131,7 +132,7 @@ def test_a_damaged_latency_file_is_named(tmp_path):
     assert page.read_latency(path) == LATENCY
     for text in ("{", "[]", '{"rows": [{"widths": [1]}]}'):
         path.write_text(text)
-        with pytest.raises(command_line.UsageError, match="latency.json must be what python -m"):
+        with pytest.raises(UsageError, match="latency.json must be what python -m"):
             page.read_latency(path)
 
 

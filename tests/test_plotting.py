@@ -3,12 +3,12 @@ import csv
 import numpy as np
 import pytest
 
-from neumeta_jax import plotting, published
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph, widths_at
-from neumeta_jax.evaluation import GridRow, WeightSlices
+from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec, widths_at
+from neumeta_jax.report import plotting, published
 
-RESNET20 = cifar_resnet(20, num_classes=100)
-RESNET56 = cifar_resnet(56, num_classes=100)
+RESNET20 = resnet_spec(20, num_classes=100)
+RESNET56 = resnet_spec(56, num_classes=100)
 
 
 def made_up_row(spec, ratio):
@@ -52,9 +52,9 @@ CURVES = "trained individually; HTTY; HTTY, 150 more epochs per block; NeuMeta, 
     [
         ("cifar100", RESNET56, CURVES.split("; "), []),
         ("cifar100", RESNET20, [], [20]),
-        ("cifar10", cifar_resnet(56, num_classes=10), [], [20, 32, 44, 56]),
+        ("cifar10", resnet_spec(56, num_classes=10), [], [20, 32, 44, 56]),
         ("digits", RESNET20, [], []),
-        ("cifar100", cifar_resnet(56, num_classes=100, stage_widths=(8, 16, 32)), [], []),
+        ("cifar100", resnet_spec(56, num_classes=100, stage_widths=(8, 16, 32)), [], []),
     ],
 )
 def test_a_run_is_compared_with_what_fits_it(dataset, spec, curves, depths):

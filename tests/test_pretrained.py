@@ -14,8 +14,11 @@ import pytest
 from networks import dense_network
 
 import neumeta_jax
-from neumeta_jax import checkpoint, data, evaluation, experiment as lab, resnet, training
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.data import datasets
+from neumeta_jax.evaluation import grid
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.runs import checkpoint, experiment as lab, training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR100 = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared")) / "data"
@@ -53,11 +56,11 @@ def test_accuracies_are_those_of_the_page(name, test_images):
     full, *_, smallest = map(float, re.search(r"\| 56 \| (.*) \|", page)[1].split(" | "))
     family, params, info = neumeta_jax.load(name)
     preprocessing = training.Preprocessing(tuple(info["mean"]), tuple(info["std"]))
-    assert preprocessing.mean == data.NORMALIZATION["cifar100"][0]
+    assert preprocessing.mean == datasets.NORMALIZATION["cifar100"][0]
     for ratio, wanted in ((1.0, full), (0.25, smallest)):
         spec, network = dense_network(family, params, family.widths(ratio))
-        accuracy = evaluation.accuracy(
-            resnet.Network(spec), network, *test_images, preprocessing, batch_size=50
+        accuracy = grid.accuracy(
+            cifar_resnet.Network(spec), network, *test_images, preprocessing, batch_size=50
         )
         assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors
 

@@ -19,12 +19,15 @@ from networks import (
     refused,
 )
 
-from neumeta_jax import core, evaluation, export, quantize, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax import elastic
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.training import Preprocessing
+from neumeta_jax.evaluation import grid, quantize
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.runs.training import Preprocessing
 
-NORMALIZATION = export.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+NORMALIZATION = formats.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 SPEC = SPECS["projection"]
 PARAMS = random_params(SPEC)
 IMAGES = random_pixels(SPEC, 40)
@@ -64,33 +67,33 @@ def test_rounding_again_changes_nothing_and_biases_are_kept():
 
 
 def test_a_padded_network_rounds_as_the_dense_one_does():
-    spec = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    spec = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
     blocks, widths = generated_blocks(spec), np.array([2, 5])
     params = random_params(spec)
-    family = resnet.hypernetwork(spec, blocks, Grid())
-    masked = core.mask_params(family.groups, params, family.by_name(widths))
+    family = cifar_resnet.hypernetwork(spec, blocks, Grid())
+    masked = elastic.mask_params(family.groups, params, family.by_name(widths))
     masked = quantize.fake_quantize(masked)
-    dense = quantize.fake_quantize(resnet.slice_params(spec, params, blocks, widths)[1])
-    sliced = resnet.slice_params(spec, masked, blocks, widths)[1]
+    dense = quantize.fake_quantize(cifar_resnet.slice_params(spec, params, blocks, widths)[1])
+    sliced = cifar_resnet.slice_params(spec, masked, blocks, widths)[1]
     chex.assert_trees_all_equal(sliced, dense)
 
 
 @pytest.mark.parametrize(
-    "format", [*export.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
+    "format", [*formats.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
 )
 def test_a_file_with_8_bit_weights_is_small_and_computes_what_the_rounded_network_does(
     tmp_path, format
 ):
-    spec = cifar_resnet(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
+    spec = resnet_spec(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
     params, path = random_params(spec), tmp_path / "net"
     options = {"format": format, "normalization": NORMALIZATION}
-    export.export(path, spec, params, IMAGES, **options)
+    formats.export(path, spec, params, IMAGES, **options)
     large = path.stat().st_size
-    found = export.export(path, spec, params, IMAGES, int8="weights", **options)
+    found = formats.export(path, spec, params, IMAGES, int8="weights", **options)
     assert found.error < 1e-5 and found.agreement == 1
-    logits = export.logits_of_file(path, IMAGES, **options)
-    exact = export.network_logits(spec, params, IMAGES, NORMALIZATION)
-    assert 1e-4 < export.compare(logits, exact).error < 0.1  # it is the rounded one
+    logits = formats.logits_of_file(path, IMAGES, **options)
+    exact = formats.network_logits(spec, params, IMAGES, NORMALIZATION)
+    assert 1e-4 < formats.compare(logits, exact).error < 0.1  # it is the rounded one
     assert large - path.stat().st_size > 2.7 * spec.num_params  # three bytes less for each weight
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
@@ -100,9 +103,9 @@ def test_8_bit_weights_without_their_scales_are_refused(tmp_path, scale):
     tree = quantize.quantize(PARAMS)
     tree["stem"] = {k: v for k, v in tree["stem"].items() if k != "scale"} | scale
     path = tmp_path / "net.safetensors"
-    export.save_safetensors(path, SPEC, tree, normalization=NORMALIZATION)
+    formats.save_safetensors(path, SPEC, tree, normalization=NORMALIZATION)
     with refused("net.safetensors"):
-        export.load_safetensors(path)
+        formats.load_safetensors(path)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -110,7 +113,7 @@ def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
     path = tmp_path / "net.onnx"
     options = {"format": "onnx", "normalization": NORMALIZATION, "normalize": normalize}
     options |= {"int8": "full", "calibration": IMAGES, "dataset": "noise"}
-    found = export.export(path, SPEC, PARAMS, IMAGES, **options)
+    found = formats.export(path, SPEC, PARAMS, IMAGES, **options)
     assert 1e-3 < found.error < 0.2
     model = onnx.load(path)
     operators = [node.op_type for node in model.graph.node]
@@ -137,22 +140,22 @@ def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
 def test_an_int8_export_that_cannot_be_is_refused(tmp_path, options, match):
     path = tmp_path / "net"
     with refused(match):
-        export.export(path, SPEC, PARAMS, IMAGES, normalization=NORMALIZATION, **options)
+        formats.export(path, SPEC, PARAMS, IMAGES, normalization=NORMALIZATION, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
-    spec = cifar_resnet(8, num_classes=3, stage_widths=(4, 4, 8), image_size=8)
-    family = resnet.hypernetwork(spec, (0, 2), Grid())
+    spec = resnet_spec(8, num_classes=3, stage_widths=(4, 4, 8), image_size=8)
+    family = cifar_resnet.hypernetwork(spec, (0, 2), Grid())
     params, sizes = random_inr(family, seed=5, scale=0.5), [(4, 8), (2, 5)]
     preprocessing = Preprocessing(*NORMALIZATION)
-    grid = functools.partial(evaluation.evaluate_grid, family, params)
+    evaluate = functools.partial(grid.evaluate_grid, family, params)
     # Labels that the float32 network of full width gives, so that any rounding may show.
     unknown = np.zeros(len(IMAGES), int)
-    exact = grid(sizes[:1], IMAGES, unknown, preprocessing, predictions=True)
+    exact = evaluate(sizes[:1], IMAGES, unknown, preprocessing, predictions=True)
     labels = exact.predictions[0].astype(int)
-    found = grid(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
+    found = evaluate(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
     for widths, accuracy in zip(sizes, found.accuracy, strict=True):
         small, dense = dense_network(family, params, widths)
-        logits = export.network_logits(small, quantize.quantize(dense), IMAGES, NORMALIZATION)
+        logits = formats.network_logits(small, quantize.quantize(dense), IMAGES, NORMALIZATION)
         assert abs(accuracy - np.mean(logits.argmax(axis=1) == labels)) <= 1 / 40

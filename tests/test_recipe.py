@@ -26,20 +26,14 @@ import numpy as np
 import pytest
 from test_teacher_import import teacher_tensors
 
-from neumeta_jax import (
-    architecture,
-    checkpoint,
-    command_line,
-    core,
-    data,
-    evaluation,
-    experiment as lab,
-    morphs,
-    resnet,
-    teacher_import,
-    training,
-)
-from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax import elastic
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.data import datasets
+from neumeta_jax.elastic import ordering
+from neumeta_jax.errors import Interrupted, UsageError
+from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
+from neumeta_jax.runs import checkpoint, experiment as lab, training
 
 ROOT = networks.ROOT
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
@@ -192,13 +186,13 @@ def test_the_grid_of_a_run_is_of_the_test_split_at_the_ratios_of_the_config(fini
 def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     workdir, _ = finished
     family, params, metadata = checkpoint.load_inr(workdir)
-    images = data.load_dataset("digits")
+    images = datasets.load_dataset("digits")
     preprocessing = training.Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
     rows = read_json(workdir / "grid.json")["rows"]
     for row in rows[1:]:
         tree = generate(params, family.widths(row["width_ratio"]))
-        found = evaluation.accuracy(
+        found = grid.accuracy(
             family.network, tree, images.test_images, images.test_labels, preprocessing
         )
         assert found == row["accuracy"]
@@ -375,7 +369,7 @@ def test_a_second_request_to_stop_stops_at_once(tmp_path):
     with lab.open_workdir(tmp_path, {}) as workdir, contextlib.redirect_stdout(io.StringIO()):
         os.kill(os.getpid(), signal.SIGINT)
         assert workdir.stop_requested
-        with pytest.raises(command_line.Interrupted, match="stopped at step 7"):
+        with pytest.raises(Interrupted, match="stopped at step 7"):
             workdir.check_stop(7)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -529,13 +523,16 @@ def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refuse
         "trian": {"epochs": 1.0}
     }
     with pytest.raises(lab.UsageError, match="got 'trian' too"):
-        lab.from_config(fields, data.load_dataset("digits"))
+        lab.from_config(fields, datasets.load_dataset("digits"))
 
 
 def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, finished):
     first, second = {"seed": 1}, lab.read_config(finished[0])
     black = np.zeros((10, 8, 8), np.uint8), np.arange(10)
-    others, digits = data.make_dataset("digits", *black, *black), data.load_dataset("digits")
+    others, digits = (
+        datasets.make_dataset("digits", *black, *black),
+        datasets.load_dataset("digits"),
+    )
     for config, dataset in (first, others), (second, digits):
         with lab.open_workdir(tmp_path, config, dataset.fingerprint()):
             assert read_json(tmp_path / "config.json")["seed"] == config["seed"]
@@ -578,7 +575,7 @@ def test_eval_evaluates_a_split_at_the_ratios_given(copied):
 
 
 def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
-    digits = data.load_dataset("digits")
+    digits = datasets.load_dataset("digits")
     splits = ("train_images", "train_labels", "test_images", "test_labels")
     arrays = {name: getattr(digits, name)[::-1] for name in splits}
     np.savez(tmp_path / "digits.npz", **arrays)
@@ -590,13 +587,13 @@ def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
 
 
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
-    evaluate_grid, evaluated = evaluation.evaluate_grid, []
+    evaluate_grid, evaluated = grid.evaluate_grid, []
 
     def recorded(hypernetwork, params, widths, *args, **options):
         evaluated.extend((tuple(row), options["strategy"]) for row in widths.tolist())
         return evaluate_grid(hypernetwork, params, widths, *args, **options)
 
-    monkeypatch.setattr(evaluation, "evaluate_grid", recorded)
+    monkeypatch.setattr(grid, "evaluate_grid", recorded)
     flags = (
         "--width_ratios=1,0.5 --figures --sweep_ratios=1.25,0.5,0.52,1 --random_ratios=4 --seed=3"
     )
@@ -607,8 +604,8 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     assert [line["name"] for line in read_csv(copied / "against_macs.csv")] == 2 * ["this run"]
     sweep = read_json(copied / "sweep.json")
     assert [row["width_ratio"] for row in sweep["rows"]] == [0.5, 0.52, 1.0, 1.25]
-    grid = read_json(copied / "grid.json")["rows"]
-    assert [sweep["rows"][n]["accuracy"] for n in (2, 0)] == [row["accuracy"] for row in grid]
+    rows = read_json(copied / "grid.json")["rows"]
+    assert [sweep["rows"][n]["accuracy"] for n in (2, 0)] == [row["accuracy"] for row in rows]
     series = [line["series"] for line in read_csv(copied / "sweep.csv")]
     assert series == 4 * ["generated"] + ["teacher"]
 
@@ -618,12 +615,12 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
     assert drawn["ratios"] == wanted and drawn["split"] == "test"
     assert len(drawn["accuracies"]) == len(drawn["widths"]) == 4
-    dip = evaluation.largest_dip(drawn["ratios"], drawn["accuracies"])
+    dip = grid.largest_dip(drawn["ratios"], drawn["accuracies"])
     assert (drawn["largest_dip"], drawn["where"]) == dip
     assert f"smallest accuracy {100 * min(drawn['accuracies']):.2f} %" in out
 
     # Each network once, whichever of the three asks for it first.
-    asked = [tuple(row["widths"]) for row in [*grid, *sweep["rows"]]]
+    asked = [tuple(row["widths"]) for row in [*rows, *sweep["rows"]]]
     asked += [tuple(widths) for widths in drawn["widths"]]
     assert evaluated == [(widths, "loop") for widths in dict.fromkeys(asked)]
     assert len(evaluated) < len(asked)
@@ -644,7 +641,7 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied):
     assert [row["trained"] for row in found["rows"]] == [True, False]
     assert [row["spec"] for row in read_csv(copied / "specs.csv")] == list(specs)
     for row in found["rows"]:
-        dense = architecture.morph(family.spec, family.blocks, row["widths"])
+        dense = cifar_spec.morph(family.spec, family.blocks, row["widths"])
         assert (row["num_params"], row["num_macs"]) == (dense.num_params, dense.num_macs)
         assert 0 <= row["agreement"] <= 1 and row["kl_divergence"] > 0
         assert f"{100 * row['accuracy']:.2f}" in out
@@ -684,8 +681,7 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied):
         assert row["trained"] == (skipped == 0)
         assert row["widths"] == ([0, 0] if skipped else family.widths(ratio).tolist())
         assert (
-            row["num_macs"]
-            == architecture.morph(family.spec, family.blocks, row["widths"]).num_macs
+            row["num_macs"] == cifar_spec.morph(family.spec, family.blocks, row["widths"]).num_macs
         )
         if not skipped:
             assert row["accuracy"] == grid[ratio]["accuracy"]
@@ -756,10 +752,10 @@ def test_eval_refuses_what_it_cannot_evaluate(finished, args, given):
 def test_random_widths_need_a_range_to_be_drawn_from(finished):
     config = lab.read_config(finished[0])
     config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
-    experiment = lab.from_config(config, data.load_dataset("digits"))
-    with pytest.raises(command_line.UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
+    experiment = lab.from_config(config, datasets.load_dataset("digits"))
+    with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
         lab.draw_width_ratios(experiment, 3, 0)
-    with pytest.raises(command_line.UsageError, match=r"range is 1.0..1.0; use --spec"):
+    with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --spec"):
         morphs.draw_networks(experiment, 3, 0)
 
 
@@ -787,7 +783,7 @@ def test_eval_says_what_it_needs(finished, copied, tmp_path):
 
 def write_teacher(path, *, leave_out=()):
     """A ResNet8 for digits under PyTorch's names, with weights at random."""
-    spec = architecture.cifar_resnet(
+    spec = cifar_spec.resnet_spec(
         8, num_classes=10, stage_widths=(4, 6, 8), image_size=8, channels=1
     )
     tensors = teacher_tensors(spec)
@@ -800,13 +796,13 @@ def write_teacher(path, *, leave_out=()):
 def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monkeypatch):
     """Teachers are checked in float32, whatever the run computes in."""
     write_teacher(tmp_path / "teacher.npz")
-    accuracy, dtypes = evaluation.accuracy, set()
+    accuracy, dtypes = grid.accuracy, set()
 
     def recorded(*args, **options):
         dtypes.add(args[4].dtype)
         return accuracy(*args, **options)
 
-    monkeypatch.setattr(evaluation, "accuracy", recorded)
+    monkeypatch.setattr(grid, "accuracy", recorded)
     arguments = f"--teacher={tmp_path / 'teacher.npz'}", CONFIG, "--config.dtype=bfloat16"
     status, out, err = call("eval", *arguments)
     assert status == 0 and dtypes == {"float32"}, err
@@ -860,19 +856,19 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
     path = SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt"
     spec, variables = teacher_import.load_teacher(path)
     assert spec.depth == 56 and spec.num_classes == 100
-    x = jnp.asarray(data.normalize(images, *data.NORMALIZATION["cifar100"]))
-    with_batch_norm = jax.jit(lambda v: resnet.ResNet(spec).apply(v, x))
-    without = jax.jit(lambda p: resnet.apply(spec, p, x))
+    x = jnp.asarray(datasets.normalize(images, *datasets.NORMALIZATION["cifar100"]))
+    with_batch_norm = jax.jit(lambda v: cifar_resnet.ResNet(spec).apply(v, x))
+    without = jax.jit(lambda p: cifar_resnet.apply(spec, p, x))
 
-    folded = resnet.fold_batch_norm(variables)
-    family = resnet.family(spec)
+    folded = cifar_resnet.fold_batch_norm(variables)
+    family = cifar_resnet.family(spec)
     smoothed, _ = ordering.smooth(family.groups, folded)
     before = ordering.total_variation(family.groups, folded)
     assert ordering.total_variation(family.groups, smoothed) < 0.95 * before
     logits = with_batch_norm(variables)
     assert np.mean(np.argmax(logits, -1) == labels) > 0.6
-    hidden = [resnet.hidden_group(block) for block in spec.blocks]
-    moments = jax.jit(lambda p: core.moments(family, p, x[:100], hidden))(folded)
+    hidden = [cifar_resnet.hidden_group(block) for block in spec.blocks]
+    moments = jax.jit(lambda p: elastic.moments(family, p, x[:100], hidden))(folded)
     ordered, orders = ordering.by_importance(family.groups, folded, moments)
     assert len(orders) == 27 and any(np.any(np.diff(order) < 0) for order in orders.values())
     for params in (folded, smoothed, ordered):
@@ -912,7 +908,7 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     config["inr"] = {"kind": "projection"}
     dataset, splits = lab.load_data(config)
     experiment = lab.from_config(config, dataset)
-    backbone = resnet.init_params(jax.random.key(0), experiment.spec)
+    backbone = cifar_resnet.init_params(jax.random.key(0), experiment.spec)
     stop = training.phases(
         experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
     )[-1].stop

@@ -5,8 +5,8 @@ import json
 from networks import ROOT, refused
 from PIL import Image
 
-from neumeta_jax import report
-from neumeta_jax.command_line import UsageError
+from neumeta_jax.errors import UsageError
+from neumeta_jax.report import tables
 
 RESULTS = ROOT / "results"
 
@@ -59,7 +59,7 @@ def cells(text, start):
 
 
 def make(folder, *args):
-    report.main(["report", str(folder), *args])
+    tables.main(["report", str(folder), *args])
     return (folder / "README.md").read_text()
 
 
@@ -146,7 +146,7 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
     put(results, "run/config.json", CONFIG)
     for number, variant in enumerate(("worst", "good", "best")):
         put(results, f"{variant}/row.json", row(variant=variant, accuracies=(60.0, 50.0 + number)))
-    text = f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    text = f"# A\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n"
     readme = put(tmp_path, "README.md", text)
     make(results, f"--readme={readme}")
     first = readme.read_text()
@@ -160,12 +160,12 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
 
 
 def test_the_committed_report_and_the_readmes_table_are_those_of_the_committed_files():
-    comparisons = report.read_comparisons(RESULTS)
-    text = report.report(RESULTS, comparisons)
+    comparisons = tables.read_comparisons(RESULTS)
+    text = tables.report(RESULTS, comparisons)
     assert (RESULTS / "README.md").read_text() == text, "run python -m neumeta_jax.report"
     assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in comparisons)
-    block = report.readme_block(RESULTS, comparisons, "results/")
-    assert report.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
+    block = tables.readme_block(RESULTS, comparisons, "results/")
+    assert tables.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
 
 
 def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):
@@ -187,6 +187,6 @@ def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):
     put(tmp_path, "b/row.json", other)
     refuses("must be of the same sizes")
     second.unlink()
-    readme = put(tmp_path, "top.md", f"{report.END}\n{report.BEGIN}\n")
+    readme = put(tmp_path, "top.md", f"{tables.END}\n{tables.BEGIN}\n")
     refuses("once each", f"--readme={readme}")
     assert not (tmp_path / "README.md").exists()

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 from networks import random_params, refused
 
-from neumeta_jax import core, resnet
-from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks, morph
+from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, morph, resnet_spec
 
 NUM_IMAGES = 3
-apply = jax.jit(resnet.apply, static_argnums=0)
+apply = jax.jit(cifar_resnet.apply, static_argnums=0)
 
 
 def small_spec(**kwargs):
     fields = {"stage_widths": (4, 6, 8), "image_size": 8, "channels": 2, **kwargs}
-    return cifar_resnet(14, num_classes=5, **fields)
+    return resnet_spec(14, num_classes=5, **fields)
 
 
 def random_images(spec, seed=7):
@@ -93,14 +94,14 @@ def test_a_strided_convolution_pads_as_pytorch_does(size):
     rng = np.random.default_rng(0)
     layer = {"kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32), "bias": np.zeros(4)}
     x = rng.normal(size=(2, size, size, 2)).astype(np.float32)
-    ours = resnet._conv(jnp.asarray(x), jnp.asarray(layer["kernel"]), 2)
+    ours = cifar_resnet._conv(jnp.asarray(x), jnp.asarray(layer["kernel"]), 2)
     assert_close(ours, reference_conv(x, layer, 2), 1e-6)
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_folding_batch_norm_preserves_the_function(shortcut):
     spec = small_spec(shortcut=shortcut)
-    model, images = resnet.ResNet(spec), random_images(spec)
+    model, images = cifar_resnet.ResNet(spec), random_images(spec)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     rng = np.random.default_rng(1)
 
@@ -110,8 +111,8 @@ def test_folding_batch_norm_preserves_the_function(shortcut):
         return rng.normal(size=x.shape) / np.sqrt(max(1, math.prod(x.shape[:-1])))
 
     variables = jax.tree_util.tree_map_with_path(leaf, shapes)
-    folded = resnet.fold_batch_norm(variables)
-    assert jax.tree.map(jnp.shape, folded) == resnet.param_shapes(spec)
+    folded = cifar_resnet.fold_batch_norm(variables)
+    assert jax.tree.map(jnp.shape, folded) == cifar_resnet.param_shapes(spec)
     with jax.enable_x64(True):
         expected = jax.jit(model.apply)(variables, jnp.asarray(images, jnp.float64))
     assert_close(reference_logits(spec, folded, images), expected, 1e-6)
@@ -121,21 +122,21 @@ def test_folding_batch_norm_preserves_the_function(shortcut):
 def test_the_linen_network_has_the_layer_names_of_the_folded_one(shortcut):
     spec = morph(small_spec(shortcut=shortcut), (1, 3), (0, 2))
     images = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
-    variables = jax.eval_shape(resnet.ResNet(spec).init, jax.random.key(0), images)
+    variables = jax.eval_shape(cifar_resnet.ResNet(spec).init, jax.random.key(0), images)
 
     def kernels(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
         named = {jax.tree_util.keystr(path): getattr(x, "shape", x) for path, x in leaves}
         return {name: shape for name, shape in named.items() if name.endswith("['kernel']")}
 
-    assert kernels(variables["params"]) == kernels(resnet.param_shapes(spec))
+    assert kernels(variables["params"]) == kernels(cifar_resnet.param_shapes(spec))
 
 
 def test_hidden_moments_are_those_of_the_activations_and_a_constant():
     spec = morph(small_spec(), (1,), (0,))
     params, images = random_params(spec), random_images(spec)
-    hidden = [resnet.hidden_group(spec.blocks[n]) for n in (0, 2)]  # a skipped block has none
-    moments = core.moments(resnet.family(spec), params, jnp.asarray(images), hidden)
+    hidden = [cifar_resnet.hidden_group(spec.blocks[n]) for n in (0, 2)]  # a skipped block has none
+    moments = elastic.moments(cifar_resnet.family(spec), params, jnp.asarray(images), hidden)
     assert list(moments) == ["stage1_block0/conv2/kernel", "stage2_block0/conv2/kernel"]
 
     stem = np.maximum(reference_conv(images, params["stem"], 1), 0)
@@ -157,8 +158,8 @@ def test_hidden_moments_are_those_of_the_activations_and_a_constant():
 
 def test_initial_parameters_have_the_shapes_of_the_spec():
     spec = morph(small_spec(), (1, 3), (0, 2))
-    params = jax.eval_shape(lambda key: resnet.init_params(key, spec), jax.random.key(0))
-    assert jax.tree.map(lambda x: x.shape, params) == resnet.param_shapes(spec)
+    params = jax.eval_shape(lambda key: cifar_resnet.init_params(key, spec), jax.random.key(0))
+    assert jax.tree.map(lambda x: x.shape, params) == cifar_resnet.param_shapes(spec)
 
 
 @pytest.mark.parametrize("which", ["inner", "not_first", "all"])
@@ -166,33 +167,35 @@ def test_initial_parameters_have_the_shapes_of_the_spec():
 def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
     spec = small_spec(shortcut=shortcut)
     blocks = generated_blocks(spec, which)
-    family = resnet.hypernetwork(spec, blocks, Grid())
+    family = cifar_resnet.hypernetwork(spec, blocks, Grid())
     params, images = random_params(spec), random_images(spec)
 
     @jax.jit
     def masked_logits(widths):
-        return resnet.apply(spec, core.mask_params(family.groups, params, widths), images)
+        return cifar_resnet.apply(spec, elastic.mask_params(family.groups, params, widths), images)
 
     choices = [random_widths(spec, blocks, seed) for seed in range(6)]
     lowest = [0 if spec.blocks[n].skippable else 1 for n in blocks]
     full = [spec.blocks[n].hidden_width for n in blocks]
     for widths in [*choices, lowest, full]:
-        small, dense = resnet.slice_params(spec, params, blocks, widths)
+        small, dense = cifar_resnet.slice_params(spec, params, blocks, widths)
         assert small == morph(spec, blocks, widths)
-        assert jax.tree.map(jnp.shape, dense) == resnet.param_shapes(small)
+        assert jax.tree.map(jnp.shape, dense) == cifar_resnet.param_shapes(small)
         expected = reference_logits(small, dense, images)
         assert_close(masked_logits(family.by_name(np.array(widths))), expected)
 
 
 def test_what_is_masked_may_be_anything_and_gets_no_gradient():
     spec, widths = small_spec(), (0, 3, 2, 0, 5, 1)
-    groups = resnet.family(spec).groups
-    by_name = {resnet.hidden_group(b): w for b, w in zip(spec.blocks, widths, strict=True)}
+    groups = cifar_resnet.family(spec).groups
+    by_name = {cifar_resnet.hidden_group(b): w for b, w in zip(spec.blocks, widths, strict=True)}
     params, images = random_params(spec), random_images(spec)
-    mask = jax.jit(lambda tree: core.mask_params(groups, tree, by_name))
+    mask = jax.jit(lambda tree: elastic.mask_params(groups, tree, by_name))
     kept = jax.tree.map(lambda x: np.asarray(x) > 0, mask(jax.tree.map(np.ones_like, params)))
     poisoned = jax.tree.map(lambda x, keep: np.where(keep, x, np.nan), params, kept)
-    loss = jax.jit(jax.grad(lambda tree: jnp.sum(resnet.apply(spec, mask(tree), images) ** 2)))
+    loss = jax.jit(
+        jax.grad(lambda tree: jnp.sum(cifar_resnet.apply(spec, mask(tree), images) ** 2))
+    )
     gradient = loss(poisoned)
     jax.tree.map(np.testing.assert_array_equal, gradient, loss(params))
     for x, keep in zip(jax.tree.leaves(gradient), jax.tree.leaves(kept), strict=True):
@@ -203,7 +206,7 @@ def test_what_is_masked_may_be_anything_and_gets_no_gradient():
 def test_slicing_beyond_the_tree_is_refused():
     spec = small_spec()
     with refused("stage2_block1/conv1 takes widths from 0 to 6, got 7"):
-        resnet.slice_params(spec, random_params(spec), (1, 3), (4, 7))
+        cifar_resnet.slice_params(spec, random_params(spec), (1, 3), (4, 7))
 
 
 def cell_means(x, axis, width):
@@ -212,7 +215,7 @@ def cell_means(x, axis, width):
     return np.moveaxis(fine.reshape(width, x.shape[axis], *fine.shape[1:]).mean(1), 0, axis)
 
 
-RESAMPLED = resnet.hypernetwork(small_spec(), (3,), Grid())
+RESAMPLED = cifar_resnet.hypernetwork(small_spec(), (3,), Grid())
 BLOCK = {
     path.removeprefix("stage2_block1/"): leaf
     for path, leaf in hyper.flat(random_params(small_spec())).items()
@@ -263,20 +266,20 @@ def test_apply_can_be_mapped_over_parameters():
     spec = small_spec()
     trees, images = [random_params(spec, seed) for seed in range(3)], random_images(spec)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-    logits = jax.jit(jax.vmap(lambda params: resnet.apply(spec, params, images)))(stacked)
+    logits = jax.jit(jax.vmap(lambda params: cifar_resnet.apply(spec, params, images)))(stacked)
     for tree, result in zip(trees, logits, strict=True):
         assert_close(result, reference_logits(spec, tree, images))
 
 
 def test_gradients_in_bfloat16_are_close_to_those_in_float32_for_biases_too():
-    spec = cifar_resnet(20, num_classes=10)
-    params = resnet.init_params(jax.random.key(0), spec)
+    spec = resnet_spec(20, num_classes=10)
+    params = cifar_resnet.init_params(jax.random.key(0), spec)
     images = jax.random.normal(jax.random.key(1), (16, 32, 32, 3))
 
     @jax.jit
     @jax.grad
     def gradient(params, images):
-        return jnp.mean(resnet.apply(spec, params, images) ** 2)
+        return jnp.mean(cifar_resnet.apply(spec, params, images) ** 2)
 
     exact, rounded = gradient(params, images), gradient(params, images.astype(jnp.bfloat16))
     error = jax.tree.map(

@@ -9,38 +9,36 @@ import numpy as np
 import pytest
 from networks import assert_refuses, call, refused, run, write_workdir
 
-from neumeta_jax import (
-    checkpoint,
-    command_line,
-    data,
-    evaluation,
-    experiment as lab,
-    morphs,
-    resnet,
-    search,
-)
-from neumeta_jax.architecture import cifar_resnet, generated_blocks, morph
-from neumeta_jax.command_line import UsageError
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.search import Candidate
+from neumeta_jax.data import datasets
+from neumeta_jax.errors import INTERRUPTED, UsageError
+from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.search import evolution
+from neumeta_jax.search.evolution import Candidate
 
-SPEC = cifar_resnet(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
+SPEC = resnet_spec(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
 BLOCKS = generated_blocks(SPEC)
-FAMILY = resnet.hypernetwork(SPEC, BLOCKS, Grid())
+FAMILY = cifar_resnet.hypernetwork(SPEC, BLOCKS, Grid())
 RANGE = {"low": 0.25, "high": 1.0}
-SPACE = search.make_space(FAMILY, **RANGE)
-DEEP = search.make_space(FAMILY, **RANGE, depth=True)
-UNIFORM = search.uniform_networks(SPACE, **RANGE)
+SPACE = evolution.make_space(FAMILY, **RANGE)
+DEEP = evolution.make_space(FAMILY, **RANGE, depth=True)
+UNIFORM = evolution.uniform_networks(SPACE, **RANGE)
 SMALLEST, LARGEST = (2, 2, 3, 3, 4), (8, 8, 12, 12, 16)
 
 
 def costs(space=SPACE, *, macs=None, params=None):
-    return [search.count_cost(space, "macs", macs), search.count_cost(space, "params", params)]
+    return [
+        evolution.count_cost(space, "macs", macs),
+        evolution.count_cost(space, "params", params),
+    ]
 
 
 def middle(space, name, share=0.5):
     """A budget between the smallest and the largest network's."""
-    cost = search.count_cost(space, name, None)
+    cost = evolution.count_cost(space, name, None)
     low = cost.total([0] * len(space.choices))
     high = cost.total([len(choices) - 1 for choices in space.choices])
     return low + share * (high - low)
@@ -62,8 +60,8 @@ def evolve(space=SPACE, *, limits=None, asked=None, **options):
         return [toy_accuracy(row) for row in widths]
 
     options = {"num_candidates": 300, "population": 20, "seed": 0, **options}
-    uniform = search.uniform_networks(space, **RANGE)
-    return search.evolve(space, limits or costs(space), uniform, evaluate, **options)
+    uniform = evolution.uniform_networks(space, **RANGE)
+    return evolution.evolve(space, limits or costs(space), uniform, evaluate, **options)
 
 
 # --- networks and budgets --------------------------------------------------------------------
@@ -74,20 +72,20 @@ def test_a_space_holds_every_width_of_the_range_or_its_multiples():
     assert SPACE.size == 7 * 7 * 10 * 10 * 13
     assert DEEP.choices[0] == (0, *range(2, 9))
     for multiple, wanted in ((4, (4, 8)), (8, (8,)), (3, (3, 6))):
-        space = search.make_space(FAMILY, **RANGE, multiple=multiple)
+        space = evolution.make_space(FAMILY, **RANGE, multiple=multiple)
         assert space.choices[0] == wanted
 
 
 def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_costs():
     space = DEEP.without((0, 3))
     assert space.choices[0] == space.choices[3] == (0,) and space.choices[1] == DEEP.choices[1]
-    rows = search.uniform_networks(space, **RANGE)
+    rows = evolution.uniform_networks(space, **RANGE)
     assert rows and all(row[0] == row[3] == 0 < min(row[1], row[2], row[4]) for row in rows)
-    shallow = search.shallow_networks(space, costs(space), rows)
+    shallow = evolution.shallow_networks(space, costs(space), rows)
     assert shallow and all(row[0] == row[3] == 0 for row in shallow)
     plain = SPACE.without((0, 3))
-    assert search.shallow_networks(plain, costs(plain), rows) == []
-    cost = search.count_cost(space, "macs", None).total(space.genes(rows[-1]))
+    assert evolution.shallow_networks(plain, costs(plain), rows) == []
+    cost = evolution.count_cost(space, "macs", None).total(space.genes(rows[-1]))
     assert cost == morph(SPEC, BLOCKS, rows[-1]).num_macs
 
 
@@ -102,15 +100,15 @@ def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_cos
 )
 def test_a_space_that_cannot_be_is_refused(options, match):
     with refused(match):
-        search.make_space(FAMILY, **options)
+        evolution.make_space(FAMILY, **options)
 
 
 def test_the_uniform_networks_are_those_of_all_ratios():
     wanted = {tuple(FAMILY.widths(ratio)) for ratio in np.linspace(0.25, 1, 2000)}
     assert set(UNIFORM) == wanted and len(UNIFORM) == len(wanted)
     assert UNIFORM[0] == SMALLEST and UNIFORM[-1] == LARGEST
-    multiples = search.make_space(FAMILY, **RANGE, multiple=4, depth=True)
-    found = search.uniform_networks(multiples, **RANGE)
+    multiples = evolution.make_space(FAMILY, **RANGE, multiple=4, depth=True)
+    found = evolution.uniform_networks(multiples, **RANGE)
     assert found[0] == (4, 4, 4, 4, 4) and found[-1] == LARGEST
     assert all(width in (4, 8, 12, 16) for widths in found for width in widths)
 
@@ -118,7 +116,7 @@ def test_the_uniform_networks_are_those_of_all_ratios():
 @pytest.mark.parametrize("name", ["macs", "params"])
 def test_costs_are_those_of_the_dense_networks(name):
     rng = np.random.default_rng(0)
-    cost = search.count_cost(DEEP, name, None)
+    cost = evolution.count_cost(DEEP, name, None)
     for _ in range(20):
         genes = [int(rng.integers(len(choices))) for choices in DEEP.choices]
         dense = morph(SPEC, BLOCKS, DEEP.widths(genes))
@@ -134,7 +132,7 @@ def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
         weights = (1.0, 1.0, 2.0, 2.0, 0.5)
         return 3 + sum(a * w + (w > 0) for a, w in zip(weights, widths, strict=True))
 
-    cost = search.latency_cost(DEEP, 40.0, measure)
+    cost = evolution.latency_cost(DEEP, 40.0, measure)
     assert len(measured) < 25
     for widths in (LARGEST, (0, 2, 5, 0, 11), SMALLEST, (0, 0, 0, 0, 0)):
         assert cost.total(DEEP.genes(widths)) == pytest.approx(measure(widths))
@@ -142,7 +140,7 @@ def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
 
 def test_noisy_latencies_still_grow_with_the_width():
     rng = np.random.default_rng(1)
-    cost = search.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
+    cost = evolution.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
     for n, choices in enumerate(SPACE.choices):
         genes = [[gene if m == n else 0 for m in range(5)] for gene in range(len(choices))]
         amounts = [cost.total(row) for row in genes]
@@ -154,9 +152,9 @@ def test_an_impossible_budget_says_what_is_possible(name):
     small, large = (
         getattr(morph(SPEC, BLOCKS, widths), f"num_{name}") for widths in (SMALLEST, LARGEST)
     )
-    search.check_budgets(SPACE, costs(**{name: small}))
+    evolution.check_budgets(SPACE, costs(**{name: small}))
     with refused(f"--max_{name} .*{small:,} to {large:,}", UsageError):
-        search.check_budgets(SPACE, costs(**{name: small - 1}))
+        evolution.check_budgets(SPACE, costs(**{name: small - 1}))
 
 
 # --- evolution -------------------------------------------------------------------------------
@@ -207,25 +205,25 @@ def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
 def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_population():
     limits = costs(DEEP, macs=middle(DEEP, "macs", 0.6))
     first = [c.widths for c in evolve(DEEP, limits=limits) if c.generation == 0]
-    shallow = search.shallow_networks(DEEP, limits, UNIFORM)
+    shallow = evolution.shallow_networks(DEEP, limits, UNIFORM)
     assert set(shallow) <= set(first)
     assert shallow.pop() == (0, 0, 0, 0, 0)  # two blocks of each stage left out
     wanted = [(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM]
-    macs = search.count_cost(DEEP, "macs", None)
+    macs = evolution.count_cost(DEEP, "macs", None)
     amounts = {macs.total(DEEP.genes(w)) for w in wanted if limits[0].allows(DEEP.genes(w))}
     amounts = sorted(amounts)
     found = [macs.total(DEEP.genes(w)) for w in shallow]
-    assert set(shallow) <= set(wanted) and found == amounts[::-1][: search.NUM_SHALLOW]
+    assert set(shallow) <= set(wanted) and found == amounts[::-1][: evolution.NUM_SHALLOW]
     assert amounts[-1] < limits[0].limit
-    assert search.shallow_networks(SPACE, costs(), UNIFORM) == []
+    assert evolution.shallow_networks(SPACE, costs(), UNIFORM) == []
 
 
 def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_blocks():
-    spec = cifar_resnet(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), Grid())
-    space = search.make_space(family, low=1.0, high=1.0, depth=True)
-    uniform = search.uniform_networks(space, low=1.0, high=1.0)
-    found = search.shallow_networks(space, costs(space), uniform)
+    spec = resnet_spec(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), Grid())
+    space = evolution.make_space(family, low=1.0, high=1.0, depth=True)
+    uniform = evolution.uniform_networks(space, low=1.0, high=1.0)
+    found = evolution.shallow_networks(space, costs(space), uniform)
     most = collections.Counter(family.stages).most_common(1)[0][1]
     assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
 
@@ -246,14 +244,14 @@ def test_a_search_goes_on_from_what_it_has_evaluated():
 
 
 def test_a_search_ends_when_every_network_was_evaluated():
-    space = search.make_space(FAMILY, **RANGE, multiple=8)
+    space = evolution.make_space(FAMILY, **RANGE, multiple=8)
     archive = evolve(space, num_candidates=50, population=10)
     assert {c.widths for c in archive} == {(8, 8, 8, 8, 8), (8, 8, 8, 8, 16)}
 
 
 def test_the_front_holds_what_nothing_smaller_reaches():
     amounts, accuracies = [5, 3, 4, 1, 4], [0.6, 0.5, 0.5, 0.2, 0.55]
-    assert search.pareto_front(amounts, accuracies) == [True, True, False, True, True]
+    assert evolution.pareto_front(amounts, accuracies) == [True, True, False, True, True]
 
 
 # --- containers ------------------------------------------------------------------------------
@@ -262,11 +260,11 @@ def test_the_front_holds_what_nothing_smaller_reaches():
 def test_later_populations_use_the_containers_of_earlier_ones():
     rng = np.random.default_rng(0)
     rows = [tuple(int(rng.choice(c[:4])) for c in SPACE.choices) for _ in range(40)]
-    first = search.add_containers(SPACE, [], rows[:20], macs_per_container=1000)
-    assert first[0] == LARGEST and 1 < len(first) <= search.MAX_CONTAINERS
-    again = search.add_containers(SPACE, first, rows[:20], macs_per_container=1000)
+    first = evolution.add_containers(SPACE, [], rows[:20], macs_per_container=1000)
+    assert first[0] == LARGEST and 1 < len(first) <= evolution.MAX_CONTAINERS
+    again = evolution.add_containers(SPACE, first, rows[:20], macs_per_container=1000)
     assert again == first
-    assert search.add_containers(SPACE, [], rows[:20], macs_per_container=1e12) == first[:1]
+    assert evolution.add_containers(SPACE, [], rows[:20], macs_per_container=1e12) == first[:1]
     assert not np.any(np.array(first) % (np.array(LARGEST) // 4))
 
 
@@ -288,7 +286,7 @@ def finished(workdir, tmp_path_factory):
 
     Of each call the first image, the number of images and the networks.
     """
-    evaluate_grid, calls = evaluation.evaluate_grid, []
+    evaluate_grid, calls = grid.evaluate_grid, []
 
     def record(hypernetwork, params, widths, images, *args, **options):
         calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
@@ -296,8 +294,8 @@ def finished(workdir, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "evaluate_grid", record)
-        return folder, run(search, *arguments(workdir, folder)), calls
+        patch.setattr(grid, "evaluate_grid", record)
+        return folder, run(evolution, *arguments(workdir, folder)), calls
 
 
 def arguments(workdir, out, *more, budget=f"--max_macs={BUDGET}"):
@@ -311,18 +309,18 @@ def read(folder, name="best.json"):
 def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
     out, file = tmp_path / "search", tmp_path / "file"
     with lab.locked(out):
-        assert_refuses(f"Another process is using {out}", search, *arguments(workdir, out))
-    assert not (out / search.STATE_FILE).exists()
+        assert_refuses(f"Another process is using {out}", evolution, *arguments(workdir, out))
+    assert not (out / evolution.STATE_FILE).exists()
     file.write_text("")
     words = "must be writable, but File exists; choose another"
-    assert_refuses(words, search, *arguments(workdir, file))
+    assert_refuses(words, evolution, *arguments(workdir, file))
 
 
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
     workdir, finished
 ):
     folder, printed, recorded = finished
-    dataset = data.load_dataset("digits")
+    dataset = datasets.load_dataset("digits")
     tests = [call for call in recorded if call[0] == dataset.test_images[0].tobytes()]
     best = read(folder)
     wanted = {tuple(best["widths"]), tuple(best["uniform"]["widths"])}
@@ -332,7 +330,7 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     candidates = [row for call in recorded if call[1] == 40 for row in call[2]]
     assert len(candidates) == len(set(candidates)) == 40
     finalists = [call for call in recorded if call[1] == 144]
-    assert len(finalists) == 1 and len(finalists[0][2]) >= search.NUM_FINALISTS
+    assert len(finalists) == 1 and len(finalists[0][2]) >= evolution.NUM_FINALISTS
 
     family, _, _ = checkpoint.load_inr(workdir)
     widths = morphs.load_morph(folder / "best.json", family)
@@ -356,26 +354,26 @@ def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
     workdir, tmp_path, finished, monkeypatch
 ):
     args = arguments(workdir, tmp_path, "--notest")
-    run(search, *args, "--time_limit=1e-9")
+    run(evolution, *args, "--time_limit=1e-9")
     part = len(read(tmp_path, "pareto.json")["rows"])
     assert part < 40
-    assert f"continuing after {part} candidates" in run(search, *args)
+    assert f"continuing after {part} candidates" in run(evolution, *args)
     found, wanted = (read(folder, "pareto.json")["rows"] for folder in (tmp_path, finished[0]))
     for name in ("widths", "accuracy", "generation"):
         assert [row[name] for row in found] == [row[name] for row in wanted]
     best = read(tmp_path)
     assert best["widths"] == read(finished[0])["widths"] and "test_accuracy" not in best
-    monkeypatch.setattr(evaluation, "evaluate_grid", None)
-    run(search, *args)
+    monkeypatch.setattr(grid, "evaluate_grid", None)
+    run(evolution, *args)
 
 
 def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "evaluate_grid", interrupted)
-    status, _, err = call(search, *arguments(workdir, tmp_path))
-    assert status == command_line.INTERRUPTED
+    monkeypatch.setattr(grid, "evaluate_grid", interrupted)
+    status, _, err = call(evolution, *arguments(workdir, tmp_path))
+    assert status == INTERRUPTED
     assert "stopped after 0 candidates; the same command continues" in err
 
 
@@ -384,7 +382,7 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
         assert (batch, dtype) == (4, "float32")
         return family.num_macs(widths) / 1e5 + sum(widths) % 3 * 0.05
 
-    monkeypatch.setattr(search, "measure_latency", measure)
+    monkeypatch.setattr(evolution, "measure_latency", measure)
     family, _, _ = checkpoint.load_inr(workdir)
     options = {"batch": 4, "dtype": "float32"}
     half, full = (measure(family, family.widths(ratio), **options) for ratio in (0.5, 1.0))
@@ -394,16 +392,18 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
         budget, more = f"--max_latency_ms={limit}", ("--latency_batch=4", "--notest")
         return arguments(workdir, out, *more, budget=budget)
 
-    run(search, *args(tmp_path, limit))
+    run(evolution, *args(tmp_path, limit))
     best = read(tmp_path)
     assert best["latency_ms"] == pytest.approx(measure(family, best["widths"], **options), abs=1e-3)
     assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
     words = f"{half:.3f} to {full:.3f}"
-    assert_refuses(words, search, *args(tmp_path / "b", 0.1))
+    assert_refuses(words, evolution, *args(tmp_path / "b", 0.1))
 
 
 def test_a_measured_latency_is_a_time():
-    assert 0 < search.measure_latency(FAMILY, LARGEST, batch=2, dtype="float32", seconds=0.0) < 1000
+    assert (
+        0 < evolution.measure_latency(FAMILY, LARGEST, batch=2, dtype="float32", seconds=0.0) < 1000
+    )
 
 
 @pytest.mark.parametrize(
@@ -424,28 +424,28 @@ def test_a_measured_latency_is_a_time():
     ],
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
-    monkeypatch.setattr(evaluation, "evaluate_grid", None)
-    assert_refuses(shown, search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
+    monkeypatch.setattr(grid, "evaluate_grid", None)
+    assert_refuses(shown, evolution, f"--workdir={workdir}", f"--out={tmp_path}", *args)
 
 
 def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path):
     settings, path = {"max_macs": 1.0, "seed": 0}, tmp_path / "candidates.json"
-    record = search.Record(settings, [Candidate((1, 2), 0.5, 0)], validation={(1, 2): 0.25})
+    record = evolution.Record(settings, [Candidate((1, 2), 0.5, 0)], validation={(1, 2): 0.25})
     record.write(path)
-    assert search.read_record(path, settings) == record
+    assert evolution.read_record(path, settings) == record
     with refused(r"seed \(saved 0, given 1\)", UsageError):
-        search.read_record(path, {**settings, "seed": 1})
-    names = dict.fromkeys(search.BUDGETS) | {"depth": False}
-    search.Record({**names, "max_macs": 3e7}).write(path)
+        evolution.read_record(path, {**settings, "seed": 1})
+    names = dict.fromkeys(evolution.BUDGETS) | {"depth": False}
+    evolution.Record({**names, "max_macs": 3e7}).write(path)
     for more, below in [
         ({"max_macs": 3e7}, ""),
         ({"max_macs": 5e7}, "max_macs=5e+07"),
         ({"max_params": 2e5, "depth": True}, "max_params=200000,depth"),
     ]:
-        assert search._folder(tmp_path, {**names, **more}) == tmp_path / below
+        assert evolution._folder(tmp_path, {**names, **more}) == tmp_path / below
     record.write(path)
     words = f"max_macs (saved 1.0, given {BUDGET}.0)"
-    assert_refuses(words, search, *arguments(workdir, tmp_path))
+    assert_refuses(words, evolution, *arguments(workdir, tmp_path))
     path.write_text('{"archive": 3')
     with refused("damaged; remove it", UsageError):
-        search.read_record(path, settings)
+        evolution.read_record(path, settings)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax import architecture, command_line, resnet
+from neumeta_jax.commands import command_line
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.errors import USAGE_ERROR, UsageError
+from neumeta_jax.networks import cifar_resnet, cifar_spec
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "benchmarks" / "speed.py"
@@ -66,19 +68,19 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
 
 
 def test_a_grid_has_no_network_twice(speed):
-    spec = architecture.cifar_resnet(20, num_classes=10)
-    family = resnet.hypernetwork(spec, (1, 4, 6), Grid())
+    spec = cifar_spec.resnet_spec(20, num_classes=10)
+    family = cifar_resnet.hypernetwork(spec, (1, 4, 6), Grid())
     rows = speed.draw_widths(family, 64)
     assert rows.shape == (64, 3) and len(np.unique(rows, axis=0)) == 64
     assert np.all(rows >= family.widths(0.25)) and np.all(rows <= family.widths(1.0))
-    small = architecture.cifar_resnet(14, num_classes=10, stage_widths=(2, 2, 2))
-    tiny = resnet.hypernetwork(small, (1,), Grid())
+    small = cifar_spec.resnet_spec(14, num_classes=10, stage_widths=(2, 2, 2))
+    tiny = cifar_resnet.hypernetwork(small, (1,), Grid())
     assert sorted(speed.draw_widths(tiny, 3).tolist()) == [[1], [2]]
 
 
 def test_networks_of_one_shape_differ(speed):
-    spec = architecture.cifar_resnet(20, num_classes=10)
-    family = resnet.hypernetwork(spec, (1, 4), Grid())
+    spec = cifar_spec.resnet_spec(20, num_classes=10)
+    family = cifar_resnet.hypernetwork(spec, (1, 4), Grid())
     rows = speed.one_bucket(family, 4)
     assert len(rows) == 4 and rows.max(axis=0).tolist() == family.widths(0.75).tolist()
 
@@ -99,10 +101,10 @@ def test_networks_of_one_shape_differ(speed):
 def test_bad_flags_are_refused_in_one_sentence(speed, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.run(speed.main, ["speed.py", *flags])
-    assert stop.value.code == command_line.USAGE_ERROR
+    assert stop.value.code == USAGE_ERROR
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    with pytest.raises(command_line.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         speed.parse(flags)
 
 

@@ -5,23 +5,25 @@ import numpy as np
 import pytest
 from builders import STRICT
 
-from neumeta_jax import checkpoint, core, resnet
-from neumeta_jax.architecture import cifar_resnet, generated_blocks
+from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.runs import checkpoint
 
-SPEC = cifar_resnet(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
+SPEC = resnet_spec(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The file of an INR of each kind, made under JAX's own settings."""
     folder, paths = tmp_path_factory.mktemp("strict"), {}
-    backbone = resnet.init_params(jax.random.key(0), SPEC)
+    backbone = cifar_resnet.init_params(jax.random.key(0), SPEC)
     for kind in ("projection", "grid", "per_tensor_mlp"):
         small = {"hidden_width": 4, "num_layers": 2, "num_frequencies": 2}
         inr = make_inr(kind, **(small if kind == "per_tensor_mlp" else {}))
-        family = resnet.hypernetwork(SPEC, generated_blocks(SPEC), inr)
+        family = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), inr)
         paths[kind] = folder / f"{kind}.safetensors"
         checkpoint.save_inr(
             paths[kind], family, hyper.init(jax.random.key(1), family, backbone), mean=[0.5]
@@ -41,9 +43,9 @@ def test_generation_networks_and_loading_hold_under(files, kind, setting):
             family, params, _ = checkpoint.load_inr(files[kind])
             chosen, images = jax.device_put((widths, pixels))
             tree = jax.jit(lambda p, w, h=family: hyper.generate(h, p, w))(params, chosen)
-            logits = jax.jit(lambda p, x: resnet.apply(SPEC, p, x))(tree, images)
+            logits = jax.jit(lambda p, x: cifar_resnet.apply(SPEC, p, x))(tree, images)
             at = family.by_name([2, 0])
-            small = jax.jit(lambda t, h=family, at=at: core.slice_params(h.groups, t, at))(tree)
+            small = jax.jit(lambda t, h=family, at=at: elastic.slice_params(h.groups, t, at))(tree)
             found = jax.device_get((logits, small))
         finally:
             jax.config.update(setting, before)

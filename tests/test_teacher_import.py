@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 from builders import Call, npy_bytes, npz_bytes, refused, safetensors_with, unzipped, zipped
 
-from neumeta_jax import resnet, teacher_import
-from neumeta_jax.architecture import ResNetSpec, cifar_resnet
+from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.networks.cifar_spec import ResNetSpec, resnet_spec
 
 SPEC = ResNetSpec(stage_widths=(4, 6, 8), hidden_widths=(4, 6, 8), num_classes=5, image_size=8)
 
@@ -490,7 +490,7 @@ def test_inconsistent_and_hostile_safetensors_headers_are_refused(tmp_path, head
 SPECS = {
     "projection": SPEC,
     "pad": dataclasses.replace(SPEC, shortcut="pad"),
-    "deep": cifar_resnet(20, num_classes=10, stage_widths=(2, 3, 4)),
+    "deep": resnet_spec(20, num_classes=10, stage_widths=(2, 3, 4)),
     "gray": dataclasses.replace(SPEC, channels=1),
     "pruned": ResNetSpec((4, 6, 8), (3, 5, 2, 7, 1, 9), num_classes=3),
     "morphed": ResNetSpec((4, 6, 8), (3, 0, 5, 2, 0, 7, 1, 9, 0), num_classes=3),
@@ -503,7 +503,7 @@ def test_tensors_tell_their_spec_and_become_the_tree_of_its_linen_network(spec):
     tensors = teacher_tensors(spec)
     assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
     images = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
-    wanted = jax.eval_shape(resnet.ResNet(spec).init, jax.random.key(0), images)
+    wanted = jax.eval_shape(cifar_resnet.ResNet(spec).init, jax.random.key(0), images)
     got = teacher_import.to_variables(spec, tensors)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
 
@@ -577,7 +577,7 @@ def test_other_networks_and_tensors_that_do_not_fit_are_named(change, match):
 
 
 def test_many_missing_or_superfluous_tensors_are_counted():
-    deeper = cifar_resnet(14, num_classes=5, stage_widths=SPEC.stage_widths)
+    deeper = resnet_spec(14, num_classes=5, stage_widths=SPEC.stage_widths)
     with refused(r"layer1\.1\.conv1\.weight .* and 29 more"):
         teacher_import.to_variables(deeper, teacher_tensors(SPEC))
     with refused("no place for the tensors .* and 27 more"):
@@ -614,9 +614,9 @@ def test_the_real_teachers_are_recognised_and_give_the_logits_of_pytorch(name, d
     if not (shared / "weights").is_dir():
         pytest.skip(f"needs the teachers in {shared}; set NEUMETA_SHARED to their folder")
     spec, variables = teacher_import.load_teacher(shared / "weights" / name)
-    assert spec == cifar_resnet(depth, num_classes=100)
+    assert spec == resnet_spec(depth, num_classes=100)
     assert spec.num_params == num_params
-    folded = resnet.fold_batch_norm(variables)
+    folded = cifar_resnet.fold_batch_norm(variables)
     assert sum(leaf.size for leaf in jax.tree.leaves(folded)) == num_params
 
     path = shared / "data" / "imgpack.py"
@@ -630,7 +630,7 @@ def test_the_real_teachers_are_recognised_and_give_the_logits_of_pytorch(name, d
     images = ((images / 255 - mean) / std).astype(np.float32)
     with np.load(shared / "weights" / "reference_logits.npz") as file:
         wanted = file[f"cifar100_resnet{depth}"][:32]
-    logits = jax.jit(resnet.ResNet(spec).apply)(variables, images)
+    logits = jax.jit(cifar_resnet.ResNet(spec).apply)(variables, images)
     np.testing.assert_allclose(logits, wanted, atol=1e-3)
-    logits = jax.jit(resnet.apply, static_argnums=0)(spec, folded, images)
+    logits = jax.jit(cifar_resnet.apply, static_argnums=0)(spec, folded, images)
     np.testing.assert_allclose(logits, wanted, atol=1e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neumeta_jax import timing
+from neumeta_jax.evaluation import timing
 
 
 def test_each_function_is_called_once_in_every_round():

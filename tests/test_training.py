@@ -10,15 +10,17 @@ import optax
 import pytest
 from networks import refused
 
-from neumeta_jax import data, losses, resnet, training
-from neumeta_jax.architecture import SHORTCUTS, cifar_resnet, generated_blocks
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
-from neumeta_jax.training import InrRecipe, Phase, PhaseInputs, Preprocessing
+from neumeta_jax.data import datasets
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, resnet_spec
+from neumeta_jax.runs import training
+from neumeta_jax.runs.training import InrRecipe, Phase, PhaseInputs, Preprocessing
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
-SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-FAMILY = resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
+SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=0.5))
 RECIPE = InrRecipe(
     batch_size=4,
     num_random_sizes=1,
@@ -34,14 +36,14 @@ NUM_IMAGES = 24
 
 @functools.cache
 def family_of(depth, which="inner", inr=Grid(), stage_widths=(4, 6, 8), **fields):  # noqa: B008
-    spec = cifar_resnet(depth, num_classes=5, stage_widths=stage_widths, image_size=8, **fields)
-    return resnet.hypernetwork(spec, generated_blocks(spec, which), inr)
+    spec = resnet_spec(depth, num_classes=5, stage_widths=stage_widths, image_size=8, **fields)
+    return cifar_resnet.hypernetwork(spec, generated_blocks(spec, which), inr)
 
 
 def random_backbone(spec, seed=0):
     """Biases too are off their initial zeros."""
     rng = np.random.default_rng(seed)
-    params = resnet.init_params(jax.random.key(seed), spec)
+    params = cifar_resnet.init_params(jax.random.key(seed), spec)
     return jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("float32"), params)
 
 
@@ -136,8 +138,8 @@ def test_phases_cover_all_steps_without_gaps(mode, blocks_per_phase, fit_steps, 
 
 
 def test_resnet56_has_the_papers_23_phases_and_warms_up_where_a_stage_opens():
-    spec = cifar_resnet(56, num_classes=100)
-    family = resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
+    spec = resnet_spec(56, num_classes=100)
+    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
     recipe = InrRecipe()
     found = training.phases(family, recipe, num_images=50_000)
     assert len(found) == 23
@@ -159,7 +161,7 @@ DEPTH = dataclasses.replace(
     depth_learning_rate=2e-2,
     weight_decay=0.0,
 )
-DEEP = resnet.hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
+DEEP = cifar_resnet.hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
 
 
 @pytest.fixture(scope="module")
@@ -618,7 +620,7 @@ def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, deep_params, ba
 
 def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
-    apply = jax.jit(lambda tree: resnet.apply(SPEC, tree, images))
+    apply = jax.jit(lambda tree: cifar_resnet.apply(SPEC, tree, images))
     full = jnp.array(FAMILY.full_widths)
     generated = jax.jit(lambda tree: hyper.generate_tensors(FAMILY, tree, full))(params["inr"])
     teacher_leaves = hyper.flat(backbone)
@@ -690,8 +692,8 @@ def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
         for position, name in enumerate(["stage1_block1", "stage2_block1"]):
             last = tree[name]["conv2"]
             tree[name]["conv2"] = jax.tree.map(lambda w, n=position: params["alpha"][n] * w, last)
-        logits = resnet.apply(SPEC, tree, x)
-        soft_labels = resnet.apply(SPEC, backbone, x)
+        logits = cifar_resnet.apply(SPEC, tree, x)
+        soft_labels = cifar_resnet.apply(SPEC, backbone, x)
         return (
             losses.cross_entropy(logits, y)
             + 1e-3 * losses.weight_norm(generated)
@@ -749,7 +751,7 @@ def test_steps_in_chunks_see_the_same_data_in_the_same_order():
 
 def test_an_epoch_shows_every_image_once():
     seen = []
-    order = np.asarray(data.epoch_order(jax.random.split(jax.random.key(9))[0], 0, NUM_IMAGES))
+    order = np.asarray(datasets.epoch_order(jax.random.split(jax.random.key(9))[0], 0, NUM_IMAGES))
     run_toy(0, 6, steps_per_call=1, after=lambda step, state, m: seen.append(int(m["last"])))
     np.testing.assert_array_equal(seen, order[3::4])
 
@@ -854,9 +856,9 @@ def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, pa
 
 def teach(recipe, preprocessing, stop, images_per_step=4, after=None):
     """(state before, state after) of `stop` steps of 25."""
-    spec = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    state = training.teacher_init(jax.random.key(0), resnet.Network(spec), recipe, 25)
-    update = training.teacher_update(resnet.Network(spec), recipe, preprocessing, 25)
+    spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+    state = training.teacher_init(jax.random.key(0), cifar_resnet.Network(spec), recipe, 25)
+    update = training.teacher_update(cifar_resnet.Network(spec), recipe, preprocessing, 25)
     call = training.chunked(update, images_per_step=images_per_step, steps_per_call=1)
     before = leaves(state.params)
     end = run_steps(call, state, stop, seed=0, images_per_step=images_per_step, after=after)

@@ -56,7 +56,9 @@ def experiment_of(batch_size: int, size: Size):
     """The experiment of the config on random images, and its splits."""
     import numpy as np
 
-    from neumeta_jax import command_line, data, experiment as lab
+    from neumeta_jax.commands import command_line
+    from neumeta_jax.data import datasets
+    from neumeta_jax.runs import experiment as lab
 
     fields = {"network.depth": size.depth, "train.batch_size": batch_size}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -68,8 +70,8 @@ def experiment_of(batch_size: int, size: Size):
         images = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
         return images, rng.integers(0, 100, number).astype(np.int32)
 
-    dataset = data.make_dataset("cifar100", *draw(size.images), *draw(100), num_classes=100)
-    splits = data.split_validation(dataset, num_validation=2000, seed=0)
+    dataset = datasets.make_dataset("cifar100", *draw(size.images), *draw(100), num_classes=100)
+    splits = datasets.split_validation(dataset, num_validation=2000, seed=0)
     return lab.from_config(config, dataset), splits
 
 
@@ -78,14 +80,16 @@ def worker(batch_size: int, size: Size) -> None:
     import jax
     import jax.numpy as jnp
 
-    from neumeta_jax import experiment as lab, resnet, timing, training
     from neumeta_jax.core import hypernetwork as hyper
+    from neumeta_jax.evaluation import timing
+    from neumeta_jax.networks import cifar_resnet
+    from neumeta_jax.runs import experiment as lab, training
 
     lab.configure_jax()
     experiment, splits = experiment_of(batch_size, size)
     family, recipe = experiment.hypernetwork, experiment.recipe
     images = training.Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
-    backbone = resnet.init_params(jax.random.key(0), family.spec)
+    backbone = cifar_resnet.init_params(jax.random.key(0), family.spec)
     params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
     phases = training.phases(family, recipe, num_images=len(splits.train_labels))
     order = jnp.arange(len(splits.train_labels), dtype=jnp.int32)
@@ -170,7 +174,7 @@ def torch_worker(batch_size: int, size: Size) -> None:
     nn: Any = importlib.import_module("torch.nn")
     functional: Any = importlib.import_module("torch.nn.functional")
 
-    from neumeta_jax import timing
+    from neumeta_jax.evaluation import timing
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)

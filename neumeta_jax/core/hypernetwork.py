@@ -21,13 +21,13 @@ import jax.typing
 import numpy as np
 
 from neumeta_jax.core import stacks
-from neumeta_jax.core.counting import Count, params_count
-from neumeta_jax.core.groups import Groups
 from neumeta_jax.core.inr import INR, Grid
 from neumeta_jax.core.inr.base import Params, skipped_share
-from neumeta_jax.core.resize import mask_axes, masked_axes, take_axes
 from neumeta_jax.core.stacks import TensorStack
-from neumeta_jax.core.widths import widths_at
+from neumeta_jax.elastic.counting import Count, params_count
+from neumeta_jax.elastic.groups import Groups
+from neumeta_jax.elastic.resize import mask_axes, masked_axes, take_axes
+from neumeta_jax.elastic.widths import widths_at
 
 # The papers' INR holds 7 x 64 x 64 x 512 activations, 59 MB, per sample and layer of a ResNet56.
 SAMPLE_BATCH = 16

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.core.axes import Axis
-from neumeta_jax.core.groups import Groups
+from neumeta_jax.elastic.axes import Axis
+from neumeta_jax.elastic.groups import Groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from neumeta_jax import core, networks
-from neumeta_jax.core.counting import Count, macs_count, params_count
+from neumeta_jax import elastic, networks
 from neumeta_jax.core.hypernetwork import Hypernetwork
 from neumeta_jax.core.inr import INR
+from neumeta_jax.elastic.counting import Count, macs_count, params_count
 
 ELASTIC = ("paired",)  # flags of the groups that vary beside those without any
 FULL = ("paired", "stream")
@@ -47,7 +47,7 @@ class LinenSpec:
         return _module(self)
 
     @property
-    def family(self) -> core.Family:
+    def family(self) -> elastic.Family:
         return _family(self)
 
     @property
@@ -72,12 +72,12 @@ class LinenSpec:
 
 
 class Network(NamedTuple):
-    """How a network starts, trains, is made ready for the INR, and runs; see `resnet.Network`."""
+    """How a network starts, trains, is prepared, and runs; see `cifar_resnet.Network`."""
 
     spec: LinenSpec
 
     @property
-    def family(self) -> core.Family:
+    def family(self) -> elastic.Family:
         return self.spec.family
 
     def init_variables(self, key: jax.Array) -> Any:
@@ -99,7 +99,7 @@ class Network(NamedTuple):
 
     def fold(self, variables: Mapping) -> Any:
         """The same function with batch norm moved into what precedes it."""
-        return core.fold(self.family, variables)[1]
+        return elastic.fold(self.family, variables)[1]
 
     def apply(self, tree: Mapping, images: jax.Array) -> jax.Array:
         """Logits in inference mode."""
@@ -155,9 +155,9 @@ def _shapes(spec: LinenSpec) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _family(spec: LinenSpec) -> core.Family:
+def _family(spec: LinenSpec) -> elastic.Family:
     images = jax.ShapeDtypeStruct((2, *spec.input_shape), jnp.float32)
-    return core.folded(core.trace(spec.module.apply, _shapes(spec), images))
+    return elastic.folded(elastic.trace(spec.module.apply, _shapes(spec), images))
 
 
 @functools.lru_cache(maxsize=64)
@@ -208,7 +208,7 @@ class LinenSize:
     def apply(self, tree: Any, x: jax.Array) -> jax.Array:
         """Logits of the dense network."""
         widths = dict(zip(self.names, self.widths, strict=True))
-        return core.apply_at(self.spec.family, tree, x.astype(jnp.float32), widths)
+        return elastic.apply_at(self.spec.family, tree, x.astype(jnp.float32), widths)
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types; `from_dict` is the inverse."""
@@ -267,7 +267,7 @@ class LinenHypernetwork(Hypernetwork):
         groups, small = self.groups, self.at(widths)
         if sizes is not None:
             groups = groups.resized(self.by_name([int(size) for size in sizes]))
-        return small, core.slice_params(groups, tree, self.by_name(small.widths))
+        return small, elastic.slice_params(groups, tree, self.by_name(small.widths))
 
     def forward(self, tree: Any, x: jax.Array, widths: Sequence[int] | None = None) -> jax.Array:
         """Logits of a masked tree; the network cut out of it runs where `widths` are given."""

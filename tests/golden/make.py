@@ -25,16 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from neumeta_jax import export, resnet, training
-from neumeta_jax.architecture import ResNetSpec, cifar_resnet, generated_blocks, morph
-from neumeta_jax.core import hypernetwork as hyper, ordering
+from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
-from neumeta_jax.resnet import ResNetHypernetwork
-from neumeta_jax.training import InrRecipe
+from neumeta_jax.elastic import ordering
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
+from neumeta_jax.networks.cifar_spec import ResNetSpec, generated_blocks, morph, resnet_spec
+from neumeta_jax.runs import training
+from neumeta_jax.runs.training import InrRecipe
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-SPEC = cifar_resnet(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-SMALL = cifar_resnet(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
+SMALL = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 INRS = {
     "projection": Projection(modulated=True, depth_term=True, max_cell=1.75),
     "grid": Grid(noise_scale=0.5),
@@ -91,14 +94,14 @@ def drawn(tree: Any, seed: int, scale: float = 0.2) -> Any:
 
 def start(family: ResNetHypernetwork) -> tuple[Any, Any]:
     """A backbone and the parameters of `family`, both drawn."""
-    backbone = drawn(resnet.init_params(jax.random.key(0), family.spec), seed=1)
+    backbone = drawn(cifar_resnet.init_params(jax.random.key(0), family.spec), seed=1)
     shapes = jax.eval_shape(lambda key: hyper.init(key, family, backbone), jax.random.key(0))
     return backbone, drawn(jax.tree.map(lambda x: np.zeros(x.shape), shapes), seed=2)
 
 
 def inr_case(kind: str) -> dict[str, np.ndarray]:
     """What a kind generates, exports and learns in a step: arrays by name."""
-    family = resnet.hypernetwork(SPEC, generated_blocks(SPEC), INRS[kind])
+    family = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), INRS[kind])
     _, params = start(family)
     generate = jax.jit(lambda params, widths: hyper.generate_tensors(family, params, widths))
     found = {}
@@ -106,11 +109,11 @@ def inr_case(kind: str) -> dict[str, np.ndarray]:
         tree = generate(params["inr"], family.widths(ratio))
         found |= {f"network/{ratio}/{name}": value for name, value in flat(tree).items()}
 
-    spec, tree = export.draw(family, params, (2, 0))
+    spec, tree = formats.draw(family, params, (2, 0))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "network.safetensors"
         mean, std = PREPROCESSING.mean, PREPROCESSING.std
-        export.save_safetensors(path, spec, tree, normalization=export.Normalization(mean, std))
+        formats.save_safetensors(path, spec, tree, normalization=formats.Normalization(mean, std))
         tensors = safetensors.numpy.load_file(path)
     found |= {f"export/{name}": value for name, value in tensors.items()}
     return found | {f"step/{name}": value for name, value in flat(step(kind)).items()}
@@ -118,7 +121,7 @@ def inr_case(kind: str) -> dict[str, np.ndarray]:
 
 def step(kind: str) -> Any:
     """Metrics, parameters and their average after a step of `kind`, at three sizes."""
-    family = resnet.hypernetwork(SMALL, (0, 1), INRS[kind])
+    family = cifar_resnet.hypernetwork(SMALL, (0, 1), INRS[kind])
     recipe = dataclasses.replace(RECIPE, optimizer=OPTIMIZERS[kind])
     backbone, params = start(family)
     rng = np.random.RandomState(3)
@@ -147,14 +150,14 @@ def step(kind: str) -> Any:
 
 def network_case(depth: int) -> dict[str, Any]:
     """What is counted and ordered of a full-size network: JSON values."""
-    spec = cifar_resnet(depth, num_classes=100)
+    spec = resnet_spec(depth, num_classes=100)
     blocks = generated_blocks(spec)
-    family = resnet.hypernetwork(spec, blocks, Grid())
+    family = cifar_resnet.hypernetwork(spec, blocks, Grid())
     morphs = {
         str(ratio): morph(spec, blocks, family.widths(ratio).tolist()) for ratio in (1, 0.5, 0.25)
     }
     params, moments = random_network(spec)
-    groups = resnet.family(spec).groups
+    groups = cifar_resnet.family(spec).groups
     _, smooth = ordering.smooth(groups, params)
     _, important = ordering.by_importance(groups, params, moments)
     return {
@@ -192,7 +195,7 @@ def random_network(spec: ResNetSpec) -> tuple[Any, dict[str, np.ndarray]]:
     rng = np.random.RandomState(7)
     tree = jax.tree.map(
         lambda shape: (rng.randint(-512, 512, shape) / 1024).astype(np.float32),
-        resnet.param_shapes(spec),
+        cifar_resnet.param_shapes(spec),
         is_leaf=lambda x: isinstance(x, tuple),
     )
     moments = {}

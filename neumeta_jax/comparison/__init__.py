@@ -1,0 +1,1 @@
+"""Other ways to a family of sizes, on the same budget."""

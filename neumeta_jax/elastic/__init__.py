@@ -1,0 +1,28 @@
+"""The method, for any network: groups of channels, networks at other widths, hypernetworks."""
+
+from neumeta_jax.elastic.family import Family, apply_at, num_macs, trace
+from neumeta_jax.elastic.folding import fold, folded
+from neumeta_jax.elastic.groups import Group, Groups, Member, Reader, num_params
+from neumeta_jax.elastic.moments import moments
+from neumeta_jax.elastic.resize import mask_params, permute, select, slice_params
+from neumeta_jax.elastic.rules import UnknownPrimitive
+
+__all__ = [
+    "Family",
+    "Group",
+    "Groups",
+    "Member",
+    "Reader",
+    "UnknownPrimitive",
+    "apply_at",
+    "fold",
+    "folded",
+    "mask_params",
+    "moments",
+    "num_macs",
+    "num_params",
+    "permute",
+    "select",
+    "slice_params",
+    "trace",
+]

@@ -1,0 +1,1 @@
+"""Accuracy, cost and consistency of any number of networks."""

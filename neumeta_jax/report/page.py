@@ -1,0 +1,216 @@
+"""One HTML file to look at what a run's networks can do; it needs a browser and no network.
+
+`render` puts the numbers into page_template.html, whose script draws them: sliders, the accuracy
+over the width axis, the Pareto front, and a slice of the weights at every width.
+"""
+
+import base64
+import html
+import importlib.resources
+import json
+import os
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.files import storage
+from neumeta_jax.networks.cifar_spec import ResNetSpec
+
+TEMPLATE = "page_template.html"
+LATENCY_FILE = "latency.json"
+MAX_SLICE_VALUES = 900_000  # one byte each, 4/3 in the file
+CENTER = 1  # row and column of the centre tap
+SATURATED = 99.5  # percentile of the sizes of the weights that has the strongest colour
+
+
+def network_entries(
+    rows: Sequence[GridRow], spec: ResNetSpec, latency: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The distinct networks of `rows` as the page shows them, by ratio; the first of equals counts.
+
+    Args:
+        rows: of one family, from one or several evaluations.
+        spec: its full-size network; a hidden width of 0 takes two layers off its depth.
+        latency: the document that `python -m neumeta_jax.latency` writes; its measurements go to
+            the networks of the same widths.
+    """
+    measured = _measurements(latency or {"rows": []})
+    distinct: dict[tuple[int, ...], GridRow] = {}
+    for row in rows:
+        distinct.setdefault(row.widths, row)
+    entries = []
+    for row in sorted(distinct.values(), key=lambda row: (row.width_ratio, row.num_macs)):
+        entry = {
+            "ratio": row.width_ratio,
+            "widths": list(row.widths),
+            "hidden": describe_widths(row.widths),
+            "depth": spec.depth - 2 * row.widths.count(0),
+            "params": row.num_params,
+            "macs": row.num_macs,
+            "accuracy": row.accuracy,
+            "trained": row.trained,
+        }
+        if row.int8_accuracy is not None:
+            entry["int8"] = row.int8_accuracy
+        if row.widths in measured:
+            entry["latency"] = measured[row.widths]
+        entries.append(entry)
+    return entries
+
+
+def describe_widths(widths: Sequence[int]) -> str:
+    """The different hidden widths of a network, and how many of its blocks are skipped.
+
+    >>> describe_widths((2, 0, 4, 0, 0))
+    '2 / 4, 3 of 5 blocks skipped'
+    """
+    kept = " / ".join(str(width) for width in dict.fromkeys(widths) if width) or "none"
+    skipped = f", {list(widths).count(0)} of {len(widths)} blocks skipped"
+    return kept + skipped * (0 in widths)
+
+
+def _measurements(latency: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
+    """{"p50_ms", "p90_ms"} by what was measured, such as "jax, batch 1", by widths."""
+    return {
+        tuple(row["widths"]): {
+            f"{backend}, batch {batch}": {name: values[name] for name in ("p50_ms", "p90_ms")}
+            for backend, batches in row["latency"].items()
+            for batch, values in batches.items()
+        }
+        for row in latency["rows"]
+    }
+
+
+def slice_entry(slices: WeightSlices, *, max_values: int = MAX_SLICE_VALUES) -> dict[str, Any]:
+    """The centre taps of `slices`, rounded to 8 bits, as the page reads them.
+
+    Where there are more than `max_values`, one in `thinned` widths is kept, then the first output
+    channels.
+
+    Returns:
+        {"block", "full_width", "widths", "out": output channels kept, "thinned": 0 or the step,
+        "scale": a weight is scale times its integer, "limit": the weight of the strongest colour,
+        "values": base64 of int8[out, width] of each width, one after another}.
+    """
+    taps = slices.kernels[:, CENTER, CENTER].transpose(0, 2, 1)  # [n, out, hidden]
+    step = 1
+    while len(slices.widths) // step > 16 and taps.shape[1] * slices.widths[::step].sum() > (
+        max_values
+    ):
+        step += 1
+    widths, taps = slices.widths[::step], taps[::step]
+    out = min(taps.shape[1], max(1, int(max_values // widths.sum())))
+    kept = [taps[n, :out, :width] for n, width in enumerate(widths)]
+    sizes = np.abs(np.concatenate([part.ravel() for part in kept]))
+    scale = float(sizes.max()) / 127 or 1.0
+    packed = b"".join(np.rint(part / scale).astype(np.int8).tobytes() for part in kept)
+    return {
+        "block": slices.block,
+        "full_width": slices.full_width,
+        "widths": widths.tolist(),
+        "out": out,
+        "thinned": step if step > 1 else 0,
+        "scale": scale,
+        "limit": float(np.percentile(sizes, SATURATED)) or 1.0,
+        "values": base64.b64encode(packed).decode(),
+    }
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields as text by dotted name.
+
+    >>> flatten({"data": {"name": "digits", "mean": []}})
+    {'data.name': 'digits', 'data.mean': '[]'}
+    """
+    flat: dict[str, str] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def page_document(
+    rows: Sequence[GridRow],
+    spec: ResNetSpec,
+    *,
+    title: str,
+    subtitle: str,
+    trained_range: tuple[float, float],
+    teacher_accuracy: float | None = None,
+    slices: WeightSlices | None = None,
+    latency: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    versions: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `render` puts into the page, as JSON types.
+
+    Args:
+        rows: at least one network, see `network_entries`.
+        spec: the full-size network.
+        title, subtitle: the first two lines.
+        trained_range: smallest and largest width ratio seen in training, shaded.
+        teacher_accuracy: in [0, 1], drawn as a dashed line.
+        slices: weights to show at the width of the slider.
+        latency: the document that `python -m neumeta_jax.latency` writes.
+        config, versions: of the run, shown as tables.
+    """
+    if not rows:
+        raise ValueError("A page needs at least one evaluated network, got none.")
+    return {
+        "title": title,
+        "subtitle": subtitle,
+        "trained_range": list(trained_range),
+        "teacher_accuracy": teacher_accuracy,
+        "full": {"params": spec.num_params, "macs": spec.num_macs},
+        "networks": network_entries(rows, spec, latency),
+        "slices": slice_entry(slices) if slices is not None else None,
+        "config": flatten(config or {}),
+        "versions": {
+            **flatten(versions or {}),
+            **({"latency measured on": latency["device"]} if latency else {}),
+        },
+    }
+
+
+def render(document: Mapping[str, Any]) -> str:
+    """The page of `page_document` as HTML.
+
+    The data are JSON in a script element of its own, where "<" would be read as HTML: it becomes
+    an escape of JSON's.
+    """
+    template = importlib.resources.files("neumeta_jax").joinpath("report", TEMPLATE).read_text("utf-8")
+    title = html.escape(document["title"])
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return string.Template(template).substitute(title=title, data=text)
+
+
+def write_page(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
+    """Writes `render(document)`; an existing file is replaced once the new one is complete."""
+    storage.write_text(path, render(document))
+
+
+def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The document that `python -m neumeta_jax.latency` wrote to `path`, or None without a file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        return None
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        _measurements(document)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(
+            f"{path} must be what python -m neumeta_jax.latency writes, but it is damaged; remove "
+            "it or measure again."
+        ) from None
+    return document

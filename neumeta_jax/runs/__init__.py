@@ -1,0 +1,1 @@
+"""Configs, work directories, and the training that lives in them."""

@@ -1,0 +1,1 @@
+"""The best network under a budget, and measured latency."""
