@@ -24,6 +24,6 @@ def sentence(text: str) -> str:
 
 
 def check(condition: Any, message: str) -> None:
-    """Raises UsageError with `message`, what is required, what was given, what to do, unless true."""
+    """Raises UsageError unless `condition`; `message` says what is required, given, and to do."""
     if not condition:
         raise UsageError(message)
