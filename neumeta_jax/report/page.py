@@ -185,7 +185,7 @@ def render(document: Mapping[str, Any]) -> str:
     The data are JSON in a script element of its own, where "<" would be read as HTML: it becomes
     an escape of JSON's.
     """
-    template = importlib.resources.files("neumeta_jax").joinpath("report", TEMPLATE).read_text("utf-8")
+    template = importlib.resources.files("neumeta_jax.report").joinpath(TEMPLATE).read_text("utf-8")
     title = html.escape(document["title"])
     text = json.dumps(document, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return string.Template(template).substitute(title=title, data=text)
