@@ -16,7 +16,7 @@ from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.networks import teacher_import
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.runs import evaluations, experiment as lab
 
 FLAGS: command_line.Flags = {
     **command_line.WORKDIR,
@@ -103,7 +103,7 @@ def check_teacher(config, path, split):
     print(f"spec {spec.to_dict()}")
     print(f"{spec.num_params:,} parameters folded, {spec.num_macs / 1e6:.2f} M multiply-adds")
     experiment = lab.for_teacher(config, dataset, spec)
-    images, labels = lab.evaluation_split(splits, split)
+    images, labels = grid.evaluation_split(splits, split)
     print(f"{dataset.name}, {split} split, {len(labels)} images")
     lab.fold_and_order(experiment, variables, images, labels, splits.train_images)
 
@@ -112,21 +112,21 @@ def check_workdir(config, options):
     """Evaluates the grid of a work directory and writes tables and figures into it."""
     opened = lab.open_run(config, options)
     specs = {path: morphs.load_morph(path, opened.hypernetwork) for path in options.spec or ()}
-    ratios = lab.parse_width_ratios(options.width_ratios)
+    ratios = evaluations.parse_width_ratios(options.width_ratios)
     skipped = morphs.parse_skipped(options.skipped_blocks)
     figures = options.figures or options.report
-    sweep_ratios = lab.parse_sweep_ratios(figures, options.sweep_ratios)
+    sweep_ratios = evaluations.parse_sweep_ratios(figures, options.sweep_ratios)
     out = pathlib.Path(options.out or opened.workdir)
     experiment, splits = opened.load(other_data=out.resolve() != opened.workdir.resolve())
     drawn = ()
     if options.random_ratios is not None:
-        drawn = lab.draw_width_ratios(experiment, options.random_ratios, options.seed)
+        drawn = evaluations.draw_width_ratios(experiment, options.random_ratios, options.seed)
     networks = []
     if options.random_networks is not None:
         networks = morphs.draw_networks(experiment, options.random_networks, options.seed)
     width_ratios = ratios or experiment.evaluation.width_ratios
     depths, cells = morphs.depth_networks(experiment, skipped, width_ratios)
-    evaluator = lab.make_evaluator(
+    evaluator = evaluations.make_evaluator(
         experiment,
         opened.params,
         splits,
@@ -146,7 +146,7 @@ def check_workdir(config, options):
         "random_networks": networks and [*morphs.uniform_networks(experiment), *networks],
     }
     planned = {name: some for name, some in planned.items() if some}
-    lab.check_free(
+    evaluations.check_free(
         out,
         planned,
         split=evaluator.split,
@@ -157,7 +157,7 @@ def check_workdir(config, options):
     run = out, experiment, evaluator
     rows = morphs.evaluate_depths(*run, depths, cells) if depths else []
     if width_ratios:
-        lab.evaluate_and_write(
+        evaluations.evaluate_and_write(
             opened.workdir,
             experiment,
             evaluator,
@@ -169,7 +169,7 @@ def check_workdir(config, options):
             out=out,
         )
     if drawn:
-        lab.evaluate_random_ratios(*run, drawn)
+        evaluations.evaluate_random_ratios(*run, drawn)
     if specs:
         morphs.evaluate_specs(*run, specs)
     if networks:

@@ -13,7 +13,7 @@ import time
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError
-from neumeta_jax.runs import diagnosis, experiment as lab, hosts
+from neumeta_jax.runs import diagnosis, evaluations, experiment as lab, hosts
 from neumeta_jax.runs.progress import format_seconds
 
 FLAGS: command_line.Flags = {
@@ -65,9 +65,9 @@ def run(config, options):
     idle = lab.find_idle(experiment, params, splits)
     for line in diagnosis.describe_idle(experiment.hypernetwork, idle):
         print(line)
-    evaluator = lab.make_evaluator(experiment, params, splits)
+    evaluator = evaluations.make_evaluator(experiment, params, splits)
     ratios = experiment.evaluation.width_ratios
-    lab.evaluate_and_write(
+    evaluations.evaluate_and_write(
         pathlib.Path(options.workdir), experiment, evaluator, width_ratios=ratios
     )
     print(f"done in {format_seconds(time.perf_counter() - started)}")

@@ -33,7 +33,7 @@ from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
-from neumeta_jax.runs import checkpoint, experiment as lab, training
+from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, training
 
 ROOT = networks.ROOT
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
@@ -295,7 +295,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     reference, workdir = finished[0], tmp_path / "run"
     # What does not belong to training, and is tested elsewhere, takes most of the time.
     monkeypatch.setattr(lab, "describe", lambda *args, **options: "")
-    monkeypatch.setattr(lab, "evaluate_and_write", lambda *args, **options: [])
+    monkeypatch.setattr(evaluations, "evaluate_and_write", lambda *args, **options: [])
     if part == "inr":  # the teacher's part is tested above
         workdir.mkdir()
         shutil.copy(reference / "backbone.safetensors", workdir)
@@ -754,17 +754,17 @@ def test_random_widths_need_a_range_to_be_drawn_from(finished):
     config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
     experiment = lab.from_config(config, datasets.load_dataset("digits"))
     with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
-        lab.draw_width_ratios(experiment, 3, 0)
+        evaluations.draw_width_ratios(experiment, 3, 0)
     with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --spec"):
         morphs.draw_networks(experiment, 3, 0)
 
 
 def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():
-    ratios = lab.parse_sweep_ratios(True, None)
+    ratios = evaluations.parse_sweep_ratios(True, None)
     assert len(ratios) == 24 and (ratios[0], ratios[-1]) == (0.1, 1.25)
     np.testing.assert_allclose(np.diff(ratios), 0.05, atol=1e-9)
-    assert lab.parse_sweep_ratios(True, ["1", "0.5", "1.0"]) == (0.5, 1.0)
-    assert lab.parse_sweep_ratios(False, None) == ()
+    assert evaluations.parse_sweep_ratios(True, ["1", "0.5", "1.0"]) == (0.5, 1.0)
+    assert evaluations.parse_sweep_ratios(False, None) == ()
 
 
 def test_eval_says_what_it_needs(finished, copied, tmp_path):

@@ -44,7 +44,7 @@ from neumeta_jax.data import datasets
 from neumeta_jax.elastic import ordering, resize
 from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation import timing
+from neumeta_jax.evaluation import grid, timing
 from neumeta_jax.files import storage
 from neumeta_jax.networks import cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_resnet import Params, ResNet
@@ -931,7 +931,7 @@ def measure(
         network = cifar_resnet.Network(spec)
         found = known.get(ratio) or {
             split: round(
-                100 * experiment.accuracy(params, *lab.evaluation_split(splits, split), network), 4
+                100 * experiment.accuracy(params, *grid.evaluation_split(splits, split), network), 4
             )
             for split in read
         }
@@ -1088,7 +1088,7 @@ def main(argv: Sequence[str]) -> None:
         )
     read = SPLITS[:1] if options.trial else SPLITS
     for split in read:
-        lab.evaluation_split(splits, split)
+        grid.evaluation_split(splits, split)
     if baseline.method == "inr":
         lab.check_start(experiment, splits, options.workdir)
     else:

@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from neumeta_jax.commands.command_line import Flags
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.data import datasets
 from neumeta_jax.elastic.widths import MAX_WIDTH_RATIO
+from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import consistency, timing
 from neumeta_jax.evaluation.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.files import storage
@@ -100,6 +102,17 @@ def accuracy(
             y = np.concatenate([y, np.full(missing, -1, y.dtype)])
         correct.append(_count_correct(network, preprocessing, tree, x, y))
     return sum(int(n) for n in correct) / len(images)
+
+
+def evaluation_split(splits: datasets.Splits, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of "test" or "validation", which must have some."""
+    images = splits.test_images if split == "test" else splits.validation_images
+    labels = splits.test_labels if split == "test" else splits.validation_labels
+    if not len(labels):
+        raise UsageError(
+            f"The {split} split must have images; set --config.data.num_validation above 0."
+        )
+    return images, labels
 
 
 # --- many networks ---------------------------------------------------------------------------

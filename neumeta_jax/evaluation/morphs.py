@@ -16,7 +16,7 @@ from neumeta_jax.evaluation import grid
 from neumeta_jax.files import storage
 from neumeta_jax.networks.families import Family
 from neumeta_jax.report import plotting
-from neumeta_jax.runs import experiment as lab, training
+from neumeta_jax.runs import evaluations, experiment as lab, training
 
 Widths = tuple[int, ...]
 
@@ -244,7 +244,7 @@ def uniform_networks(experiment: lab.Experiment) -> list[Widths]:
 
 def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
     """`number` networks, the width ratio of each block uniformly from the trained range."""
-    low, high = lab.drawing_range(experiment, "--random_networks", "--spec", number, seed)
+    low, high = evaluations.drawing_range(experiment, "--random_networks", "--spec", number, seed)
     full = np.array(experiment.hypernetwork.full_widths)
     ratios = np.random.default_rng(seed).uniform(low, high, (number, len(full)))
     widths = np.maximum(np.floor(ratios * full + 0.5).astype(int), 1)

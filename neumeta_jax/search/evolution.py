@@ -705,7 +705,7 @@ def main(argv: Sequence[str]) -> None:
         depth=options.depth,
     )
     experiment, splits = opened.load()
-    lab.evaluation_split(splits, "validation")
+    grid.evaluation_split(splits, "validation")
     idle = lab.find_idle(experiment, opened.params, splits)
     for line in diagnosis.describe_idle(hypernetwork, idle):
         print(line)
@@ -817,7 +817,7 @@ def _search(out, experiment, params, splits, space, counted, record, ratios, opt
         """Adds the accuracies of `widths` on an entire split to `known`."""
         missing = [row for row in dict.fromkeys(widths) if row not in known]
         if missing:
-            images, labels = lab.evaluation_split(splits, split)
+            images, labels = grid.evaluation_split(splits, split)
             print(f"{len(missing)} networks on all {len(labels)} {split} images", flush=True)
             options = {**shared, "strategy": "loop" if len(missing) == 1 else record.strategy}
             grid.Evaluator(

@@ -35,7 +35,7 @@ from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family, Size
 from neumeta_jax.report import page
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.runs import evaluations, experiment as lab
 
 BATCH_SIZES = (1, 64)
 NUM_CALLS = 50
@@ -259,12 +259,12 @@ def main(argv: Sequence[str]) -> None:
             f"{','.join(options.batch_sizes)!r}."
         )
     command_line.check_at_least(options, calls=1)
-    ratios = lab.parse_width_ratios(options.width_ratios)
+    ratios = evaluations.parse_width_ratios(options.width_ratios)
     opened = lab.open_run(config, options)
     ratios = ratios or tuple(opened.config["eval"]["width_ratios"])
     networks = _networks(opened.hypernetwork, ratios, options.spec or ())
     folder = pathlib.Path(options.out or opened.workdir)
-    lab.check_free(folder, {"latency": [network.widths for network in networks]})
+    evaluations.check_free(folder, {"latency": [network.widths for network in networks]})
     out = folder / page.LATENCY_FILE
     num_samples = opened.config["eval"]["num_samples"]
 
