@@ -35,6 +35,7 @@ from neumeta_jax.commands import command_line
 from neumeta_jax.commands.command_line import run
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid, timing
 from neumeta_jax.files import storage
@@ -331,9 +332,7 @@ def make_step(case: Case) -> Step:
     recipe, preprocessing = experiment.recipe, experiment.preprocessing
     unroll = jax.default_backend() != "tpu"
     steps = training.default_steps_per_call()
-    images = training.Images(
-        jnp.asarray(case.dataset.train_images), jnp.asarray(case.dataset.train_labels)
-    )
+    images = Images(jnp.asarray(case.dataset.train_images), jnp.asarray(case.dataset.train_labels))
     order = jnp.asarray(np.random.default_rng(0).permutation(len(images.labels)), jnp.int32)
     chunk = (np.int32(0), np.int32(steps), jax.random.key(3), images, order, np.int32(0))
     compile_seconds, functions = {}, {}

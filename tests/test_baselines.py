@@ -15,12 +15,13 @@ from neumeta_jax.comparison import baselines
 from neumeta_jax.comparison.baselines import Baseline
 from neumeta_jax.core import losses
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid
 from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
 from neumeta_jax.runs import checkpoint, experiment as lab, training
-from neumeta_jax.runs.training import Preprocessing, TrainState
+from neumeta_jax.runs.training import TrainState
 
 CONFIG = "configs/baselines.py"
 CONFIGS = load_module(CONFIG)

@@ -16,12 +16,12 @@ from networks import dense_network, logits_of, random_params, random_pixels, ref
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import consistency, grid
 from neumeta_jax.evaluation.grid import GridRow
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import plotting
-from neumeta_jax.runs.training import Preprocessing
 
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))

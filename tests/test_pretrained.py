@@ -16,9 +16,10 @@ from networks import dense_network
 import neumeta_jax
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import grid
 from neumeta_jax.networks import cifar_resnet
-from neumeta_jax.runs import checkpoint, experiment as lab, training
+from neumeta_jax.runs import checkpoint, experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR100 = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared")) / "data"
@@ -55,7 +56,7 @@ def test_accuracies_are_those_of_the_page(name, test_images):
     page = (checkpoint.PRETRAINED / f"{name}.md").read_text()
     full, *_, smallest = map(float, re.search(r"\| 56 \| (.*) \|", page)[1].split(" | "))
     family, params, info = neumeta_jax.load(name)
-    preprocessing = training.Preprocessing(tuple(info["mean"]), tuple(info["std"]))
+    preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]))
     assert preprocessing.mean == datasets.NORMALIZATION["cifar100"][0]
     for ratio, wanted in ((1.0, full), (0.25, smallest)):
         spec, network = dense_network(family, params, family.widths(ratio))

@@ -21,11 +21,11 @@ from networks import (
 
 from neumeta_jax import elastic
 from neumeta_jax.core.inr import Grid
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import grid, quantize
 from neumeta_jax.export import formats
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs.training import Preprocessing
 
 NORMALIZATION = formats.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 SPEC = SPECS["projection"]

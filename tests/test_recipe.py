@@ -29,6 +29,7 @@ from test_teacher_import import teacher_tensors
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, morphs
@@ -187,7 +188,7 @@ def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     workdir, _ = finished
     family, params, metadata = checkpoint.load_inr(workdir)
     images = datasets.load_dataset("digits")
-    preprocessing = training.Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
+    preprocessing = Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
     rows = read_json(workdir / "grid.json")["rows"]
     for row in rows[1:]:

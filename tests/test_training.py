@@ -13,10 +13,11 @@ from networks import refused
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, resnet_spec
 from neumeta_jax.runs import training
-from neumeta_jax.runs.training import InrRecipe, Phase, PhaseInputs, Preprocessing
+from neumeta_jax.runs.training import InrRecipe, Phase, PhaseInputs
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -49,7 +50,7 @@ def random_backbone(spec, seed=0):
 
 def random_images(seed=0):
     rng = np.random.default_rng(seed)
-    return training.Images(
+    return Images(
         jnp.asarray(rng.integers(0, 256, (NUM_IMAGES, 8, 8, 3)), jnp.uint8),
         jnp.asarray(rng.integers(0, 5, NUM_IMAGES), jnp.int32),
     )

@@ -81,6 +81,7 @@ def worker(batch_size: int, size: Size) -> None:
     import jax.numpy as jnp
 
     from neumeta_jax.core import hypernetwork as hyper
+    from neumeta_jax.data.preprocessing import Images
     from neumeta_jax.evaluation import timing
     from neumeta_jax.networks import cifar_resnet
     from neumeta_jax.runs import experiment as lab, training
@@ -88,7 +89,7 @@ def worker(batch_size: int, size: Size) -> None:
     lab.configure_jax()
     experiment, splits = experiment_of(batch_size, size)
     family, recipe = experiment.hypernetwork, experiment.recipe
-    images = training.Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+    images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
     backbone = cifar_resnet.init_params(jax.random.key(0), family.spec)
     params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
     phases = training.phases(family, recipe, num_images=len(splits.train_labels))

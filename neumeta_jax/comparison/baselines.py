@@ -41,6 +41,7 @@ import optax
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering, resize
 from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import UsageError
@@ -52,7 +53,7 @@ from neumeta_jax.networks.cifar_spec import ResNetSpec, widths_at
 from neumeta_jax.runs import diagnosis, experiment as lab, training
 from neumeta_jax.runs.experiment import Experiment, Workdir
 from neumeta_jax.runs.progress import format_seconds
-from neumeta_jax.runs.training import Images, Preprocessing, TrainState
+from neumeta_jax.runs.training import TrainState
 
 ROW_FILE = "row.json"
 SPLITS = ("validation", "test")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from neumeta_jax.commands.command_line import Flags
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic.widths import MAX_WIDTH_RATIO
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import consistency, timing
@@ -25,7 +26,6 @@ from neumeta_jax.evaluation.buckets import Bucket, fill_containers, make_buckets
 from neumeta_jax.files import storage
 from neumeta_jax.networks import families
 from neumeta_jax.networks.families import Family
-from neumeta_jax.runs.training import Preprocessing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
 from neumeta_jax.networks.families import Family
 from neumeta_jax.runs import training
-from neumeta_jax.runs.training import Images, InrRecipe, PhaseInputs, Preprocessing
+from neumeta_jax.runs.training import InrRecipe, PhaseInputs
 
 
 class Step(NamedTuple):

@@ -31,6 +31,7 @@ from neumeta_jax.commands.command_line import local
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import describe_inr, make_inr
 from neumeta_jax.data import datasets
+from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.elastic.family import num_values
 from neumeta_jax.elastic.widths import check_width_ratio
@@ -44,7 +45,6 @@ from neumeta_jax.networks.families import Family
 from neumeta_jax.networks.linen import LinenSpec
 from neumeta_jax.runs import checkpoint, diagnosis, hosts, recipes, training
 from neumeta_jax.runs.progress import MetricsFile, Progress
-from neumeta_jax.runs.training import Images, Preprocessing
 
 BACKBONE_FILE = "backbone.safetensors"
 NUM_MOMENT_IMAGES = 2000

@@ -11,6 +11,7 @@ import numpy as np
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.hypernetwork import Hypernetwork
+from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.runs import training
 from neumeta_jax.runs.training import InrRecipe
 
@@ -44,7 +45,7 @@ RECIPE = InrRecipe(
 
 @dataclasses.dataclass(frozen=True)
 class _AsGiven:
-    """In place of `training.Preprocessing`: inputs as they are, or as `augment` changes them."""
+    """In place of `Preprocessing`: inputs as they are, or as `augment` changes them."""
 
     augment: Callable | None
 
@@ -141,7 +142,7 @@ def fit(
             start=phase.start,
             stop=phase.stop,
             key=jax.random.fold_in(key, number),
-            images=training.Images(x, labels),
+            images=Images(x, labels),
             images_per_step=at_phase.images_per_step,
             steps_per_call=chunk,
             every=(),

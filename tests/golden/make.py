@@ -27,6 +27,7 @@ import safetensors.numpy
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
+from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.export import formats
 from neumeta_jax.networks import cifar_resnet
@@ -65,7 +66,7 @@ RECIPE = InrRecipe(
 )
 # Of each kind the optimiser that its configs have.
 OPTIMIZERS = {"projection": "muon", "grid": "muon", "per_tensor_mlp": "adamw"}
-PREPROCESSING = training.Preprocessing((0.5,) * 3, (0.25,) * 3, crop_padding=1)
+PREPROCESSING = Preprocessing((0.5,) * 3, (0.25,) * 3, crop_padding=1)
 DEPTHS = (20, 56)
 
 
@@ -125,7 +126,7 @@ def step(kind: str) -> Any:
     recipe = dataclasses.replace(RECIPE, optimizer=OPTIMIZERS[kind])
     backbone, params = start(family)
     rng = np.random.RandomState(3)
-    images = training.Images(
+    images = Images(
         jnp.asarray(rng.randint(0, 256, (12, 8, 8, 3)), jnp.uint8),
         jnp.asarray(rng.randint(0, SMALL.num_classes, 12), jnp.int32),
     )
