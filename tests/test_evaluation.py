@@ -66,7 +66,7 @@ def dense_predictions():
     return np.stack(found)
 
 
-def grid(ratios, *, images=IMAGES, known=None, comparison=None, on_row=None, **options):
+def grid_rows(ratios, *, images=IMAGES, known=None, comparison=None, on_row=None, **options):
     evaluator = grid.Evaluator(
         FAMILY,
         inr_params(),
@@ -92,7 +92,7 @@ def all_logits(logits, labels):
 
 @pytest.fixture(scope="module")
 def rows():
-    return grid(RATIOS)
+    return grid_rows(RATIOS)
 
 
 # --- accuracy --------------------------------------------------------------------------------
@@ -138,39 +138,42 @@ def test_rows_hold_the_counts_and_the_accuracy_of_the_dense_networks_in_the_orde
         assert small == morph(SPEC, FAMILY.blocks, row.widths)
         assert (row.num_params, row.num_macs) == (small.num_params, small.num_macs)
         assert row.accuracy == np.mean(predictions(small, tree) == labels())
+        assert row.num_images == NUM_IMAGES
+        assert row.interval == grid.accuracy_interval(row.accuracy, NUM_IMAGES)
     assert rows[0].num_params == SPEC.num_params
     assert rows[2].num_params > SPEC.num_params > rows[1].num_params > rows[3].num_params
 
 
-def test_networks_that_are_known_or_the_same_again_are_not_evaluated_again():
+def test_networks_that_are_known_or_the_same_again_are_not_evaluated_again(monkeypatch):
     ratios, known = [0.5, 0.51, 1.0, 1.01, 0.49], {}
     half, full = (tuple(FAMILY.widths(ratio)) for ratio in (0.5, 1.0))
-    found = grid(ratios, known=known)
+    found = grid_rows(ratios, known=known)
     assert [row.widths for row in found] == [half, half, full, full, half]
     assert [row.width_ratio for row in found] == ratios
     assert [row.trained for row in found] == [True, True, True, False, False]
     assert [row.accuracy for row in found] == [known[row.widths] for row in found]
     assert set(known) == {half, full}
     partly = {half: 0.123}
-    again = grid([0.5, 1.0], known=partly)
+    again = grid_rows([0.5, 1.0], known=partly)
     assert [row.accuracy for row in again] == [0.123, known[full]]
     assert partly[full] == known[full] != 0.123
-    assert grid([0.5, 1.0], images=IMAGES[:0], known=partly) == again
+    monkeypatch.setattr(grid, "evaluate_grid", None)
+    assert grid_rows([0.5, 1.0], known=partly) == again
 
 
 @pytest.mark.parametrize("ratio", [0, 1.6, -0.5, float("nan")])
 def test_a_width_ratio_out_of_range_is_refused_before_anything_is_evaluated(ratio):
     seen = []
     with refused(rf"\(0, 1.5\], got {ratio}"):
-        grid([1.0, ratio], on_row=seen.append)
+        grid_rows([1.0, ratio], on_row=seen.append)
     assert seen == []
 
 
-def test_rows_say_how_consistent_they_are_with_the_full_network():
+def test_rows_say_how_consistent_they_are_with_the_full_network(monkeypatch):
     """In one pass, in which the full network comes first whether a row asks for it or not."""
     comparison, seen = grid.Comparison(), []
     options = {"comparison": comparison, "known": {}, "on_row": seen.append}
-    found = grid([0.5, 0.5], **options)
+    found = grid_rows([0.5, 0.5], **options)
     assert seen == found and list(comparison.found) == [FAMILY.full_widths, found[0].widths]
     # A call of its own, at the same shape for both networks.
     both = np.array(list(comparison.found))
@@ -184,7 +187,8 @@ def test_rows_say_how_consistent_they_are_with_the_full_network():
         assert f"{100 * row.agreement:.2f}" in line and f"{row.kl_divergence:.4f}" in line
         assert f" {row.worst_class} (" in line
     # Nothing of it is evaluated again.
-    again = grid([1.0, 0.5], images=IMAGES[:0], **options)
+    monkeypatch.setattr(grid, "evaluate_grid", None)
+    again = grid_rows([1.0, 0.5], **options)
     assert again[0].agreement == 1.0 and again[0].kl_divergence == 0.0
     assert again[1] == found[0]
 
@@ -444,6 +448,16 @@ def test_a_grid_that_cannot_be_evaluated_is_refused(options, match):
         evaluate(**options)
 
 
+@pytest.mark.parametrize("correct, number", [(0, 7), (7, 7), (13, 23), (9000, 10000)])
+def test_the_ends_of_the_interval_are_shares_that_lie_two_deviations_away(correct, number):
+    """Wilson's score: the ends p solve |correct / number - p| = z sqrt(p (1 - p) / number)."""
+    low, high = grid.accuracy_interval(correct / number, number)
+    assert 0 <= low <= correct / number <= high <= 1
+    for end in (low, high):
+        deviation = (end * (1 - end) / number) ** 0.5
+        assert abs(correct / number - end) == pytest.approx(1.959964 * deviation, abs=1e-7)
+
+
 # --- the width axis --------------------------------------------------------------------------
 
 
@@ -511,7 +525,7 @@ def test_the_written_files_hold_the_rows(tmp_path, rows):
     names = [field.name for field in dataclasses.fields(GridRow) if field.name != "int8_accuracy"]
     assert list(lines[0]) == names and set(document["rows"][0]) == set(names)  # nor is it there
     for found, line, row in zip(document["rows"], lines, rows, strict=True):
-        assert GridRow(**{**found, "widths": tuple(found["widths"])}) == row
+        assert grid.grid_row(found) == row
         assert type(found["trained"]) is bool and type(found["num_params"]) is int
         assert tuple(map(int, line["widths"].split())) == row.widths
         for name in ("width_ratio", "num_params", "num_macs", "accuracy", "trained"):

@@ -37,6 +37,7 @@ class GridRow:
         widths: hidden widths of the generated blocks.
         num_params, num_macs: of the whole dense network.
         accuracy: top-1 in [0, 1].
+        num_images, interval: that it was measured on, and `accuracy_interval` of it.
         trained: whether the ratio lies in the trained range.
         agreement, kl_divergence, calibration_error, worst_class, worst_class_drop: against the
             full network, see `consistency.Consistency`; None where they were not asked for.
@@ -55,6 +56,23 @@ class GridRow:
     worst_class: int | None = None
     worst_class_drop: float | None = None
     int8_accuracy: float | None = None
+    num_images: int | None = None
+    interval: tuple[float, float] | None = None
+
+
+NORMAL_95 = 1.959964  # standard deviations on both sides of a mean that hold 95 %
+
+
+def accuracy_interval(accuracy: float, num_images: int) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) of a share that was measured on `num_images` images.
+
+    >>> [round(bound, 3) for bound in accuracy_interval(0.9, 100)]
+    [0.826, 0.945]
+    """
+    z2 = NORMAL_95**2 / num_images
+    center = (accuracy + z2 / 2) / (1 + z2)
+    half = math.sqrt(accuracy * (1 - accuracy) * z2 + z2**2 / 4) / (1 + z2)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 @dataclasses.dataclass
@@ -721,6 +739,8 @@ class Evaluator:
             "num_params": self.hypernetwork.num_params(widths),
             "num_macs": self.hypernetwork.num_macs(widths),
             "accuracy": self.known[widths],
+            "num_images": len(self.labels),
+            "interval": accuracy_interval(self.known[widths], len(self.labels)),
             **(self.comparison.found[widths]._asdict() if self.comparison else {}),
         }
 
@@ -963,6 +983,7 @@ def grid_dict(rows: Sequence[GridRow], *, dataset: str, split: str, **extra) -> 
 
 def _row_dict(row: GridRow) -> dict:
     fields = {**dataclasses.asdict(row), "widths": list(row.widths)}
+    fields["interval"] = row.interval and list(row.interval)
     if row.int8_accuracy is None:
         del fields["int8_accuracy"]
     return fields
@@ -972,7 +993,8 @@ def grid_row(fields: Mapping[str, Any]) -> GridRow:
     """The row in JSON types that `fields` hold among others."""
     names = [field.name for field in dataclasses.fields(GridRow)]
     row = {name: fields[name] for name in names if name in fields}
-    return GridRow(**{**row, "widths": tuple(row["widths"])})
+    tuples = {name: tuple(row[name]) for name in ("widths", "interval") if row.get(name)}
+    return GridRow(**{**row, **tuples})
 
 
 def write_grid(

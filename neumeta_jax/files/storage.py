@@ -107,9 +107,9 @@ def write_csv(path: str | os.PathLike, table: Iterable[Sequence]) -> None:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Rows of equal keys for `write_csv`: their names first, lists with blanks between."""
+    """Rows of equal keys for `write_csv`: their names first, sequences with blanks between."""
     names = list(rows[0]) if rows else []
     return [names] + [
-        [" ".join(map(str, row[n])) if isinstance(row[n], list) else row[n] for n in names]
+        [" ".join(map(str, row[n])) if isinstance(row[n], list | tuple) else row[n] for n in names]
         for row in rows
     ]
