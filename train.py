@@ -13,8 +13,8 @@ import time
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError
+from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.runs import diagnosis, evaluations, experiment as lab, hosts
-from neumeta_jax.runs.progress import format_seconds
 
 FLAGS: command_line.Flags = {
     "workdir": (str, "", "Where the run lives; created if absent."),

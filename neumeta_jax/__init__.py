@@ -5,7 +5,7 @@ from typing import Any
 
 # Public names by module. They are imported when they are used: a look at the package needs no JAX.
 _PUBLIC = {
-    "runs.checkpoint": ("load",),
+    "networks.saved": ("load",),
     "elastic.family": ("Family", "apply_at", "num_macs", "trace"),
     "elastic.folding": ("fold",),
     "elastic.groups": ("Groups", "num_params"),

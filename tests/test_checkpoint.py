@@ -22,7 +22,7 @@ from builders import STRICT, flipped, refused
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP
 from neumeta_jax.data import datasets
-from neumeta_jax.files import storage
+from neumeta_jax.files import storage, trees
 from neumeta_jax.networks import cifar_resnet, teacher_import
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.runs import checkpoint, progress
@@ -72,7 +72,7 @@ def test_a_saved_tree_comes_back_with_its_metadata_and_has_the_same_bytes_each_t
 
 
 def test_a_tree_from_before_checksums_is_read(path):
-    old = {checkpoint._OLD_FORMAT: json.dumps(METADATA)}
+    old = {trees._OLD_FORMAT: json.dumps(METADATA)}
     safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, metadata=old)
     assert_holds(path)
 

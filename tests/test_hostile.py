@@ -36,6 +36,7 @@ from neumeta_jax.data import datasets
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import morphs
 from neumeta_jax.export import formats
+from neumeta_jax.files import trees
 from neumeta_jax.networks import cifar_resnet, teacher_import
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.runs import checkpoint, experiment as lab, progress
@@ -251,8 +252,8 @@ def sealed(content, header):
     """The file `content` with another header and a checksum that fits it."""
     flat = safetensors.numpy.load(content)
     if isinstance(header, dict):
-        header = {k: v for k, v in header.items() if k != checkpoint._CHECKSUM}
-        header[checkpoint._CHECKSUM] = checkpoint._file_digest(flat, header)
+        header = {k: v for k, v in header.items() if k != trees._CHECKSUM}
+        header[trees._CHECKSUM] = trees._digest(flat, header)
     return safetensors.numpy.save(flat, {checkpoint.FORMAT: json.dumps(header)})
 
 
@@ -262,7 +263,7 @@ def test_headers_that_ask_for_other_networks_than_there_are_are_refused(written,
     path.write_bytes(written[kind])
     with safetensors.safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()[checkpoint.FORMAT])
-    del header[checkpoint._CHECKSUM]
+    del header[trees._CHECKSUM]
     contents = (sealed(written[kind], found) for found in damaged_json(header, 130, seed=2))
     attempt_all(f"{kind} header", LOADERS[kind], path, contents)
 

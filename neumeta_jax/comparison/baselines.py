@@ -47,12 +47,12 @@ from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid, timing
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.networks import cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_resnet import Params, ResNet
 from neumeta_jax.networks.cifar_spec import ResNetSpec, widths_at
 from neumeta_jax.runs import diagnosis, experiment as lab, training
 from neumeta_jax.runs.experiment import Experiment, Workdir
-from neumeta_jax.runs.progress import format_seconds
 from neumeta_jax.runs.training import TrainState
 
 ROW_FILE = "row.json"

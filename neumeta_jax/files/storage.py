@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors
+
+from neumeta_jax.errors import UsageError
 
 
 class StorageError(OSError):
@@ -113,3 +116,27 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
         [" ".join(map(str, row[n])) if isinstance(row[n], list | tuple) else row[n] for n in names]
         for row in rows
     ]
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[None]:
+    """Makes a folder, if it is not there, and keeps it for this process alone.
+
+    Raises:
+        UsageError: if it cannot be written, or another process is using it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UsageError(
+            f"{name} {path} must be writable, but {error.strerror}; choose another."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"Another process is using {path}; wait for it or choose another folder."
+            ) from None
+        yield

@@ -26,9 +26,9 @@ from typing import Any
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.networks import cifar_spec
 from neumeta_jax.report import plotting, published
-from neumeta_jax.runs.progress import format_seconds
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTICE = "Written by `python -m neumeta_jax.report`; change the files it is made from instead."

@@ -6,18 +6,13 @@ work directories.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import importlib.metadata
 import json
 import logging
 import math
 import os
 import pathlib
-import platform
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +33,14 @@ from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, timing
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import (  # noqa: F401
+    checkout,
+    differences,
+    file_digest,
+    num_cores,
+    versions,
+)
+from neumeta_jax.files.storage import locked
 from neumeta_jax.networks import cifar_resnet, cifar_spec, linen, teacher_import
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
@@ -250,55 +253,6 @@ def phase_key(experiment: Experiment, number: int) -> jax.Array:
 # --- the work directory ----------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, the packages that numbers depend on, and the devices in use."""
-    packages = ("neumeta-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    devices = jax.devices()
-    kind = f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})"
-    return {"python": platform.python_version(), **found, "devices": kind}
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def checkout() -> dict[str, Any]:
-    """The commit of the source and whether it has changes; None where it is no git checkout."""
-    root = pathlib.Path(__file__).resolve().parents[2]
-
-    def git(*arguments):
-        command = ["git", "-C", str(root), *arguments]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return None
-
-    commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
-    changed = git("status", "--porcelain", "--untracked-files=no") if commit else None
-    return {
-        "commit": commit.strip() if commit else None,
-        "changed": None if changed is None else bool(changed.strip()),
-    }
-
-
-def differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
-    """What differs between two trees of JSON values: "name (saved 1, given 2)"."""
-    if isinstance(saved, Mapping) and isinstance(given, Mapping):
-        found = []
-        for name in sorted(set(saved) | set(given)):
-            found += differences(
-                saved.get(name, "absent"), given.get(name, "absent"), f"{prefix}{name}."
-            )
-        return found
-    return [] if saved == given else [f"{prefix[:-1]} (saved {saved!r}, given {given!r})"]
-
-
 @dataclasses.dataclass
 class Workdir:
     """The directory of one run: config, versions, metrics, checkpoints, results."""
@@ -419,30 +373,6 @@ def open_run(config: Mapping[str, Any], options: flags.FlagValues) -> TrainedRun
     if getattr(options, "data_dir", ""):
         saved["data"]["dir"] = options.data_dir
     return TrainedRun(workdir, saved, *checkpoint.load_inr(workdir))
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[None]:
-    """Makes a folder, if it is not there, and keeps it for this process alone.
-
-    Raises:
-        ValueError: if it cannot be written, or another process is using it.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    except OSError as error:
-        raise UsageError(
-            f"{name} {path} must be writable, but {error.strerror}; choose another."
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"Another process is using {path}; wait for it or choose another folder."
-            ) from None
-        yield
 
 
 # What a run leaves in its work directory before there is anything that cost work.
@@ -1178,12 +1108,6 @@ def _time_estimate(experiment: Experiment, phases: Sequence[training.Phase]) -> 
         f"{recipe.batch_size} images {1e3 * forward:.1f} ms, generation {1e3 * generation:.1f} ms; "
         "estimated from these, compilation and teacher not included)"
     )
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def quiet_logging() -> None:

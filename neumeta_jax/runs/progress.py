@@ -9,19 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neumeta_jax.files import storage
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss or m:ss.
-
-    >>> format_seconds(3725), format_seconds(65)
-    ('1:02:05', '1:05')
-    """
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+from neumeta_jax.files.provenance import format_seconds
 
 
 class MetricsFile:

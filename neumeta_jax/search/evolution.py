@@ -50,11 +50,11 @@ from neumeta_jax.evaluation import grid, timing
 from neumeta_jax.evaluation.buckets import container_macs, make_buckets
 from neumeta_jax.evaluation.morphs import morph_to_dict, note_range
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.networks import families
 from neumeta_jax.networks.families import Family
 from neumeta_jax.report import plotting
 from neumeta_jax.runs import checkpoint, diagnosis, experiment as lab
-from neumeta_jax.runs.progress import format_seconds
 
 Widths = tuple[int, ...]
 
