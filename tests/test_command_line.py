@@ -1,16 +1,22 @@
+import importlib
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
+import tomllib
 
 import jax
 import numpy as np
 import pytest
 
+from neumeta_jax.__main__ import COMMANDS
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.networks import cifar_spec
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 VALUES = {
     "seed": 0,
     "name": "digits",
@@ -75,7 +81,7 @@ def test_a_config_comes_as_plain_values_perhaps_of_a_preset_and_flags_beside_it(
     assert parse("--config", "configs/a.py:small")[0]["seed"] == 1
 
 
-LISTED = "configs/a.py, configs/b.py, configs/c.py, configs/d.py"
+LISTED = "recipes are ablation, baselines, digits, own, resnet20, resnet56, resnet56_paper"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,8 @@ LISTED = "configs/a.py, configs/b.py, configs/c.py, configs/d.py"
         ("--config", [LISTED]),
         ("--config=", [LISTED]),
         ("--config=configs/z.py", [LISTED, "'configs/z.py'"]),
+        ("--config=resnet21", [LISTED, "'resnet21'"]),
+        ("--config=digits:fast", ["has the presets", "'fast'"]),
         ("--config=configs/c.py", ["configs/c.py", "get_config"]),
         ("--config=configs/d.py", ["configs/d.py must be valid Python, but line 2 is not"]),
         ("--config=configs/e.yaml", ["configs/e.yaml"]),
@@ -100,12 +108,15 @@ def test_what_cannot_be_read_is_named_with_what_could(line, words):
     assert all(word in message for word in words), message
 
 
-def test_where_there_is_no_config_it_is_empty_or_looked_for(tmp_path, monkeypatch):
+def test_without_a_config_there_are_no_fields_to_override():
     assert parse("--workdir=x", config_required=False)[0] == {}
     assert "needs --config=FILE" in refusal("--config.seed=1", config_required=False)
-    monkeypatch.chdir(tmp_path / "configs")
-    there = tmp_path / "configs" / "configs"
-    assert f"no config files in {there}" in refusal("--config=configs/a.py")
+
+
+def test_a_recipe_of_the_package_is_found_by_name_from_any_folder():
+    config, _ = parse("--config=resnet20:depth", "--config.seed=3")
+    assert (config["network"]["depth"], config["train"]["shallow_epochs"]) == (20, 12.0)
+    assert config["seed"] == 3
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--config.name"])
@@ -190,13 +201,59 @@ def test_an_unknown_field_suggests_the_one_that_was_meant(given, suggested):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["--config=configs/a.py", "--help"]])
-@pytest.mark.parametrize("config_required", [True, False])
-def test_help_lists_the_flags_with_and_without_a_config(capsys, args, config_required):
-    with pytest.raises(SystemExit) as stop:
-        parse(*args, config_required=config_required)
-    assert stop.value.code == 0
+def test_help_is_the_modules_docstring_and_its_flags(capsys, args):
+    module = {"__doc__": "Does this.\n\n    neumeta a_command\n", "FLAGS": FLAGS}
+    exec("def main(argv): raise AssertionError", module)
+    command_line.run(module["main"], ["neumeta a_command", *args])
     found = capsys.readouterr().out
+    assert found.startswith("Does this.\n\n    neumeta a_command\n")
     assert all(flag in found for flag in ("--config", "--workdir", "dry_run"))
+
+
+# --- the dispatcher --------------------------------------------------------------------------
+
+HEAVY = ("jax", "tensorflow_datasets", "matplotlib", "sklearn", "PIL")
+LIGHT = f"""
+import sys
+import neumeta_jax, neumeta_jax.commands
+from neumeta_jax.__main__ import main
+main(["neumeta", "--help"])
+assert not (found := {set(HEAVY)} & set(sys.modules)), found
+"""
+
+
+def test_an_overview_needs_no_jax_and_has_a_line_for_each_command():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) < 24 and max(map(len, lines)) <= 120
+    for name in {*COMMANDS} - {"eval", "fetch"}:
+        assert any(line.strip().startswith(f"{name} ") for line in lines), name
+
+
+def test_the_console_script_runs_a_command_by_name(capsys):
+    entry = PYPROJECT["project"]["scripts"]["neumeta"]
+    module, function = entry.split(":")
+    main = getattr(importlib.import_module(module), function)
+    main(["neumeta", "search", "--help"])
+    assert "--max_macs" in capsys.readouterr().out
+    for arguments, words in [
+        (["serch"], "no command 'serch'; did you mean search?"),
+        (["zzz"], "there are train, eval"),
+        (["train", "--config=gone"], "There is no config file 'gone'"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(["neumeta", *arguments])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_every_folder_with_modules_is_installed_and_the_recipes_too():
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "neumeta_jax").rglob("*.py")}
+    found = {".".join(folder.parts) for folder in folders}
+    assert set(setuptools["packages"]) == found | {"neumeta_jax.configs"}
+    assert setuptools["package-dir"] == {"neumeta_jax.configs": "configs"}
 
 
 # --- errors ----------------------------------------------------------------------------------

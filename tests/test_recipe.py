@@ -519,7 +519,7 @@ def test_a_value_that_no_run_could_use_is_refused_before_the_run(tmp_path, overr
 
 def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refused(tmp_path):
     config = "--config=configs/baselines.py:slimmable"
-    assert "neumeta_jax.baselines" in refusal("train", config, f"--workdir={tmp_path / 'run'}")
+    assert "neumeta compare" in refusal("train", config, f"--workdir={tmp_path / 'run'}")
     fields = load_script("configs/digits").get_config("smoke").to_dict() | {
         "trian": {"epochs": 1.0}
     }

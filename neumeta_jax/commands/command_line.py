@@ -45,6 +45,13 @@ def define(values: flags.FlagValues, table: Flags) -> None:
             _DEFINE[kind](name, default, text, flag_values=values)
 
 
+def _help(text: str, table: Flags) -> str:
+    values = flags.FlagValues()
+    define(values, table)
+    others = "Flags, besides --config=RECIPE[:PRESET] and --config.FIELD=VALUE:"
+    return f"{text.strip()}\n\n{others}\n{values.get_help()}"
+
+
 def check_at_least(options: flags.FlagValues, **least: int) -> None:
     """Raises UsageError for a flag, given or with a default, whose value is below its least."""
     for name, smallest in least.items():
@@ -54,9 +61,17 @@ def check_at_least(options: flags.FlagValues, **least: int) -> None:
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a script's `main`; errors that this package raises on purpose become one line."""
+    """Runs a command's `main`; errors that this package raises on purpose become one line.
+
+    With --help among its arguments it prints the docstring and the FLAGS of the module of `main`.
+    """
+    argv = sys.argv if argv is None else argv
+    module = getattr(main, "__globals__", {})
     try:
-        main(sys.argv if argv is None else argv)
+        if "FLAGS" in module and not {"-h", "-help", "--help"}.isdisjoint(argv):
+            print(_help(module["__doc__"] or "", module["FLAGS"]))
+        else:
+            main(argv)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -120,15 +135,13 @@ def parse(
     argv = list(argv)
     values = flags.FlagValues()
     define(values, table)
-    if any(arg in ("-h", "--help", "-help") for arg in argv):
-        print((sys.modules["__main__"].__doc__ or "").strip())
-        print("\nFlags, besides --config=FILE[:PRESET] and --config.FIELD=VALUE:")
-        print(values.get_help())
-        sys.exit(0)
     path, preset, argv = _config_argument(argv)
     if path is None:
         if config_required:
-            raise UsageError(f"--config=FILE is required; there are {_existing_configs()}.")
+            raise UsageError(
+                "--config=RECIPE or --config=FILE.py is required; recipes are "
+                f"{', '.join(recipes())}."
+            )
         if any(arg.startswith(("--config.", "-config.")) for arg in argv):
             raise UsageError("--config.field=value needs --config=FILE before it.")
     else:
@@ -186,17 +199,19 @@ def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[
     return None, None, list(argv)
 
 
-def _existing_configs() -> str:
-    folder = pathlib.Path("configs")
-    found = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-    if not found:
-        return f"no config files in {folder.absolute()}; run this from the project's folder"
-    return ", ".join(found)
+def recipes() -> dict[str, pathlib.Path]:
+    """The config files that come with the package, by name."""
+    package = pathlib.Path(__file__).resolve().parents[1]
+    # An installed package holds them, a checkout has them beside the package.
+    found = [*package.glob("configs/*.py")] or [*package.parent.glob("configs/*.py")]
+    return {path.stem: path for path in sorted(found)}
 
 
 def _load_config(path: str, preset: str | None):
+    if path in recipes():
+        path = str(recipes()[path])
     if not os.path.isfile(path):
-        raise UsageError(f"There is no config file {path!r}; there are {_existing_configs()}.")
+        raise UsageError(f"There is no config file {path!r}; recipes are {', '.join(recipes())}.")
     module_spec = importlib.util.spec_from_file_location("neumeta_jax_config", path)
     if module_spec is None or module_spec.loader is None:
         raise UsageError(f"A config file is Python and ends in .py, got {path!r}.")

@@ -1,0 +1,70 @@
+"""Train one function and get from it every size of a network.
+
+neumeta NAME [--flag=value ...]        or python -m neumeta_jax NAME
+neumeta NAME --help                    what a command does, and its flags
+"""
+
+import ast
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+from neumeta_jax.commands import command_line
+from neumeta_jax.errors import check
+
+# In the order of use. Each is a module of `commands` with a docstring, FLAGS and main(argv).
+COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare", "fetch")
+
+# Commands that are still in the room of what they do.
+_ELSEWHERE = {
+    "search": "search.evolution",
+    "export": "export.formats",
+    "latency": "search.latency",
+    "report": "report.tables",
+    "compare": "comparison.baselines",
+}
+
+
+def module_name(command: str) -> str:
+    """The module of a command, which is imported only to run it."""
+    name = f"neumeta_jax.commands.{command}"
+    if importlib.util.find_spec(name) is None and command in _ELSEWHERE:
+        return f"neumeta_jax.{_ELSEWHERE[command]}"
+    return name
+
+
+def overview() -> str:
+    """What `neumeta --help` prints: a line for each command, the first of its docstring."""
+    lines = [(__doc__ or "").strip(), ""]
+    for command in COMMANDS:
+        spec = importlib.util.find_spec(module_name(command))
+        if spec and spec.origin:
+            text = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text("utf-8"))) or ""
+            lines.append(f"    {command:<8}  {text.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that `argv`, by default that of this process, begins with."""
+    command_line.run(_dispatch, argv)
+
+
+def _dispatch(argv: Sequence[str]) -> None:
+    name = argv[1] if len(argv) > 1 else "--help"
+    if name in ("-h", "-help", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(f"neumeta-jax {importlib.metadata.version('neumeta-jax')}")
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+        check(name in COMMANDS, f"neumeta has no command {name[:80]!r}; {hint}")
+        module = importlib.import_module(module_name(name))
+        command_line.run(module.main, [f"neumeta {name}", *argv[2:]])
+
+
+if __name__ == "__main__":
+    main()
