@@ -15,7 +15,7 @@ import pytest
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.data import datasets
+from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.export import formats
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
@@ -90,7 +90,7 @@ def network(name):
     params, pixels = random_params(spec), random_pixels(spec, 12)
     mean, std = rng.uniform(0.2, 0.6, (2, spec.channels)).round(3).tolist()
     normalization = formats.Normalization(tuple(mean), tuple(std))
-    images = np.asarray(datasets.normalize(jax.numpy.asarray(pixels), *normalization))
+    images = np.asarray(preprocessing.normalize(jax.numpy.asarray(pixels), *normalization))
     logits = np.asarray(logits_of(spec, params, images))
     return Network(spec, params, normalization, pixels, images, logits)
 

@@ -14,7 +14,7 @@ from networks import ROOT, assert_refuses, load_module, random_pixels, refused, 
 from neumeta_jax.comparison import baselines
 from neumeta_jax.comparison.baselines import Baseline
 from neumeta_jax.core import losses
-from neumeta_jax.data import datasets
+from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid
@@ -454,7 +454,7 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     moved = baselines.reorder(SPEC, variables(), order)
     small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3, 4))
     pictures, labels = images(20, 5)
-    x = datasets.normalize(pictures, *datasets.channel_statistics(images(96, 4)[0]))
+    x = preprocessing.normalize(pictures, *datasets.channel_statistics(images(96, 4)[0]))
     found = np.argmax(cifar_resnet.ResNet(small).apply(tree, x), axis=-1) == labels
     assert rows["l1"]["sizes"][1]["test"] == pytest.approx(100 * found.mean())
 

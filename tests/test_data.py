@@ -16,7 +16,7 @@ import pytest
 from builders import Call, flipped, npz_bytes, refused, unzipped, zipped
 from sklearn.datasets import load_digits
 
-from neumeta_jax.data import datasets
+from neumeta_jax.data import datasets, preprocessing
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -532,19 +532,19 @@ def test_impossible_split_is_refused():
 
 
 def test_epoch_order_is_a_permutation_that_depends_on_key_and_epoch_alone():
-    order = jax.jit(datasets.epoch_order, static_argnums=2)
+    order = jax.jit(preprocessing.epoch_order, static_argnums=2)
     key = jax.random.key(0)
     first = order(key, 0, 101)
     assert first.dtype == jnp.int32
     np.testing.assert_array_equal(jnp.sort(first), np.arange(101))
-    np.testing.assert_array_equal(first, datasets.epoch_order(key, jnp.asarray(0), 101))
+    np.testing.assert_array_equal(first, preprocessing.epoch_order(key, jnp.asarray(0), 101))
     others = [order(key, 1, 101), order(jax.random.key(1), 0, 101)]
     assert all((first != other).any() for other in others)
 
 
 # Augmentation
 
-augment = jax.jit(datasets.augment, static_argnames=("crop_padding", "flip"))
+augment = jax.jit(preprocessing.augment, static_argnames=("crop_padding", "flip"))
 
 
 def distinct_images(num, height, width):
@@ -588,17 +588,17 @@ def test_normalize_is_its_formula_for_as_many_channels_as_it_has_means():
     images = distinct_images(3, 4, 4)
     mean, std = datasets.NORMALIZATION["cifar100"]
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        result = jax.jit(lambda images: datasets.normalize(images, mean, std))(images)
+        result = jax.jit(lambda images: preprocessing.normalize(images, mean, std))(images)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     with refused("channel_statistics", "3 channels", "got 1 and 1"):
-        datasets.normalize(images, (0.5,), (0.5,))
+        preprocessing.normalize(images, (0.5,), (0.5,))
     for scaled in (images / 255, np.float32(images)):
         with refused("takes uint8 pixels from 0 to 255", f"got {scaled.dtype}"):
-            datasets.normalize(scaled, mean, std)
+            preprocessing.normalize(scaled, mean, std)
 
 
-mix = jax.jit(datasets.mix, static_argnames=("mixup", "cutmix"))
+mix = jax.jit(preprocessing.mix, static_argnames=("mixup", "cutmix"))
 
 
 def numbered(batch=64, size=16):

@@ -31,7 +31,7 @@ from networks import (
 )
 
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import morphs
 from neumeta_jax.export import formats, litert
@@ -63,7 +63,7 @@ def test_a_safetensors_file_holds_all_that_it_takes_to_run_the_network(tmp_path,
     assert found_spec == spec
     chex.assert_trees_all_equal(found, params, strict=True)
     assert info["dataset"] == "noise"
-    images = datasets.normalize(pixels, info["mean"], info["std"])
+    images = preprocessing.normalize(pixels, info["mean"], info["std"])
     assert_same_logits(logits_of(found_spec, found, images), logits)
 
 

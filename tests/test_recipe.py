@@ -28,7 +28,7 @@ from test_teacher_import import teacher_tensors
 
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.data import datasets
+from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
@@ -857,7 +857,7 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
     path = SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt"
     spec, variables = teacher_import.load_teacher(path)
     assert spec.depth == 56 and spec.num_classes == 100
-    x = jnp.asarray(datasets.normalize(images, *datasets.NORMALIZATION["cifar100"]))
+    x = jnp.asarray(preprocessing.normalize(images, *datasets.NORMALIZATION["cifar100"]))
     with_batch_norm = jax.jit(lambda v: cifar_resnet.ResNet(spec).apply(v, x))
     without = jax.jit(lambda p: cifar_resnet.apply(spec, p, x))
 

@@ -12,7 +12,7 @@ from networks import refused
 
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, resnet_spec
@@ -752,7 +752,9 @@ def test_steps_in_chunks_see_the_same_data_in_the_same_order():
 
 def test_an_epoch_shows_every_image_once():
     seen = []
-    order = np.asarray(datasets.epoch_order(jax.random.split(jax.random.key(9))[0], 0, NUM_IMAGES))
+    order = np.asarray(
+        preprocessing.epoch_order(jax.random.split(jax.random.key(9))[0], 0, NUM_IMAGES)
+    )
     run_toy(0, 6, steps_per_call=1, after=lambda step, state, m: seen.append(int(m["last"])))
     np.testing.assert_array_equal(seen, order[3::4])
 

@@ -1,15 +1,9 @@
-"""Data sets as uint8 arrays, and the order and augmentation of batches as pure functions.
-
-Reading happens once, in NumPy, from files that the user has (`load_dataset`). What follows lives on
-the device: the images stay uint8, and order, crops and flips are functions of (key, step) that run
-inside `jax.jit`, so that resuming needs no iterator state.
+"""Data sets as uint8 arrays, read once, in NumPy, from files that the user has.
 
     dataset = load_dataset("cifar100", data_dir="path/to/archives")
     splits = split_validation(dataset, num_validation=5000, seed=0)
-    order = epoch_order(order_key, epoch, len(splits.train_labels))  # once per epoch
-    indices = order[first : first + batch_size]
-    images = augment(step_key, images[indices], crop_padding=4, flip=True)
-    logits = network(normalize(images, *NORMALIZATION["cifar100"]))
+
+What happens to batches of them on the device is in `preprocessing`.
 """
 
 import contextlib
@@ -27,8 +21,6 @@ import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax.files import archives, pickles, storage
@@ -734,131 +726,3 @@ def _stratified(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
     for label, quota in enumerate(quotas):
         mask[rng.permutation(np.flatnonzero(labels == label))[:quota]] = True
     return mask
-
-
-# Order and augmentation, on the device
-
-
-def epoch_order(key: jax.Array, epoch: int | jax.Array, num_examples: int) -> jax.Array:
-    """Returns a permutation, int32 [num_examples], that depends on `key` and `epoch` alone.
-
-    It costs as much as many training steps on a CPU: call it once per epoch, not once per step.
-
-    >>> epoch_order(jax.random.key(0), 3, 5).shape
-    (5,)
-    """
-    indices = jnp.arange(num_examples, dtype=jnp.int32)
-    return jax.random.permutation(jax.random.fold_in(key, epoch), indices)
-
-
-def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
-    """Returns the images, each cropped at random after padding and, half of the time, mirrored.
-
-    What PyTorch's RandomCrop(size, padding=crop_padding) and RandomHorizontalFlip do. As there,
-    the padding is 0 in the uint8 image, black, and not 0 after normalisation.
-
-    Args:
-        key: used once.
-        images: uint8 [batch, height, width, channels].
-        crop_padding: pixels on each side, 4 for CIFAR; 0 for no crop.
-        flip: whether to mirror left and right; false for digits.
-
-    Returns:
-        uint8 [batch, height, width, channels].
-
-    Raises:
-        ValueError: if the images are not uint8 [batch, height, width, channels], or if
-            `crop_padding` is negative.
-
-    >>> images = jnp.ones((2, 4, 4, 3), jnp.uint8)
-    >>> augment(jax.random.key(0), images, crop_padding=1, flip=True).shape
-    (2, 4, 4, 3)
-    """
-    if images.ndim != 4 or images.dtype != jnp.uint8:
-        raise ValueError(
-            "augment takes uint8 images of shape [batch, height, width, channels], got "
-            f"{images.dtype} {list(images.shape)}; normalize after it, not before."
-        )
-    if crop_padding < 0:
-        raise ValueError(f"Crops are padded by 0 or more pixels, got {crop_padding=}; use 0 or 4.")
-    batch, height, width, _ = images.shape
-    key_crop, key_flip = jax.random.split(key)
-    top, left = jax.random.randint(key_crop, (2, batch, 1), 0, 2 * crop_padding + 1)
-    mirrored = jax.random.bernoulli(key_flip, shape=(batch, 1)) & flip
-
-    # Two gathers along one axis each, with the flip for free in the second, took 1.1 ms for 1024
-    # images on two cores; vmap of dynamic_slice 1.6 ms, one gather of pixels 1.3 ms.
-    rows = top + jnp.arange(height)
-    columns = left + jnp.where(mirrored, jnp.arange(width)[::-1], jnp.arange(width))
-    pad = (crop_padding, crop_padding)
-    padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
-    cropped = jnp.take_along_axis(padded, rows[:, :, None, None], axis=1, mode="promise_in_bounds")
-    return jnp.take_along_axis(cropped, columns[:, None, :, None], axis=2, mode="promise_in_bounds")
-
-
-def mix(
-    key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns images, each mixed with the one before it in the batch, and their targets.
-
-        mixup     r x + (1 - r) x'            (Zhang et al., arXiv 1710.09412)
-        cutmix    x, but x' within a box      (Yun et al., arXiv 1905.04899)
-        targets   r y + (1 - r) y'            r is what is left of the image
-
-    r is uniform in [0, 1], drawn for each image. The box has the image's proportions, a center
-    anywhere, and is clipped at the border.
-
-    Args:
-        key: used once.
-        images: float [batch, height, width, channels].
-        targets: float [batch, classes], probabilities.
-        mixup, cutmix: shares of the images, drawn at random, that are mixed in this way.
-
-    >>> x, y = mix(jax.random.key(0), jnp.ones((2, 4, 4, 3)), jnp.eye(2), mixup=0.5, cutmix=0.5)
-    >>> x.shape, y.sum(axis=1).tolist()
-    ((2, 4, 4, 3), [1.0, 1.0])
-    """
-    batch, height, width, _ = images.shape
-    choice, rest, *center = jax.random.uniform(key, (4, batch, 1, 1))
-
-    def inside(size, center, axis):
-        pixels = (jnp.arange(size) + 0.5).reshape(-1, 1) if axis else jnp.arange(size) + 0.5
-        return jnp.abs(pixels - center * size) < jnp.sqrt(1 - rest) * size / 2
-
-    box = inside(height, center[0], 1) & inside(width, center[1], 0)
-    share = jnp.where(box, 1.0, 0.0)  # of the other image, [batch, height, width]
-    share = jnp.where(choice < cutmix + mixup, jnp.where(choice < cutmix, share, 1 - rest), 0.0)
-    mean = jnp.mean(share, axis=(1, 2))[:, None]
-    share = share[..., None].astype(images.dtype)
-    mixed = images + share * (jnp.roll(images, 1, axis=0) - images)
-    return mixed, targets + mean * (jnp.roll(targets, 1, axis=0) - targets)
-
-
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Returns (images / 255 - mean) / std as float32.
-
-    Args:
-        images: uint8 [..., channels].
-        mean, std: one number for each channel, as in `NORMALIZATION`.
-
-    Raises:
-        ValueError: for other images than uint8, or if the number of channels differs.
-
-    >>> normalize(jnp.array([[0, 255]], jnp.uint8), (0.5, 0.5), (0.5, 0.25)).tolist()
-    [[-1.0, 2.0]]
-    """
-    if images.dtype != jnp.uint8:
-        raise ValueError(
-            f"normalize takes uint8 pixels from 0 to 255, got {images.dtype}; pass the pixels as "
-            "they are in the file, or (images - mean) / std of images in [0, 1] to the network."
-        )
-    if not len(mean) == len(std) == images.shape[-1]:
-        raise ValueError(
-            f"Images with {images.shape[-1]} channels need as many means and stds, "
-            f"got {len(mean)} and {len(std)}; use channel_statistics."
-        )
-    shift, scale = (
-        jnp.expand_dims(jnp.asarray(numbers, jnp.float32), range(images.ndim - 1))
-        for numbers in (mean, std)
-    )
-    return (images.astype(jnp.float32) / 255 - shift) / scale

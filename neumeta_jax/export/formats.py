@@ -51,7 +51,7 @@ from absl import flags
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError, sentence
 from neumeta_jax.evaluation import grid, quantize
 from neumeta_jax.evaluation.morphs import check_widths, load_morph, morph_to_dict, note_range
@@ -153,7 +153,7 @@ def load_safetensors(path: str | os.PathLike) -> tuple[Size, Params, dict[str, A
     """The (spec, params, info) of an exported network.
 
         spec, params, info = load_safetensors("half.safetensors")
-        images = datasets.normalize(pixels, info["mean"], info["std"])
+        images = preprocessing.normalize(pixels, info["mean"], info["std"])
         logits = families.run(spec, params, images)
 
     Weights in 8 bits come multiplied by their scales, in float32.
@@ -475,7 +475,7 @@ def quantize_onnx(
 
     pixels = np.asarray(images)
     if normalization is not None:
-        pixels = np.asarray(datasets.normalize(jnp.asarray(pixels), *normalization))
+        pixels = np.asarray(preprocessing.normalize(jnp.asarray(pixels), *normalization))
     batches: Any = _Batches(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises shape inference and fusion, which change nothing
@@ -514,7 +514,7 @@ def to_stablehlo(
 
     def network(images):
         if normalization is not None:
-            images = datasets.normalize(images, *normalization)
+            images = preprocessing.normalize(images, *normalization)
         return families.run(spec, quantize.dequantize(weights), images)
 
     size = f"batch, {spec.image_size}, {spec.image_size}, {spec.channels}"
@@ -660,7 +660,7 @@ def _in_batches(
         for start in range(0, len(images), _BATCH_SIZE):
             batch = images[start : start + _BATCH_SIZE]
             if normalization is not None:
-                batch = datasets.normalize(jnp.asarray(batch), *normalization)
+                batch = preprocessing.normalize(jnp.asarray(batch), *normalization)
             parts.append(np.asarray(network(batch)))
     return np.concatenate(parts)
 

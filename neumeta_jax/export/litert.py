@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError, sentence
 from neumeta_jax.networks.cifar_spec import Block, ResNetSpec
 
@@ -293,7 +293,7 @@ def quantize_litert(
         for start in range(0, len(images), _BATCH_SIZE):
             batch = np.asarray(images[start : start + _BATCH_SIZE])
             if normalization is not None:
-                batch = np.asarray(datasets.normalize(jnp.asarray(batch), *normalization))
+                batch = np.asarray(preprocessing.normalize(jnp.asarray(batch), *normalization))
             for name, found in quantizer.calibrate({SIGNATURE: [{INPUT_NAME: batch}]}).items():
                 known = ranges.setdefault(name, found)
                 if found:

@@ -14,7 +14,7 @@ import numpy as np
 
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper, losses
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
@@ -35,7 +35,7 @@ def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: in
     """Step `number` of `training.run_steps` with `key`."""
     order_key, step_key = jax.random.split(key)
     epoch, position = divmod(number, num_images // images_per_step)
-    order = datasets.epoch_order(order_key, epoch, num_images)
+    order = preprocessing.epoch_order(order_key, epoch, num_images)
     return Step(number, step_key, order[position * images_per_step :][:images_per_step])
 
 

@@ -62,7 +62,7 @@ class Data:
     Attributes:
         name, dir: see `datasets.load_dataset`; an empty folder stands for the default one.
         num_validation, split_seed: see `datasets.split_validation`.
-        crop_padding, flip, mixup, cutmix: of images, see `datasets.augment` and `datasets.mix`.
+        crop_padding, flip, mixup, cutmix: of images, see `preprocessing`.
         mean, std: a number for each channel of images in [0, 1]; empty: those of the data set.
     """
 

@@ -25,7 +25,7 @@ import optax.contrib
 
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.hypernetwork import Hypernetwork
-from neumeta_jax.data import datasets
+from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import NUM_STAGES
@@ -1194,7 +1194,7 @@ def run_steps(
     per_epoch = num_images // images_per_step
     strides = [steps_per_call, per_epoch, *(n for n in every if n > 0)]
     order_key, step_key = jax.random.split(key)
-    epoch_order = jax.jit(datasets.epoch_order, static_argnums=2)
+    epoch_order = jax.jit(preprocessing.epoch_order, static_argnums=2)
     epoch, order = -1, None
     step = start
     state, step_key, images, rest = replicate((state, step_key, images, rest), mesh)
