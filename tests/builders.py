@@ -9,14 +9,16 @@ import zipfile
 import numpy as np
 import pytest
 
+from neumeta_jax.errors import UsageError
+
 
 @contextlib.contextmanager
 def refused(match, *words, error=ValueError):
-    """What runs within must raise exactly `error`: one sentence with `match` and all `words`."""
+    """What runs within must raise `error` or UsageError, one sentence with `match` and `words`."""
     with pytest.raises(error, match=match) as caught:
         yield
     message = str(caught.value)
-    assert type(caught.value) is error, repr(caught.value)
+    assert type(caught.value) in (error, UsageError), repr(caught.value)
     assert message.isprintable() and message.endswith(".") and ". " not in message, message
     assert len(message) < 1000, message
     for word in words:

@@ -95,7 +95,9 @@ def augment(key: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool)
         "augment takes uint8 images of shape [batch, height, width, channels], got "
         f"{images.dtype} {list(images.shape)}; normalize after it, not before.",
     )
-    check(crop_padding >= 0, f"Crops are padded by 0 or more pixels, got {crop_padding=}; use 4.")
+    check(
+        crop_padding >= 0, f"Crops are padded by 0 or more pixels, got {crop_padding=}; use 0 or 4."
+    )
     batch, height, width, _ = images.shape
     key_crop, key_flip = jax.random.split(key)
     top, left = jax.random.randint(key_crop, (2, batch, 1), 0, 2 * crop_padding + 1)
