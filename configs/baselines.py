@@ -1,13 +1,12 @@
 """The rows of the comparison: other ways to a family of sizes, on the same data and budget.
 
-    python -m neumeta_jax.baselines --config=configs/baselines.py:slimmable --workdir=DIR \\
+    neumeta compare --config=configs/baselines.py:slimmable --workdir=DIR \\
         --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
 
 Each row draws `baseline.images` training images (1.1 epochs; `--budget=X` times as many) and is
-made of the same teacher, split and augmentation; `neumeta_jax.baselines` says what the methods are
-and what it writes, `python -m neumeta_jax.report` makes tables of it. `:NAME_resnet56` is the same
-row for a ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with batches of 128, for
-a GPU.
+made of the same teacher, split and augmentation; `neumeta_jax.comparison` says what the methods
+are, `neumeta report` makes tables of what it writes. `:NAME_resnet56` is the same row for a
+ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with batches of 128, for a GPU.
 
 Rates are for budgets of about an epoch: of 0.001, 0.003 and 0.01 in runs of a tenth of it, by
 validation images. Those were the teacher's training images, which makes low rates look better than
@@ -23,7 +22,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from neumeta_jax.comparison.baselines import Baseline
+from neumeta_jax.comparison.baseline import Baseline
 from neumeta_jax.runs import recipes
 
 # A network with soft labels learns from them and from labels as 4 to 1, as the INR's recipe does.
@@ -37,7 +36,6 @@ INDIVIDUAL = {
     "method": "individual",
     "title": "trained individually",
     "source": "He et al., 2016",
-    "init": "random",
     "learning_rate": 0.1,
 }
 SLIMMABLE = {

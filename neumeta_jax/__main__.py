@@ -24,7 +24,6 @@ _ELSEWHERE = {
     "export": "export.formats",
     "latency": "search.latency",
     "report": "report.tables",
-    "compare": "comparison.baselines",
 }
 
 

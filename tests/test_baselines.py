@@ -1,4 +1,4 @@
-"""The baselines on networks of a few channels: their parts against references, their rows whole."""
+"""The comparison on networks of a few channels: parts against references, rows whole."""
 
 import functools
 import json
@@ -11,23 +11,27 @@ import numpy as np
 import pytest
 from networks import ROOT, assert_refuses, load_module, random_pixels, refused, run
 
-from neumeta_jax.comparison import baselines
-from neumeta_jax.comparison.baselines import Baseline
+from neumeta_jax import elastic
+from neumeta_jax.commands import compare
+from neumeta_jax.comparison import baseline as baselines, pruning, run as runs, slimmable
+from neumeta_jax.comparison.baseline import Baseline
 from neumeta_jax.core import losses
+from neumeta_jax.core.inr import make_inr
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid
 from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
-from neumeta_jax.runs import checkpoint, experiment as lab, training
+from neumeta_jax.runs import checkpoint, experiment as lab, recipes, training
 from neumeta_jax.runs.training import TrainState
 
 CONFIG = "configs/baselines.py"
 CONFIGS = load_module(CONFIG)
 SPEC = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=3)
 BLOCKS = generated_blocks(SPEC, "all")
-NAMES = [SPEC.blocks[n].name for n in BLOCKS]
+FAMILY = cifar_resnet.hypernetwork(SPEC, BLOCKS, make_inr("grid"))
+GROUPS = cifar_resnet.linen_groups(SPEC)
 RATIOS = (1.0, 0.5)
 HALF = widths_at(SPEC, BLOCKS, 0.5)
 PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=False)
@@ -58,28 +62,20 @@ def images(number=24, seed=1):
     return random_pixels(SPEC, number, seed), labels.astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _logits(spec, tree, masks, train, pictures):
-    options = {"train": True, "mutable": ["batch_stats"]} if train else {}
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _logits(spec, tree, train, pictures):
     x = PLAIN.evaluate(pictures)
-    found = cifar_resnet.ResNet(spec).apply(tree, x, hidden_masks=masks, **options)
-    return found[0] if train else found
+    network = cifar_resnet.Network(spec)
+    return runs.train_pass(spec, tree, x)[0] if train else network.apply(tree, x)
 
 
-def logits(spec, tree, *, masks=None, train=False):
-    return _logits(spec, tree, masks, train, images()[0])
+def logits(spec, tree, *, train=False):
+    return _logits(spec, tree, train, images()[0])
 
 
-def masks_of(widths):
-    return {
-        name: jnp.arange(SPEC.blocks[n].hidden_width) < width
-        for n, name, width in zip(BLOCKS, NAMES, widths, strict=True)
-    }
-
-
-def slice_to(widths):
-    """(spec, variables) of the slice of these hidden widths."""
-    return baselines.slice_variables(SPEC, variables(), BLOCKS, widths)
+def half():
+    """(spec, variables) of the slice at half the width."""
+    return runs.sliced(FAMILY, variables(), 0.5)
 
 
 def close(got, wanted, tolerance=1e-4):
@@ -94,37 +90,28 @@ def baseline(**fields):
 # --- parts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_a_masked_network_computes_what_the_sliced_one_does(train):
-    widths = (3, 4, 5)
-    masked = logits(SPEC, variables(), masks=masks_of(widths), train=train)
-    close(masked, logits(*slice_to(widths), train=train))
-    assert np.abs(masked - logits(SPEC, variables(), train=train)).max() > 0.01
+def test_a_masked_network_in_training_computes_what_the_sliced_one_does():
+    widths = dict(zip(FAMILY.names, (3, 4, 5), strict=True))
+    masked = elastic.mask_params(GROUPS, variables(), widths)
+    small = cifar_spec.morph(SPEC, BLOCKS, (3, 4, 5))
+    wanted = logits(small, elastic.slice_params(GROUPS, variables(), widths), train=True)
+    close(logits(SPEC, masked, train=True), wanted)
+    assert np.abs(wanted - logits(SPEC, variables(), train=True)).max() > 0.01
 
 
 def test_masked_channels_get_no_gradient():
-    masks = {NAMES[0]: jnp.array([1.0, 1.0, 0.0, 0.0])}
-
     def loss(params):
-        tree = {**variables(), "params": params}
-        return losses.cross_entropy(logits(SPEC, tree, masks=masks, train=True), images()[1])
+        tree = elastic.mask_params(GROUPS, {**variables(), "params": params}, {FAMILY.names[0]: 2})
+        return losses.cross_entropy(logits(SPEC, tree, train=True), images()[1])
 
-    layers = jax.jit(jax.grad(loss))(variables()["params"])[NAMES[0]]
-    kept = np.abs(layers["conv1"]["kernel"]).max(axis=(0, 1, 2)) > 0
-    assert kept.tolist() == [True, True, False, False]
-
-
-def test_reordering_channels_does_not_change_the_function():
-    rng = np.random.default_rng(3)
-    orders = {n: rng.permutation(SPEC.blocks[n].hidden_width) for n in BLOCKS}
-    moved = baselines.reorder(SPEC, variables(), orders)
-    close(logits(SPEC, moved), logits(SPEC, variables()))
-    kernels = [tree["params"][NAMES[1]]["conv1"]["kernel"] for tree in (moved, variables())]
-    assert not np.array_equal(*kernels)
+    layers = jax.jit(jax.grad(loss))(variables()["params"])["stage1_block0"]
+    for kernel, axes in ((layers["conv1"], (0, 1, 2)), (layers["conv2"], (0, 1, 3))):
+        kept = np.abs(kernel["kernel"]).max(axis=axes) > 0
+        assert kept.tolist() == [True, True, False, False]
 
 
 def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
-    small, sliced = slice_to(HALF)
+    small, sliced = half()
     spec, wanted = cifar_resnet.slice_params(
         SPEC, cifar_resnet.fold_batch_norm(variables()), BLOCKS, HALF
     )
@@ -133,65 +120,64 @@ def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
 
 
 def test_switches_start_at_the_sliced_network_and_have_batch_norm_of_their_own():
-    made = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
+    made = slimmable.make_switchable(FAMILY, variables(), RATIOS)
     made = jax.tree.map(lambda x: x, made)  # dicts of its own, to be changed below
 
     def switch(ratio):
-        return baselines.switch(SPEC, made, BLOCKS, ratio)
+        return slimmable.switch(FAMILY, made, ratio)
 
     for ratio in RATIOS:
-        small, wanted = slice_to(widths_at(SPEC, BLOCKS, ratio))
+        small, wanted = runs.sliced(FAMILY, variables(), ratio)
         spec, found = switch(ratio)
         assert spec == small
         close(logits(spec, found), logits(small, wanted), 1e-6)
     # What one switch is changed to, the other does not see; a shared kernel both see.
-    full, half = (logits(*switch(ratio)) for ratio in RATIOS)
+    full, narrow = (logits(*switch(ratio)) for ratio in RATIOS)
     made["params"]["norms"]["0.5"]["stem_bn"]["bias"] += 1.0
     assert np.array_equal(full, logits(*switch(1.0)))
-    assert not np.allclose(half, logits(*switch(0.5)))
+    assert not np.allclose(narrow, logits(*switch(0.5)))
     made["params"]["shared"]["head"]["bias"] += 1.0
     close(logits(*switch(1.0)), full + 1.0)
 
 
 def test_splitting_off_batch_norm_and_joining_it_again_changes_nothing():
-    rest, norms = baselines.split_norms(variables()["params"])
+    rest, norms = runs.split_norms(variables()["params"])
     kernels = {p[-1].key for p, _ in jax.tree.leaves_with_path(rest)}
     assert kernels == {"kernel", "bias"} and "bias" not in rest["stem"]
     assert {p[-1].key for p, _ in jax.tree.leaves_with_path(norms)} == {"scale", "bias"}
-    chex.assert_trees_all_equal(baselines.join_norms(rest, norms), variables()["params"])
+    chex.assert_trees_all_equal(runs.with_norms(rest, norms), variables()["params"])
 
 
 def test_a_slimmable_step_sees_each_width_with_statistics_of_its_own():
-    made = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
+    made = slimmable.make_switchable(FAMILY, variables(), RATIOS)
     x = PLAIN.evaluate(images()[0])
-    found, stats = jax.jit(baselines.all_switches(SPEC, BLOCKS, RATIOS))(made, x, None)
+    found, stats = jax.jit(slimmable.all_switches(FAMILY, RATIOS))(made, x, None)
     for ratio, of_ratio in zip(RATIOS, found, strict=True):
-        spec, tree = baselines.switch(SPEC, made, BLOCKS, ratio)
+        spec, tree = slimmable.switch(FAMILY, made, ratio)
         close(of_ratio, logits(spec, tree, train=True))
         before = tree["batch_stats"]["stem_bn"]["mean"]
-        batch = baselines.recalibrate(spec, tree, images()[0], PLAIN)["batch_stats"]
+        batch = runs.recalibrate(spec, tree, images()[0], PLAIN)["batch_stats"]
         wanted = 0.9 * before + 0.1 * batch["stem_bn"]["mean"]
         close(stats[str(ratio)]["stem_bn"]["mean"], wanted)
         chex.assert_trees_all_equal_shapes(stats[str(ratio)], batch)
 
 
 def test_a_sandwich_step_sees_the_full_the_smallest_and_random_widths_between():
-    forward = jax.jit(baselines.sandwich(SPEC, BLOCKS, smallest=0.5, num_random=1))
+    forward = jax.jit(slimmable.sandwich(FAMILY, smallest=0.5, num_random=1))
     x = PLAIN.evaluate(images()[0])
     found, _ = forward(variables(), x, jax.random.key(0))
     assert len(found) == 3
     close(found[0], logits(SPEC, variables(), train=True))
-    close(found[1], logits(*slice_to(HALF), train=True))
+    close(found[1], logits(*half(), train=True))
     ratio = 0.5 + 0.5 * jax.random.uniform(jax.random.key(0), (1,))[0]
-    masks = masks_of(widths_at(SPEC, BLOCKS, float(ratio)))
-    close(found[2], logits(SPEC, variables(), masks=masks, train=True))
+    close(found[2], logits(*runs.sliced(FAMILY, variables(), float(ratio)), train=True))
     assert np.abs(found[2] - forward(variables(), x, jax.random.key(1))[0][2]).max() > 1e-3
 
 
 def test_recalibrated_statistics_are_those_of_the_images():
-    small, sliced = slice_to(HALF)
+    small, sliced = half()
     pictures, _ = images()
-    found = baselines.recalibrate(small, sliced, pictures, PLAIN, batch_size=100)
+    found = runs.recalibrate(small, sliced, pictures, PLAIN, 100)
     stem, layout = sliced["params"]["stem"]["kernel"], ("NHWC", "HWIO", "NHWC")
     x = PLAIN.evaluate(pictures)
     x = jax.lax.conv_general_dilated(x, stem, (1, 1), "SAME", dimension_numbers=layout)
@@ -201,42 +187,44 @@ def test_recalibrated_statistics_are_those_of_the_images():
     # With them the network at evaluation normalises as in training: every layer's are right.
     close(logits(small, found), logits(small, sliced, train=True), 1e-3)
     # Over several batches the first layer's are still those of all images.
-    parts = baselines.recalibrate(small, sliced, pictures, PLAIN, batch_size=8)
+    parts = runs.recalibrate(small, sliced, pictures, PLAIN, 8)
     close(parts["batch_stats"]["stem_bn"], found["batch_stats"]["stem_bn"])
 
 
-def test_taylor_importance_is_the_squared_sum_of_gradient_times_weight():
-    given, labels = (SPEC, variables(), BLOCKS, *images(), PLAIN), images()[1]
-    found = baselines.taylor_importance(*given, batch_size=12)
+def test_taylor_importance_is_the_squared_gradient_of_a_factor_on_the_channel():
+    found = pruning.taylor_importance(FAMILY, variables(), *images(), PLAIN, 12)
+    labels = images()[1]
 
-    def loss(params, start):
-        tree = {**variables(), "params": params}
+    def loss(factors, start):
+        params = dict(variables()["params"])
+        for name, factor in factors.items():
+            layers = params[name]
+            kernel = layers["conv2"]["kernel"] * factor[:, None]
+            params[name] = {**layers, "conv2": {"kernel": kernel}}
         part = slice(start, start + 12)
+        tree = {**variables(), "params": params}
         return losses.cross_entropy(logits(SPEC, tree)[part], labels[part])
 
+    factors = {SPEC.blocks[n].name: jnp.ones(SPEC.blocks[n].hidden_width) for n in BLOCKS}
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    grads = [gradient(variables()["params"], start) for start in (0, 12)]
-    for name in NAMES:
-        kernel = np.asarray(variables()["params"][name]["conv2"]["kernel"], np.float64)
-        products = [np.asarray(g[name]["conv2"]["kernel"]) * kernel for g in grads]
-        wanted = np.mean([p.sum(axis=(0, 1, 3)) ** 2 for p in products], axis=0)
-        np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-9)
+    grads = [gradient(factors, start) for start in (0, 12)]
+    for name, score in found.items():
+        wanted = np.mean([np.square(g[name.partition("/")[0]]) for g in grads], axis=0)
+        np.testing.assert_allclose(score, wanted, rtol=1e-3, atol=1e-9)
 
 
-def test_criteria_order_channels_by_the_norms_of_their_filters_or_at_random():
-    def order(criterion):
-        return baselines.channel_order(experiment_of(), variables(), *images(), criterion)
-
-    for criterion, power in (("l1", 1), ("l2", 2)):
-        for n, of_block in order(criterion).items():
-            kernel = variables()["params"][SPEC.blocks[n].name]["conv1"]["kernel"]
-            norms = (np.abs(kernel) ** power).sum(axis=(0, 1, 2))[of_block]
+@pytest.mark.parametrize("criterion", ["random", "l1", "l2", "taylor", "surgeon"])
+def test_criteria_order_channels_without_a_change_of_the_function(criterion):
+    order = pruning.channel_order(experiment_of(), variables(), *images(), criterion)
+    sizes = dict(zip(FAMILY.names, FAMILY.full_widths, strict=True))
+    assert {n: sorted(order[n]) for n in order} == {n: list(range(w)) for n, w in sizes.items()}
+    moved = elastic.permute(GROUPS, variables(), order)
+    close(logits(SPEC, moved), logits(SPEC, variables()))
+    if criterion in ("l1", "l2"):
+        for name, of_group in order.items():
+            kernel = variables()["params"][name.partition("/")[0]]["conv1"]["kernel"]
+            norms = (np.abs(kernel) ** int(criterion[1])).sum(axis=(0, 1, 2))[of_group]
             assert np.all(np.diff(norms) <= 0)
-    by_chance = order("random")
-    assert {n: sorted(by_chance[n]) for n in by_chance} == {
-        n: list(range(SPEC.blocks[n].hidden_width)) for n in BLOCKS
-    }
-    chex.assert_trees_all_equal(by_chance, order("random"))
 
 
 def test_in_place_distillation_gives_the_full_network_labels_and_the_others_its_answers():
@@ -244,7 +232,7 @@ def test_in_place_distillation_gives_the_full_network_labels_and_the_others_its_
     full, small, teacher = (jnp.asarray(rng.normal(size=(6, 5)), jnp.float32) for _ in range(3))
     labels = jnp.arange(6) % 5
     fields = {"ce_weight": 0.25, "distillation_weight": 2.0, "temperature": 3.0}
-    joint = functools.partial(baselines.joint_loss, labels=labels, teacher_logits=teacher)
+    joint = functools.partial(runs.joint_loss, labels=labels, teacher_logits=teacher)
     ce = losses.cross_entropy
 
     def kd(found, soft):
@@ -288,10 +276,10 @@ def stand_in():
 def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
     num_images = 45_000
     resolved = baselines.within_budget(CONFIGS.get_config(preset).to_dict(), 2.0, num_images)
-    row = baselines.section(resolved)
+    row = recipes.from_fields(Baseline, resolved["baseline"], "")
     assert row.images == 100_000
     if row.method != "inr":
-        assert abs(row.images_seen - row.images) <= row.batch_size
+        assert abs(row.num_steps * row.batch_size - row.images) <= row.batch_size
         return
     config = {**resolved, "data": {**resolved["data"], "name": "cifar100"}}
     experiment = lab.from_config(config, stand_in())
@@ -299,7 +287,7 @@ def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
     phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
     # Each phase is a whole number of steps.
     rounding = 0.5 * len(phases) * recipe.images_per_step
-    assert abs(baselines.inr_cost(experiment, num_images).images - row.images) <= rounding
+    assert abs(baselines.cost(experiment, row, num_images).images - row.images) <= rounding
 
 
 def test_costs_are_passes_of_the_networks_that_are_trained():
@@ -309,7 +297,7 @@ def test_costs_are_passes_of_the_networks_that_are_trained():
 
     def cost(method, **fields):
         row = baseline(method=method, images=640, batch_size=32, **fields)
-        return baselines.training_cost(experiment, row)
+        return baselines.cost(experiment, row, 0)
 
     found = cost("individual", distill_from="teacher")
     assert (found.images, found.network_passes, found.teacher_passes) == (640, 1280, 1280)
@@ -328,8 +316,7 @@ def test_costs_are_passes_of_the_networks_that_are_trained():
 def test_an_inr_whose_sizes_have_images_of_their_own_counts_each(share, passes):
     chosen = {"epochs": 40.0, "batch_size": 4, "micro_batch": 0, "share_images": share}
     experiment = experiment_of(**{f"train__{name}": value for name, value in chosen.items()})
-    cost = baselines.inr_cost(experiment, 24)
-    assert (cost.images, cost.network_passes, cost.teacher_passes) == (960, passes, 960)
+    assert baselines.cost(experiment, baseline(method="inr"), 24)[:3] == (960, passes, 960)
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -385,7 +372,7 @@ switch_seconds wall_seconds command commit device versions"""
 
 def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(baselines, *arguments("slimmable", place, whole))
+    run(compare, *arguments("slimmable", place, whole))
     save, saves = checkpoint.Checkpoints.save, []
 
     class KilledError(BaseException):
@@ -399,10 +386,10 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", dying)
         with pytest.raises(KilledError):
-            run(baselines, *arguments("slimmable", place, killed))
+            run(compare, *arguments("slimmable", place, killed))
     assert saves == [2]
-    assert "continuing from step 2 of 4" in run(baselines, *arguments("slimmable", place, killed))
-    fresh = baselines.make_switchable(SPEC, variables(), BLOCKS, RATIOS)
+    assert "continuing from step 2 of 4" in run(compare, *arguments("slimmable", place, killed))
+    fresh = slimmable.make_switchable(FAMILY, variables(), RATIOS)
     recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
     template = TrainState(fresh, training.teacher_optimizer(recipe, 4).init(fresh["params"]))
     ends = []
@@ -436,7 +423,7 @@ def norm_channels(spec):
 
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):
     criteria = '("random","l1")'
-    out = run(baselines, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
+    out = run(compare, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
     names = ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
     rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
@@ -450,9 +437,9 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     assert (rows["l1"]["switch_images"], rows["l1_recalibrated"]["switch_images"]) == (0, 32)
     # The row is of the teacher's slice: the accuracy of one computed here.
     experiment = experiment_of(data__crop_padding=1)
-    order = baselines.channel_order(experiment, variables(), *images(96, 4), "l1")
-    moved = baselines.reorder(SPEC, variables(), order)
-    small, tree = baselines.slice_variables(SPEC, moved, BLOCKS, (2, 3, 4))
+    order = pruning.channel_order(experiment, variables(), *images(96, 4), "l1")
+    moved = elastic.permute(GROUPS, variables(), order)
+    small, tree = runs.sliced(FAMILY, moved, 0.5)
     pictures, labels = images(20, 5)
     x = preprocessing.normalize(pictures, *datasets.channel_statistics(images(96, 4)[0]))
     found = np.argmax(cifar_resnet.ResNet(small).apply(tree, x), axis=-1) == labels
@@ -469,11 +456,11 @@ def test_a_trial_reads_no_test_image_and_leaves_the_row_to_the_run_after_it(
         return of(splits, name)
 
     monkeypatch.setattr(grid, "evaluation_split", split_of)
-    out = run(baselines, *arguments("pruning_finetuned", place, tmp_path, "--trial"))
+    out = run(compare, *arguments("pruning_finetuned", place, tmp_path, "--trial"))
     assert set(read_splits) == {"validation"}
     assert out.count("   validation ") == 2 and "test" not in out
     assert not (tmp_path / "row.json").exists()
-    run(baselines, *arguments("pruning_finetuned", place, tmp_path))
+    run(compare, *arguments("pruning_finetuned", place, tmp_path))
     assert set(read_splits) == {"validation", "test"}
     line = next(x for x in out.splitlines() if x.startswith("width 0.5"))
     assert f"validation {read(tmp_path)['sizes'][1]['validation']:6.2f} %" in line
@@ -497,7 +484,7 @@ ALONE = {"teacher__file": "", "baseline__width_ratios": "(1.0,)"}  # needs no te
     ],
 )
 def test_a_row_says_what_its_method_needs(place, tmp_path, preset, config, images, wanted):
-    run(baselines, *arguments(preset, place, tmp_path, "--budget=0.5", **config))
+    run(compare, *arguments(preset, place, tmp_path, "--budget=0.5", **config))
     row = read(tmp_path)
     assert [line["images"] for line in row["sizes"]] == images
     assert row["budget_images"] == images[-1]
@@ -524,7 +511,7 @@ def test_skip_init_is_part_of_htty_alone(name, alpha):
     [
         (["--budget=0"], "--budget must be above 0, got 0.0"),
         (["--config.baseline.criterion=l3"], "criterion must be one of"),
-        (["--config.baseline.init=zeros"], "init must be one of"),
+        (["--config.baseline.distill_from=zeros"], "distill_from must be one of"),
         (["--config.baseline.width_ratios=(0.75,)"], "must start at 1 and decrease"),
         (["--config.baseline.images=0"], "must be at least 1"),
         (["--config.baseline.temperature=0.0"], "temperature above 0"),
@@ -534,15 +521,13 @@ def test_skip_init_is_part_of_htty_alone(name, alpha):
     ],
 )
 def test_what_no_row_could_use_is_refused(place, tmp_path, args, error):
-    assert_refuses(error, baselines, *arguments("slimmable", place, tmp_path / "run", *args))
+    assert_refuses(error, compare, *arguments("slimmable", place, tmp_path / "run", *args))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_needs_a_work_directory_and_the_section_of_its_config(place, tmp_path):
-    assert_refuses("--workdir=DIR is required", baselines, *arguments("slimmable", place, ""))
-    with refused("must have a section baseline", UsageError):
-        baselines.section({"seed": 0})
-    with refused(r"takes \['method'.*got \['image',", UsageError):
-        baselines.section({"baseline": {"method": "pruning", "title": "x", "image": 3}})
-    with refused("one by one; use 'teacher'", UsageError):
+def test_a_row_needs_a_work_directory_and_a_section_of_its_config(place, tmp_path):
+    assert_refuses("--workdir=DIR is required", compare, *arguments("slimmable", place, ""))
+    other = f"--config={ROOT / 'configs/digits.py'}", f"--workdir={tmp_path / 'run'}"
+    assert_refuses("must have a section baseline", compare, *other)
+    with refused("together.*method is 'individual'", UsageError):
         baseline(method="individual", distill_from="full")
