@@ -21,7 +21,6 @@ COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare",
 # Commands that are still in the room of what they do.
 _ELSEWHERE = {
     "search": "search.evolution",
-    "export": "export.formats",
     "latency": "search.latency",
     "report": "report.tables",
 }

@@ -14,7 +14,8 @@ import pytest
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.export import formats
+from neumeta_jax.evaluation.morphs import morph_to_dict
+from neumeta_jax.export.network import draw
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import page
@@ -56,7 +57,7 @@ def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
     # Wider than the full size, and with a block less.
     widths = (0, 5)
     spec = tmp_path / "wider_and_shallower.json"
-    spec.write_text(json.dumps(formats.morph_to_dict(FAMILY, widths)))
+    spec.write_text(json.dumps(morph_to_dict(FAMILY, widths)))
     status, out, err = call(
         f"--workdir={workdir}", f"--spec={spec}", "--calls=3", "--batch_sizes=2,1"
     )
@@ -103,7 +104,7 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
     latency.measure(family, params, [network], batch_sizes=(2,), rounds=1)
     compiled, (tree, images) = kept[0, "jax", 2].func, kept[0, "jax", 2].args
     (onnx_logits,) = kept[0, "onnxruntime", 2]()
-    small, wanted = formats.draw(family, params, network.widths)
+    small, wanted = draw(family, params, network.widths)
     logits = jax.jit(lambda tree: cifar_resnet.apply(small, tree, images))(wanted)
     np.testing.assert_allclose(compiled(tree, images), logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(onnx_logits, logits, rtol=1e-4, atol=1e-5)

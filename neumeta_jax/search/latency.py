@@ -27,8 +27,9 @@ from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import timing
-from neumeta_jax.export import formats
-from neumeta_jax.export.formats import Normalization
+from neumeta_jax.evaluation.morphs import load_morph
+from neumeta_jax.export import onnx as onnx_format, safetensors as saved
+from neumeta_jax.export.network import INPUT_NAME, Network as Exported, Normalization
 from neumeta_jax.files import storage
 from neumeta_jax.networks import families
 from neumeta_jax.networks.cifar_resnet import Params
@@ -154,7 +155,7 @@ def measure(
                 row["memory_bytes"][str(batch)] = peak_memory(compiled)
                 calls[number, "jax", batch] = functools.partial(compiled, on_device, images)
             if session is not None:
-                feed = {formats.INPUT_NAME: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
+                feed = {INPUT_NAME: np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}
                 calls[number, "onnxruntime", batch] = functools.partial(session.run, None, feed)
         row["switch_ms"] = {name: round(value, 3) for name, value in row["switch_ms"].items()}
         rows.append(row)
@@ -164,11 +165,15 @@ def measure(
     return rows
 
 
+def _exported(spec: Size, params: Params) -> Exported:
+    return Exported(spec, params, Normalization((0.0,) * spec.channels, (1.0,) * spec.channels))
+
+
 def _load_onnx(spec: ResNetSpec, params: Params) -> tuple[Any, int]:
     """(a session on the CPU, the graph's size in bytes)."""
     import onnxruntime
 
-    content = formats.to_onnx(spec, params).SerializeToString()
+    content = onnx_format.to_onnx(_exported(spec, params)).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return session, len(content)
 
@@ -176,8 +181,7 @@ def _load_onnx(spec: ResNetSpec, params: Params) -> tuple[Any, int]:
 def _safetensors_size(spec: Size, params: Params) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "net.safetensors"
-        plain = Normalization((0.0,) * spec.channels, (1.0,) * spec.channels)
-        formats.save_safetensors(path, spec, params, normalization=plain)
+        saved.save(path, _exported(spec, params))
         return path.stat().st_size
 
 
@@ -244,7 +248,7 @@ def _networks(hypernetwork: Family, ratios: Sequence[float], files: Sequence[str
         widths = tuple(hypernetwork.widths(ratio).tolist())
         found.setdefault(widths, Network(f"{ratio:g}", ratio, widths))
     for file in files:
-        widths = formats.load_morph(file, hypernetwork)
+        widths = load_morph(file, hypernetwork)
         found.setdefault(widths, Network(pathlib.Path(file).stem, None, widths))
     return list(found.values())
 
