@@ -20,8 +20,7 @@ COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare",
 
 # Commands that are still in the room of what they do.
 _ELSEWHERE = {
-    "search": "search.evolution",
-    "latency": "search.latency",
+    "export": "export.formats",
     "report": "report.tables",
 }
 

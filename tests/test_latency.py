@@ -1,21 +1,18 @@
 """Latency: what is measured of which network, and what is refused. No test depends on speed."""
 
-import contextlib
 import csv
 import importlib.util
-import io
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
+from networks import assert_refuses, random_inr, run
 
-from neumeta_jax.commands import command_line
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.commands import latency as command
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.evaluation.morphs import morph_to_dict
-from neumeta_jax.export.network import draw
+from neumeta_jax.evaluation import morphs
+from neumeta_jax.export import formats
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import page
@@ -29,49 +26,26 @@ FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("latency")
-    shapes = jax.eval_shape(
-        lambda key: hyper.init(key, FAMILY, cifar_resnet.init_params(key, SPEC)), jax.random.key(0)
-    )
-    rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.4).astype("float32"), shapes)
+    params = random_inr(FAMILY, seed=3, scale=0.4)
     checkpoint.save_inr(path / checkpoint.INR_FILE, FAMILY, params)
     config = {"eval": {"width_ratios": [1.0, 0.5], "num_samples": 1}}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
-def call(*args):
-    """(exit status, standard output, standard error) of the command."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [latency.__file__, *map(str, args)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                command_line.run(latency.main)
-            except SystemExit as stop:
-                status = stop.code
-    return status, out.getvalue(), err.getvalue()
-
-
 def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
     # Wider than the full size, and with a block less.
     widths = (0, 5)
     spec = tmp_path / "wider_and_shallower.json"
-    spec.write_text(json.dumps(morph_to_dict(FAMILY, widths)))
-    status, out, err = call(
-        f"--workdir={workdir}", f"--spec={spec}", "--calls=3", "--batch_sizes=2,1"
-    )
-    assert status == 0, err
-    assert "wider_and_shallower  generate" in out  # names are not cut
+    spec.write_text(json.dumps(morphs.morph_to_dict(FAMILY, widths)))
+    out = run(command, f"--workdir={workdir}", f"--spec={spec}", "--calls=3", "--batch_sizes=2,1")
+    assert "wider_and_shallower  generate" in out and "p90 ms" in out  # names are not cut
     document = json.loads((workdir / "latency.json").read_text())
     assert page.read_latency(workdir / "latency.json") == document
     assert "onnxruntime" in document["versions"] and "CPU cores" in document["device"]
     rows = document["rows"]
-    assert [(row["name"], row["width_ratio"]) for row in rows] == [
-        ("1", 1.0),
-        ("0.5", 0.5),
-        ("wider_and_shallower", None),
-    ]
+    names = [(row["name"], row["width_ratio"]) for row in rows]
+    assert names == [("1", 1.0), ("0.5", 0.5), ("wider_and_shallower", None)]
     for row in rows:
         small = morph(SPEC, FAMILY.blocks, row["widths"])
         assert (row["num_params"], row["num_macs"]) == (small.num_params, small.num_macs)
@@ -82,13 +56,13 @@ def test_the_command_measures_every_network_in_both_runtimes(workdir, tmp_path):
                 assert 0 < found["p50_ms"] <= found["p90_ms"] and found["calls"] == 3
         assert row["memory_bytes"]["2"] > row["memory_bytes"]["1"] > 4 * small.num_params
         assert min(row["file_bytes"].values()) > 4 * small.num_params
+        assert set(row["file_bytes"]) == {"safetensors", "onnx"}
         assert set(row["switch_ms"]) == {"generate", "compile", "onnxruntime"}
         assert min(row["switch_ms"].values()) > 0
     assert rows[2]["widths"] == list(widths)
     with (workdir / "latency.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * 2 * 2 and lines[-1]["widths"] == "0 5"
-    assert "p90 ms" in out
 
 
 def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatch):
@@ -101,10 +75,11 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
     monkeypatch.setattr(latency.timing, "in_turns", keep)
     family, params, _ = checkpoint.load_inr(workdir)
     network = latency.Network("", None, (1, 3))
-    latency.measure(family, params, [network], batch_sizes=(2,), rounds=1)
+    writers = {"onnx": command.write_onnx}
+    latency.measure(family, params, [network], batch_sizes=(2,), rounds=1, writers=writers)
     compiled, (tree, images) = kept[0, "jax", 2].func, kept[0, "jax", 2].args
     (onnx_logits,) = kept[0, "onnxruntime", 2]()
-    small, wanted = draw(family, params, network.widths)
+    small, wanted = formats.draw(family, params, network.widths)
     logits = jax.jit(lambda tree: cifar_resnet.apply(small, tree, images))(wanted)
     np.testing.assert_allclose(compiled(tree, images), logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(onnx_logits, logits, rtol=1e-4, atol=1e-5)
@@ -122,9 +97,7 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(workdir, monkeypatch, args, shown):
     monkeypatch.setattr(latency, "measure", None)
-    args = [*args, f"--workdir={workdir}"] if args else []
-    status, _, err = call(*args)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and shown in err
+    assert_refuses(shown, command, *args, *([f"--workdir={workdir}"] if args else []))
 
 
 def test_without_onnxruntime_jax_alone_is_measured(workdir, monkeypatch):
@@ -140,10 +113,9 @@ def test_without_onnxruntime_jax_alone_is_measured(workdir, monkeypatch):
 
     monkeypatch.setattr(latency, "measure", measure)
     there = workdir / "elsewhere"
-    status, out, err = call(f"--workdir={workdir}", f"--out={there}")
-    assert status == 0, err
-    assert asked["runtimes"] == ("jax",) and "only JAX is measured" in out
+    out = run(command, f"--workdir={workdir}", f"--out={there}")
+    assert list(asked["writers"]) == ["safetensors"] and "only JAX is measured" in out
     assert (there / "latency.json").is_file()
     (there / "latency.json").write_text(json.dumps({"rows": [{"widths": [1, 1]}]}))
-    status, _, err = call(f"--workdir={workdir}", f"--out={there}")
-    assert status == 2 and "holds another evaluation, of other networks" in err
+    words = "holds another evaluation, of other networks"
+    assert_refuses(words, command, f"--workdir={workdir}", f"--out={there}")

@@ -132,7 +132,7 @@ def test_a_damaged_latency_file_is_named(tmp_path):
     assert page.read_latency(path) == LATENCY
     for text in ("{", "[]", '{"rows": [{"widths": [1]}]}'):
         path.write_text(text)
-        with pytest.raises(UsageError, match="latency.json must be what python -m"):
+        with pytest.raises(UsageError, match="latency.json must be what neumeta latency"):
             page.read_latency(path)
 
 

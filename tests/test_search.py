@@ -4,64 +4,74 @@ import collections
 import csv
 import itertools
 import json
+import shutil
+import types
 
 import numpy as np
 import pytest
 from networks import assert_refuses, call, refused, run, write_workdir
 
+from neumeta_jax.commands import search
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import INTERRUPTED, UsageError
 from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.report import plotting
 from neumeta_jax.runs import checkpoint, experiment as lab
-from neumeta_jax.search import evolution
-from neumeta_jax.search.evolution import Candidate
+from neumeta_jax.search import budgets, evolution, latency, session
+from neumeta_jax.search.budgets import allows, shallow_networks
+from neumeta_jax.search.evolution import Candidate, Score
+from neumeta_jax.search.record import STATE_FILE, Record, read_record
 
 SPEC = resnet_spec(20, num_classes=5, stage_widths=(8, 12, 16), image_size=8)
 BLOCKS = generated_blocks(SPEC)
 FAMILY = cifar_resnet.hypernetwork(SPEC, BLOCKS, Grid())
 RANGE = {"low": 0.25, "high": 1.0}
-SPACE = evolution.make_space(FAMILY, **RANGE)
-DEEP = evolution.make_space(FAMILY, **RANGE, depth=True)
-UNIFORM = evolution.uniform_networks(SPACE, **RANGE)
-SMALLEST, LARGEST = (2, 2, 3, 3, 4), (8, 8, 12, 12, 16)
+SPACE = budgets.make_space(FAMILY, **RANGE)
+DEEP = budgets.make_space(FAMILY, **RANGE, depth=True)
+UNIFORM = budgets.uniform_networks(SPACE, **RANGE)
+SMALLEST, LARGEST = SPACE.ends
 
 
-def costs(space=SPACE, *, macs=None, params=None):
-    return [
-        evolution.count_cost(space, "macs", macs),
-        evolution.count_cost(space, "params", params),
-    ]
+def costs(*, macs=None, params=None):
+    limits = {"macs": macs, "params": params}
+    return [budgets.count_cost(FAMILY, name, limit) for name, limit in limits.items()]
 
 
 def middle(space, name, share=0.5):
     """A budget between the smallest and the largest network's."""
-    cost = evolution.count_cost(space, name, None)
-    low = cost.total([0] * len(space.choices))
-    high = cost.total([len(choices) - 1 for choices in space.choices])
+    low, high = map(budgets.count_cost(FAMILY, name).total, space.ends)
     return low + share * (high - low)
 
 
 def toy_accuracy(widths):
     """Grows with every block, the fourth and the last most of all."""
-    gains = (0.01, 0.01, 0.01, 0.2, 0.3)
     shares = np.array(widths) / FAMILY.full_widths
-    return float(np.dot(gains, np.sqrt(shares)))
+    return float(np.dot((0.01, 0.01, 0.01, 0.2, 0.3), np.sqrt(shares)))
 
 
-def evolve(space=SPACE, *, limits=None, asked=None, **options):
-    """The archive; `asked` is extended by the networks that are evaluated."""
+def toy_score(widths):
+    return Score(toy_accuracy(widths), 0.0)
+
+
+def generations(space=SPACE, *, limits=None, asked=None, archive=(), score=toy_score, **options):
+    """The archive after each generation; `asked` is extended by the networks evaluated."""
 
     def evaluate(widths):
         if asked is not None:
             asked.extend(widths)
-        return [toy_accuracy(row) for row in widths]
+        return [score(row) for row in widths]
 
     options = {"num_candidates": 300, "population": 20, "seed": 0, **options}
-    uniform = evolution.uniform_networks(space, **RANGE)
-    return evolution.evolve(space, limits or costs(space), uniform, evaluate, **options)
+    uniform = budgets.uniform_networks(space, **RANGE)
+    return evolution.evolve(space, limits or costs(), uniform, evaluate, archive, **options)
+
+
+def evolve(*args, **options):
+    *_, archive = generations(*args, **options)
+    return archive
 
 
 # --- networks and budgets --------------------------------------------------------------------
@@ -70,23 +80,20 @@ def evolve(space=SPACE, *, limits=None, asked=None, **options):
 def test_a_space_holds_every_width_of_the_range_or_its_multiples():
     assert SPACE.choices[0] == tuple(range(2, 9)) and SPACE.choices[4] == tuple(range(4, 17))
     assert SPACE.size == 7 * 7 * 10 * 10 * 13
-    assert DEEP.choices[0] == (0, *range(2, 9))
+    assert DEEP.choices[0] == (0, *range(2, 9)) and DEEP.genes((0, 2, 4, 0, 5)) == [0, 1, 2, 0, 2]
     for multiple, wanted in ((4, (4, 8)), (8, (8,)), (3, (3, 6))):
-        space = evolution.make_space(FAMILY, **RANGE, multiple=multiple)
-        assert space.choices[0] == wanted
+        assert budgets.make_space(FAMILY, **RANGE, multiple=multiple).choices[0] == wanted
 
 
 def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_costs():
     space = DEEP.without((0, 3))
     assert space.choices[0] == space.choices[3] == (0,) and space.choices[1] == DEEP.choices[1]
-    rows = evolution.uniform_networks(space, **RANGE)
+    rows = budgets.uniform_networks(space, **RANGE)
     assert rows and all(row[0] == row[3] == 0 < min(row[1], row[2], row[4]) for row in rows)
-    shallow = evolution.shallow_networks(space, costs(space), rows)
+    shallow = shallow_networks(space, costs(), rows)
     assert shallow and all(row[0] == row[3] == 0 for row in shallow)
-    plain = SPACE.without((0, 3))
-    assert evolution.shallow_networks(plain, costs(plain), rows) == []
-    cost = evolution.count_cost(space, "macs", None).total(space.genes(rows[-1]))
-    assert cost == morph(SPEC, BLOCKS, rows[-1]).num_macs
+    assert shallow_networks(SPACE.without((0, 3)), costs(), rows) == []
+    assert costs()[0].total(rows[-1]) == morph(SPEC, BLOCKS, rows[-1]).num_macs
 
 
 @pytest.mark.parametrize(
@@ -100,28 +107,17 @@ def test_blocks_that_change_nothing_are_left_out_of_every_network_and_of_its_cos
 )
 def test_a_space_that_cannot_be_is_refused(options, match):
     with refused(match):
-        evolution.make_space(FAMILY, **options)
+        budgets.make_space(FAMILY, **options)
 
 
 def test_the_uniform_networks_are_those_of_all_ratios():
     wanted = {tuple(FAMILY.widths(ratio)) for ratio in np.linspace(0.25, 1, 2000)}
     assert set(UNIFORM) == wanted and len(UNIFORM) == len(wanted)
     assert UNIFORM[0] == SMALLEST and UNIFORM[-1] == LARGEST
-    multiples = evolution.make_space(FAMILY, **RANGE, multiple=4, depth=True)
-    found = evolution.uniform_networks(multiples, **RANGE)
+    multiples = budgets.make_space(FAMILY, **RANGE, multiple=4, depth=True)
+    found = budgets.uniform_networks(multiples, **RANGE)
     assert found[0] == (4, 4, 4, 4, 4) and found[-1] == LARGEST
     assert all(width in (4, 8, 12, 16) for widths in found for width in widths)
-
-
-@pytest.mark.parametrize("name", ["macs", "params"])
-def test_costs_are_those_of_the_dense_networks(name):
-    rng = np.random.default_rng(0)
-    cost = evolution.count_cost(DEEP, name, None)
-    for _ in range(20):
-        genes = [int(rng.integers(len(choices))) for choices in DEEP.choices]
-        dense = morph(SPEC, BLOCKS, DEEP.widths(genes))
-        assert cost.total(genes) == getattr(dense, f"num_{name}")
-        assert DEEP.genes(DEEP.widths(genes)) == genes
 
 
 def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
@@ -132,29 +128,37 @@ def test_the_latency_of_a_sum_over_blocks_is_found_from_few_networks():
         weights = (1.0, 1.0, 2.0, 2.0, 0.5)
         return 3 + sum(a * w + (w > 0) for a, w in zip(weights, widths, strict=True))
 
-    cost = evolution.latency_cost(DEEP, 40.0, measure)
+    cost = budgets.latency_cost(DEEP, 40.0, measure)
     assert len(measured) < 25
     for widths in (LARGEST, (0, 2, 5, 0, 11), SMALLEST, (0, 0, 0, 0, 0)):
-        assert cost.total(DEEP.genes(widths)) == pytest.approx(measure(widths))
+        assert cost.total(widths) == pytest.approx(measure(widths))
 
 
 def test_noisy_latencies_still_grow_with_the_width():
     rng = np.random.default_rng(1)
-    cost = evolution.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
+    cost = budgets.latency_cost(SPACE, 1.0, lambda widths: 1 + 0.001 * sum(widths) + rng.random())
     for n, choices in enumerate(SPACE.choices):
-        genes = [[gene if m == n else 0 for m in range(5)] for gene in range(len(choices))]
-        amounts = [cost.total(row) for row in genes]
+        amounts = [cost.total((*SMALLEST[:n], width, *SMALLEST[n + 1 :])) for width in choices]
         assert amounts == sorted(amounts)
 
 
 @pytest.mark.parametrize("name", ["macs", "params"])
-def test_an_impossible_budget_says_what_is_possible(name):
-    small, large = (
-        getattr(morph(SPEC, BLOCKS, widths), f"num_{name}") for widths in (SMALLEST, LARGEST)
-    )
-    evolution.check_budgets(SPACE, costs(**{name: small}))
+def test_a_budget_that_none_or_every_network_keeps_says_what_is_possible(name):
+    small, large = (getattr(morph(SPEC, BLOCKS, row), f"num_{name}") for row in SPACE.ends)
+    assert budgets.check_budgets(SPACE, costs(**{name: small})) == []
+    assert budgets.check_budgets(SPACE, costs(**{name: large - 1})) == []
+    (note,) = budgets.check_budgets(SPACE, costs(**{name: large}))
+    assert f"--max_{name}={large} excludes no network" in note and f"{large:,}" in note
     with refused(f"--max_{name} .*{small:,} to {large:,}", UsageError):
-        evolution.check_budgets(SPACE, costs(**{name: small - 1}))
+        budgets.check_budgets(SPACE, costs(**{name: small - 1}))
+
+
+def test_latencies_that_differ_by_less_than_their_noise_are_said_to_be_noise():
+    cost = budgets.latency_cost(SPACE, 2.0, lambda widths: 1 + sum(widths) / sum(LARGEST))
+    cost = budgets.Cost(cost.name, 1.9, cost.total)
+    assert budgets.check_budgets(SPACE, [cost], noise=0.5) == []
+    (note,) = budgets.check_budgets(SPACE, [cost], noise=0.8)
+    assert "differ by 0.750 ms" in note and "two measurements of one by 0.800 ms" in note
 
 
 # --- evolution -------------------------------------------------------------------------------
@@ -163,13 +167,32 @@ def test_an_impossible_budget_says_what_is_possible(name):
 def test_the_best_network_under_a_budget_is_found():
     """Of all 63,700, found among 600."""
     limits = costs(macs=middle(SPACE, "macs"))
-    genes = itertools.product(*(range(len(choices)) for choices in SPACE.choices))
-    best = max(toy_accuracy(SPACE.widths(row)) for row in genes if limits[0].allows(row))
-    uniform = max(toy_accuracy(w) for w in UNIFORM if limits[0].allows(SPACE.genes(w)))
+    best = max(toy_accuracy(w) for w in itertools.product(*SPACE.choices) if allows(limits, w))
+    uniform = max(toy_accuracy(w) for w in UNIFORM if allows(limits, w))
     for seed in range(3):
         archive = evolve(limits=limits, num_candidates=600, seed=seed)
-        found = max(candidate.accuracy for candidate in archive)
+        found = max(candidate.score.accuracy for candidate in archive)
         assert found > uniform + 0.95 * (best - uniform)
+
+
+def test_of_equal_accuracies_the_smaller_loss_is_sought_and_then_fewer_multiply_adds():
+    assert (
+        evolution.rank(FAMILY, LARGEST, Score(0.6, 2.0))
+        < evolution.rank(FAMILY, LARGEST, Score(0.5, 1.0))
+        < evolution.rank(FAMILY, SMALLEST, Score(0.5, 1.1))
+        < evolution.rank(FAMILY, LARGEST, Score(0.5, 1.1))
+    )
+    limits = costs(macs=middle(SPACE, "macs"))
+    archive = evolve(limits=limits, score=lambda row: Score(0.5, -toy_accuracy(row)))
+    uniform = min(-toy_accuracy(w) for w in UNIFORM if allows(limits, w))
+    assert min(candidate.score.loss for candidate in archive) < uniform - 0.02
+
+
+def test_the_front_holds_what_nothing_smaller_reaches_and_of_equals_the_smaller_loss():
+    amounts, accuracies = [5, 3, 4, 1, 4, 4, 9], [0.6, 0.5, 0.5, 0.2, 0.55, 0.55, 0.6]
+    losses = [1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.5]
+    front = evolution.pareto_front(amounts, list(map(Score, accuracies, losses)))
+    assert front == [True, True, False, True, False, True, False]
 
 
 def test_no_network_is_evaluated_twice_and_the_seed_decides_which():
@@ -183,89 +206,89 @@ def test_no_network_is_evaluated_twice_and_the_seed_decides_which():
 
 @pytest.mark.parametrize("space", [SPACE, DEEP], ids=["widths", "depth"])
 def test_every_candidate_keeps_every_budget(space):
-    limits = costs(space, macs=middle(space, "macs", 0.4), params=middle(space, "params", 0.5))
+    limits = costs(macs=middle(space, "macs", 0.4), params=middle(space, "params", 0.5))
     archive = evolve(space, limits=limits)
     for candidate in archive:
         dense = morph(SPEC, BLOCKS, candidate.widths)
         assert dense.num_macs <= limits[0].limit and dense.num_params <= limits[1].limit
-        for width, choices in zip(candidate.widths, space.choices, strict=True):
-            assert width in choices
+        assert all(map(tuple.__contains__, space.choices, candidate.widths))
     skipped = sum(0 in candidate.widths for candidate in archive)
     assert skipped > 20 if space is DEEP else skipped == 0
 
 
 def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
     limits = costs(macs=middle(SPACE, "macs"))
-    first = [c.widths for c in evolve(limits=limits) if c.generation == 0]
-    wanted = [w for w in UNIFORM if limits[0].allows(SPACE.genes(w))]
-    assert 0 < len(wanted) < len(UNIFORM) and set(wanted) <= set(first)
-    assert len(first) > len(wanted)
+    first = {c.widths for c in next(generations(limits=limits))}
+    wanted = {w for w in UNIFORM if allows(limits, w)}
+    assert 0 < len(wanted) < len(UNIFORM) and wanted < first
 
 
 def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_population():
-    limits = costs(DEEP, macs=middle(DEEP, "macs", 0.6))
-    first = [c.widths for c in evolve(DEEP, limits=limits) if c.generation == 0]
-    shallow = evolution.shallow_networks(DEEP, limits, UNIFORM)
-    assert set(shallow) <= set(first)
+    limits, macs = costs(macs=middle(DEEP, "macs", 0.6)), FAMILY.num_macs
+    shallow = shallow_networks(DEEP, limits, UNIFORM)
+    assert set(shallow) <= {c.widths for c in next(generations(DEEP, limits=limits))}
     assert shallow.pop() == (0, 0, 0, 0, 0)  # two blocks of each stage left out
-    wanted = [(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM]
-    macs = evolution.count_cost(DEEP, "macs", None)
-    amounts = {macs.total(DEEP.genes(w)) for w in wanted if limits[0].allows(DEEP.genes(w))}
-    amounts = sorted(amounts)
-    found = [macs.total(DEEP.genes(w)) for w in shallow]
-    assert set(shallow) <= set(wanted) and found == amounts[::-1][: evolution.NUM_SHALLOW]
-    assert amounts[-1] < limits[0].limit
-    assert evolution.shallow_networks(SPACE, costs(), UNIFORM) == []
+    wanted = {(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM}
+    amounts = sorted({macs(w) for w in wanted if allows(limits, w)}, reverse=True)
+    assert set(shallow) <= wanted
+    assert list(map(macs, shallow)) == amounts[: budgets.NUM_SHALLOW]
+    assert shallow_networks(SPACE, costs(), UNIFORM) == []
 
 
 def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_blocks():
     spec = resnet_spec(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
     family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), Grid())
-    space = evolution.make_space(family, low=1.0, high=1.0, depth=True)
-    uniform = evolution.uniform_networks(space, low=1.0, high=1.0)
-    found = evolution.shallow_networks(space, costs(space), uniform)
+    space = budgets.make_space(family, low=1.0, high=1.0, depth=True)
+    found = shallow_networks(space, [], budgets.uniform_networks(space, low=1.0, high=1.0))
     most = collections.Counter(family.stages).most_common(1)[0][1]
     assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
 
 
 def test_a_search_goes_on_from_what_it_has_evaluated():
-    whole = evolve()
-    generations = []
-
-    def stop(archive):
-        generations.append(archive[-1].generation)
-        return len(generations) < 3
-
-    part = evolve(on_generation=stop)
-    assert generations == [0, 1, 2] and len(part) < len(whole)
+    whole, part = evolve(), []
+    for archive in itertools.islice(generations(), 3):
+        part = list(archive)
+    assert part[-1].generation == 2 and len(part) < len(whole)
     rest = []
     assert evolve(asked=rest, archive=part) == whole
     assert rest == [candidate.widths for candidate in whole[len(part) :]]
 
 
 def test_a_search_ends_when_every_network_was_evaluated():
-    space = evolution.make_space(FAMILY, **RANGE, multiple=8)
+    space = budgets.make_space(FAMILY, **RANGE, multiple=8)
     archive = evolve(space, num_candidates=50, population=10)
     assert {c.widths for c in archive} == {(8, 8, 8, 8, 8), (8, 8, 8, 8, 16)}
 
 
-def test_the_front_holds_what_nothing_smaller_reaches():
-    amounts, accuracies = [5, 3, 4, 1, 4], [0.6, 0.5, 0.5, 0.2, 0.55]
-    assert evolution.pareto_front(amounts, accuracies) == [True, True, False, True, True]
-
-
-# --- containers ------------------------------------------------------------------------------
+# --- the session -----------------------------------------------------------------------------
 
 
 def test_later_populations_use_the_containers_of_earlier_ones():
     rng = np.random.default_rng(0)
     rows = [tuple(int(rng.choice(c[:4])) for c in SPACE.choices) for _ in range(40)]
-    first = evolution.add_containers(SPACE, [], rows[:20], macs_per_container=1000)
-    assert first[0] == LARGEST and 1 < len(first) <= evolution.MAX_CONTAINERS
-    again = evolution.add_containers(SPACE, first, rows[:20], macs_per_container=1000)
-    assert again == first
-    assert evolution.add_containers(SPACE, [], rows[:20], macs_per_container=1e12) == first[:1]
+    first = session.add_containers(SPACE, [], rows[:20], 1000)
+    assert first[0] == LARGEST and 1 < len(first) <= session.MAX_CONTAINERS
+    assert session.add_containers(SPACE, first, rows[:20], 1000) == first
+    assert session.add_containers(SPACE, [], rows[:20], 1e12) == first[:1]
     assert not np.any(np.array(first) % (np.array(LARGEST) // 4))
+
+
+def test_the_final_choice_among_equal_accuracies_is_the_smallest_loss(tmp_path, monkeypatch):
+    def scores(self, name, widths, **options):
+        return [Score(0.5, abs(sum(row) - (39 if name == "validation" else 38))) for row in widths]
+
+    monkeypatch.setattr(session.Session, "_scores", scores)
+    names = "candidates", "validation", "test"
+    evaluators = {name: types.SimpleNamespace(labels=range(4)) for name in names}
+    options = types.SimpleNamespace(
+        num_candidates=100, population=20, seed=0, time_limit=None, max_latency_ms=None
+    )
+    record = Record(tmp_path / STATE_FILE, {})
+    found = session.Session(record, SPACE, UNIFORM, costs(macs=1e9), evaluators, options)
+    winners = found.search()
+    assert sum(winners["searched"]) == 39
+    assert read_record(record.path, {}) == record
+    assert all(row["loss"] == abs(sum(row["widths"]) - 38) for row in found.table())
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -276,7 +299,7 @@ def workdir(tmp_path_factory):
     return write_workdir(tmp_path_factory.mktemp("search") / "run", depth=20)
 
 
-BUDGET = 200_000
+BUDGET = 90_000
 OPTIONS = ("--num_candidates=40", "--population=12", "--num_images=40")
 
 
@@ -295,7 +318,7 @@ def finished(workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grid, "evaluate_grid", record)
-        return folder, run(evolution, *arguments(workdir, folder)), calls
+        return folder, run(search, *arguments(workdir, folder)), calls
 
 
 def arguments(workdir, out, *more, budget=f"--max_macs={BUDGET}"):
@@ -309,11 +332,11 @@ def read(folder, name="best.json"):
 def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
     out, file = tmp_path / "search", tmp_path / "file"
     with lab.locked(out):
-        assert_refuses(f"Another process is using {out}", evolution, *arguments(workdir, out))
-    assert not (out / evolution.STATE_FILE).exists()
+        assert_refuses(f"Another process is using {out}", search, *arguments(workdir, out))
+    assert not (out / STATE_FILE).exists()
     file.write_text("")
     words = "must be writable, but File exists; choose another"
-    assert_refuses(words, evolution, *arguments(workdir, file))
+    assert_refuses(words, search, *arguments(workdir, file))
 
 
 def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_uniform_network(
@@ -330,7 +353,7 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     candidates = [row for call in recorded if call[1] == 40 for row in call[2]]
     assert len(candidates) == len(set(candidates)) == 40
     finalists = [call for call in recorded if call[1] == 144]
-    assert len(finalists) == 1 and len(finalists[0][2]) >= evolution.NUM_FINALISTS
+    assert len(finalists) == 1 and len(finalists[0][2]) >= session.NUM_FINALISTS
 
     family, _, _ = checkpoint.load_inr(workdir)
     widths = morphs.load_morph(folder / "best.json", family)
@@ -340,31 +363,36 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     assert best["validation_accuracy"] >= best["uniform"]["validation_accuracy"]
     for row in (best, best["uniform"]):
         assert f"test {100 * row['test_accuracy']:.2f} %" in printed
+        assert row["validation_loss"] > 0 and row["test_loss"] > 0
     front = read(folder, "pareto.json")
     assert len(front["rows"]) == 40 and front["best"] == best["widths"]
     with (folder / "pareto.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["accuracy"] for row in table] == [str(row["accuracy"]) for row in front["rows"]]
+    for name in ("accuracy", "loss"):
+        assert [row[name] for row in table] == [str(row[name]) for row in front["rows"]]
     assert 0 < sum(row["front"] for row in front["rows"]) < 40
     assert sum(row["uniform"] for row in front["rows"]) > 1
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert front["notes"] == best["notes"] and len(best["notes"]) == 1
+    assert "neither the teacher nor the INR was trained on the validation" in best["notes"][0]
+    assert f"note: {best['notes'][0]}" in printed
 
 
 def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
     workdir, tmp_path, finished, monkeypatch
 ):
     args = arguments(workdir, tmp_path, "--notest")
-    run(evolution, *args, "--time_limit=1e-9")
+    run(search, *args, "--time_limit=1e-9")
     part = len(read(tmp_path, "pareto.json")["rows"])
     assert part < 40
-    assert f"continuing after {part} candidates" in run(evolution, *args)
+    assert f"continuing after {part} candidates" in run(search, *args)
     found, wanted = (read(folder, "pareto.json")["rows"] for folder in (tmp_path, finished[0]))
-    for name in ("widths", "accuracy", "generation"):
+    for name in ("widths", "accuracy", "loss", "generation"):
         assert [row[name] for row in found] == [row[name] for row in wanted]
     best = read(tmp_path)
     assert best["widths"] == read(finished[0])["widths"] and "test_accuracy" not in best
     monkeypatch.setattr(grid, "evaluate_grid", None)
-    run(evolution, *args)
+    run(search, *args)
 
 
 def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp_path, monkeypatch):
@@ -372,17 +400,27 @@ def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(grid, "evaluate_grid", interrupted)
-    status, _, err = call(evolution, *arguments(workdir, tmp_path))
+    status, _, err = call(search, *arguments(workdir, tmp_path))
     assert status == INTERRUPTED
     assert "stopped after 0 candidates; the same command continues" in err
 
 
-def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypatch):
+def test_a_latency_budget_holds_for_what_is_measured_and_notes_are_everywhere(
+    workdir, tmp_path, monkeypatch
+):
     def measure(family, widths, *, batch, dtype):
         assert (batch, dtype) == (4, "float32")
-        return family.num_macs(widths) / 1e5 + sum(widths) % 3 * 0.05
+        return round(family.num_macs(widths) / 1e5 + sum(widths) % 3 * 0.05, 4)
 
-    monkeypatch.setattr(evolution, "measure_latency", measure)
+    monkeypatch.setattr(latency, "milliseconds", measure)
+    captions, plot = [], plotting.plot_search
+    monkeypatch.setattr(
+        plotting, "plot_search", lambda *args, **o: (captions.append(o["note"]), plot(*args, **o))
+    )
+    shutil.copytree(workdir, tmp_path / "run")
+    config = read(tmp_path / "run", "config.json")
+    config["teacher"]["file"] = "somewhere/public.pt"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     family, _, _ = checkpoint.load_inr(workdir)
     options = {"batch": 4, "dtype": "float32"}
     half, full = (measure(family, family.widths(ratio), **options) for ratio in (0.5, 1.0))
@@ -390,20 +428,22 @@ def test_a_latency_budget_holds_for_what_is_measured(workdir, tmp_path, monkeypa
 
     def args(out, limit):
         budget, more = f"--max_latency_ms={limit}", ("--latency_batch=4", "--notest")
-        return arguments(workdir, out, *more, budget=budget)
+        return arguments(tmp_path / "run", out, "--max_params=1e9", *more, budget=budget)
 
-    run(evolution, *args(tmp_path, limit))
-    best = read(tmp_path)
-    assert best["latency_ms"] == pytest.approx(measure(family, best["widths"], **options), abs=1e-3)
+    printed = run(search, *args(tmp_path / "a", limit))
+    best = read(tmp_path / "a")
+    assert best["latency_ms"] == measure(family, best["widths"], **options)
     assert best["latency_ms"] <= limit and best["uniform"]["latency_ms"] <= limit
-    words = f"{half:.3f} to {full:.3f}"
-    assert_refuses(words, evolution, *args(tmp_path / "b", 0.1))
+    assert best["latency_noise_ms"] == 0
+    seen, loose = best["notes"]
+    assert "the teacher, public.pt, may have been trained on the validation images" in seen
+    assert "--max_params=1000000000 excludes no network" in loose and captions == [seen]
+    assert f"note: {seen}\nnote: {loose}" in printed
+    assert_refuses(f"{half:.3f} to {full:.3f}", search, *args(tmp_path / "b", 0.1))
 
 
 def test_a_measured_latency_is_a_time():
-    assert (
-        0 < evolution.measure_latency(FAMILY, LARGEST, batch=2, dtype="float32", seconds=0.0) < 1000
-    )
+    assert 0 < latency.milliseconds(FAMILY, LARGEST, batch=2, dtype="float32") < 1000
 
 
 @pytest.mark.parametrize(
@@ -425,27 +465,34 @@ def test_a_measured_latency_is_a_time():
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
     monkeypatch.setattr(grid, "evaluate_grid", None)
-    assert_refuses(shown, evolution, f"--workdir={workdir}", f"--out={tmp_path}", *args)
+    assert_refuses(shown, search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
+
+
+def test_each_kind_of_budget_has_its_folder_below_the_work_directory(workdir, monkeypatch):
+    monkeypatch.setattr(grid, "evaluate_grid", None)
+    for more, name in [
+        ((), "max_macs=200001"),
+        (("--max_params=30500.5", "--depth"), "max_macs=200001+max_params=30500.5+depth"),
+        (("--width_multiple=2",), "max_macs=200001+width_multiple=2"),
+    ]:
+        folder = workdir / "search" / name
+        folder.mkdir(parents=True)
+        Record(folder / STATE_FILE, {"seed": 3}).write()  # another one is there: it is named
+        words = f"{folder / STATE_FILE} is of a search with other settings"
+        assert_refuses(words, search, f"--workdir={workdir}", "--max_macs=200001", *more)
 
 
 def test_another_search_in_the_same_folder_names_what_differs(workdir, tmp_path):
-    settings, path = {"max_macs": 1.0, "seed": 0}, tmp_path / "candidates.json"
-    record = evolution.Record(settings, [Candidate((1, 2), 0.5, 0)], validation={(1, 2): 0.25})
-    record.write(path)
-    assert evolution.read_record(path, settings) == record
+    settings, path = {"max_macs": 1.0, "seed": 0}, tmp_path / STATE_FILE
+    record = Record(path, settings, [Candidate((1, 2), Score(0.5, 1.5), 0)])
+    record.facts[1, 2]["validation_loss"] = 0.25
+    record.write()
+    assert read_record(path, settings) == record
     with refused(r"seed \(saved 0, given 1\)", UsageError):
-        evolution.read_record(path, {**settings, "seed": 1})
-    names = dict.fromkeys(evolution.BUDGETS) | {"depth": False}
-    evolution.Record({**names, "max_macs": 3e7}).write(path)
-    for more, below in [
-        ({"max_macs": 3e7}, ""),
-        ({"max_macs": 5e7}, "max_macs=5e+07"),
-        ({"max_params": 2e5, "depth": True}, "max_params=200000,depth"),
-    ]:
-        assert evolution._folder(tmp_path, {**names, **more}) == tmp_path / below
-    record.write(path)
+        read_record(path, {**settings, "seed": 1})
     words = f"max_macs (saved 1.0, given {BUDGET}.0)"
-    assert_refuses(words, evolution, *arguments(workdir, tmp_path))
-    path.write_text('{"archive": 3')
-    with refused("damaged; remove it", UsageError):
-        evolution.read_record(path, settings)
+    assert_refuses(words, search, *arguments(workdir, tmp_path))
+    for damaged in ('{"archive": 3', '{"archive": [[[1, 2], 0.5, 0]]}'):
+        path.write_text(damaged)
+        with refused("damaged or older; remove it", UsageError):
+            read_record(path, settings)

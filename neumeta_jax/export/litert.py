@@ -1,26 +1,33 @@
-"""LiteRT, formerly TensorFlow Lite: a flatbuffer with the metadata of ONNX; images are NHWC.
+"""One folded network as a LiteRT (formerly TensorFlow Lite) file; images are NHWC.
 
 The graph is built operator by operator, with the schema that the runtime's own package brings, so
-neither TensorFlow nor PyTorch is needed. ai-edge-litert and ai-edge-quantizer are packages of the
-extra: pip install 'neumeta-jax[export]'.
+neither TensorFlow nor PyTorch is needed. `export` writes, checks and names the file; ai-edge-litert
+and ai-edge-quantizer are packages of the extra: pip install 'neumeta-jax[export]'.
 """
 
+import json
 import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError, sentence
-from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, operations
+from neumeta_jax.networks.cifar_spec import Block, ResNetSpec
+
+if TYPE_CHECKING:
+    from neumeta_jax.export.formats import Normalization
 
 SIGNATURE = "serving_default"  # the usual name of a file's only function
+INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SCHEMA_VERSION = 3
 ALIGNMENT = 16  # of constants in the file, as its schema demands
 _PIXELS = "pixels"  # prefix of the tensors that normalise, which stay float32
-_CALIBRATION_BATCH = 64
+_BATCH_SIZE = 64
 
 # Which options an operator takes, by the schema's names.
 _OPTIONS = {
@@ -40,12 +47,12 @@ _VERSIONS = {"DEQUANTIZE": 5}  # a scale for each channel
 
 
 class _Graph:
-    """A graph that grows operator by operator, in which a tensor is its name.
+    """A graph that grows operator by operator, in which a tensor is a number.
 
     The first axis of what is computed is the batch: of any size, and written as 1.
     """
 
-    def __init__(self, layers: Mapping[str, Mapping]):
+    def __init__(self):
         from ai_edge_litert import schema_py_generated as schema
 
         class Buffer(schema.BufferT):
@@ -54,19 +61,17 @@ class _Graph:
                     builder.Prep(ALIGNMENT, len(self.data))  # the generated code leaves it out
                 return super().Pack(builder)
 
-        self.layers, self.schema, self._buffer_type = layers, schema, Buffer
-        self._relu: Any = {"fusedActivationFunction": schema.ActivationFunctionType.RELU}
-        self._tensors: dict[str, Any] = {}
-        self._operators, self._codes = [], []
+        self.schema, self._buffer_type = schema, Buffer
+        self._tensors, self._operators, self._codes = [], [], []
         self._buffers = [Buffer()]  # the first is that of tensors without content
 
-    def shape(self, tensor: str) -> list[int]:
+    def shape(self, tensor: int) -> list[int]:
         return self._tensors[tensor].shape
 
-    def computed(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> str:
+    def computed(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> int:
         return self._tensor(name, shape, dtype, shapeSignature=[-1, *shape[1:]])
 
-    def constant(self, name: str, value: Any, dtype: Any = np.float32, *, scale: Any = None) -> str:
+    def constant(self, name: str, value: Any, dtype: Any = np.float32, *, scale: Any = None) -> int:
         """A constant; of int8, `scale` float32[C] multiplies along the first axis."""
         array, fields = np.asarray(value, dtype), {}
         if scale is not None:
@@ -76,63 +81,61 @@ class _Graph:
         content = array.astype(array.dtype.newbyteorder("<")).tobytes()
         return self._tensor(name, array.shape, dtype, buffer=self._buffer(content), **fields)
 
-    def append(
+    def add(
         self,
         operator: str,
-        inputs: Sequence[str],
+        inputs: Sequence[int],
         name: str,
         shape: Sequence[int],
         *,
         batched: bool = True,
         **options: Any,
-    ) -> str:
+    ) -> int:
         """Appends an operator, with options by the schema's names, and returns what it computes."""
         kind, make = _OPTIONS[operator], self.computed if batched else self._tensor
-        make(name, shape, np.float32)
+        output = make(name, shape, np.float32)
         if operator not in self._codes:
             self._codes.append(operator)
         self._operators.append(
             self.schema.OperatorT(
                 opcodeIndex=self._codes.index(operator),
-                inputs=[self._number(tensor) for tensor in inputs],
-                outputs=[self._number(name)],
+                inputs=list(inputs),
+                outputs=[output],
                 builtinOptionsType=getattr(self.schema.BuiltinOptions, kind),
                 builtinOptions=getattr(self.schema, f"{kind}T")(**options),
             )
         )
-        return name
+        return output
 
-    def to_bytes(self, name: str, metadata: Mapping[str, str]) -> bytes:
+    def to_bytes(self, name: str, input: int, output: int, metadata: Mapping[str, str]) -> bytes:
         """The file of a graph with one input and one output."""
         import flatbuffers
 
-        schema, ends = self.schema, [self._number(end) for end in (INPUT_NAME, OUTPUT_NAME)]
-        # The first field is what readers older than the 128th operator look at.
+        schema = self.schema
         codes = {code: getattr(schema.BuiltinOperator, code) for code in self._codes}
+        graph = schema.SubGraphT(self._tensors, [input], [output], self._operators, name)
+        signature = schema.SignatureDefT(
+            [schema.TensorMapT(INPUT_NAME, input)],
+            [schema.TensorMapT(OUTPUT_NAME, output)],
+            SIGNATURE,
+        )
         model = schema.ModelT(
             version=SCHEMA_VERSION,
             operatorCodes=[
-                schema.OperatorCodeT(min(n, 127), version=_VERSIONS.get(code, 1), builtinCode=n)
-                for code, n in codes.items()
-            ],
-            subgraphs=[
-                schema.SubGraphT(
-                    list(self._tensors.values()), ends[:1], ends[1:], self._operators, name
+                # The first field is what readers older than the 128th operator look at.
+                schema.OperatorCodeT(
+                    min(number, 127), version=_VERSIONS.get(code, 1), builtinCode=number
                 )
+                for code, number in codes.items()
             ],
+            subgraphs=[graph],
             description="neumeta-jax",
             metadata=[
                 schema.MetadataT(key, self._buffer(value.encode()))
                 for key, value in metadata.items()
             ],
             buffers=self._buffers,
-            signatureDefs=[
-                schema.SignatureDefT(
-                    [schema.TensorMapT(INPUT_NAME, ends[0])],
-                    [schema.TensorMapT(OUTPUT_NAME, ends[1])],
-                    SIGNATURE,
-                )
-            ],
+            signatureDefs=[signature],
         )
         builder = flatbuffers.Builder()
         builder.Finish(model.Pack(builder), b"TFL3")
@@ -142,101 +145,127 @@ class _Graph:
         self._buffers.append(self._buffer_type(np.frombuffer(content, np.uint8)))
         return len(self._buffers) - 1
 
-    def _number(self, tensor: str) -> int:
-        return list(self._tensors).index(tensor)
-
-    def _tensor(self, name: str, shape: Sequence[int], dtype: Any, **fields: Any) -> str:
+    def _tensor(self, name: str, shape: Sequence[int], dtype: Any, **fields: Any) -> int:
         kind = getattr(self.schema.TensorType, np.dtype(dtype).name.upper())
         shape = [int(size) for size in shape]
-        self._tensors[name] = self.schema.TensorT(shape, kind, name=name, hasRank=True, **fields)
-        return name
+        self._tensors.append(self.schema.TensorT(shape, kind, name=name, hasRank=True, **fields))
+        return len(self._tensors) - 1
 
-    def normalize(self, x: str, network: Network) -> str:
-        mean, std = (np.asarray(values, np.float64) for values in network.normalization)
-        shape, types = self.shape(x), self.schema.TensorType
-        kinds: Any = {"inDataType": types.UINT8, "outDataType": types.FLOAT32}
-        x = self.append("CAST", [x], _PIXELS, shape, **kinds)
-        factor = self.constant(f"{_PIXELS}.factor", 1 / (255 * std))
-        x = self.append("MUL", [x, factor], f"{_PIXELS}.scaled", shape)
-        shift = self.constant(f"{_PIXELS}.mean", mean / std)
-        return self.append("SUB", [x, shift], f"{_PIXELS}.normalised", shape)
 
-    def _weights(self, name: str) -> list[str]:
-        """A layer's kernel, output channels first, and its bias."""
-        layer = self.layers[name]
-        kernel = np.moveaxis(np.asarray(layer["kernel"]), -1, 0)  # HWIO to OHWI
+def to_litert(
+    spec: ResNetSpec,
+    params: Mapping,
+    *,
+    normalization: "Normalization | None" = None,
+    **info: Any,
+) -> bytes:
+    """The folded network as a LiteRT file, images[batch, size, size, channels] -> logits.
+
+    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1. The
+    arguments are those of `formats.to_onnx`. Weights of `quantize.quantize` stay 8-bit integers and
+    are multiplied by their scales in the graph.
+    """
+    graph = _Graph()
+    relu = graph.schema.ActivationFunctionType.RELU
+    same, valid = graph.schema.Padding.SAME, graph.schema.Padding.VALID
+
+    def weight(name: str, layer: Mapping, kernel: np.ndarray) -> int:
+        """A kernel, output channels first."""
         if "scale" not in layer:
-            weight = self.constant(f"{name}.weight", kernel)
-        else:
-            stored = self.constant(f"{name}.weight.int8", kernel, np.int8, scale=layer["scale"])
-            weight, shape = f"{name}.weight", kernel.shape
-            self.append("DEQUANTIZE", [stored], weight, shape, batched=False)
-        return [weight, self.constant(f"{name}.bias", layer["bias"])]
+            return graph.constant(name, kernel)
+        stored = graph.constant(f"{name}.int8", kernel, np.int8, scale=layer["scale"])
+        return graph.add("DEQUANTIZE", [stored], name, kernel.shape, batched=False)
 
-    def _zeros(self, x: str, pads: Sequence[tuple[int, int]], name: str) -> str:
-        """Zeros before and after along each of four axes."""
-        shape = [size + sum(pair) for size, pair in zip(self.shape(x), pads, strict=True)]
-        return self.append("PAD", [x, self.constant(f"{name}.pads", pads, np.int32)], name, shape)
+    def pad(x: int, name: str, pads: Sequence[Sequence[int]]) -> int:
+        """Zeros before and after along each axis, `pads` int[4, 2]."""
+        shape = [size + sum(pair) for size, pair in zip(graph.shape(x), pads, strict=True)]
+        return graph.add("PAD", [x, graph.constant(f"{name}.pads", pads, np.int32)], name, shape)
 
-    # The operations of `network.operations`.
-
-    def conv(self, name: str, x: str, stride: int, relu: bool) -> None:
-        layer, padding = self.layers[name], self.schema.Padding
-        border, size = len(layer["kernel"]) // 2, -(-self.shape(x)[1] // stride)
+    def conv(x: int, layer: Mapping, name: str, stride: int = 1, activation: int = 0) -> int:
+        kernel = np.asarray(layer["kernel"]).transpose(3, 0, 1, 2)  # HWIO to OHWI
+        width, border = len(kernel), kernel.shape[1] // 2
+        _, size, _, _ = graph.shape(x)
         if stride > 1 and border:  # where "SAME" would pad on the other side
-            pads = [(0, 0), (border, border), (border, border), (0, 0)]
-            x = self._zeros(x, pads, f"{name}.padded")
-        self.append(
+            x = pad(x, f"{name}.padded", [(0, 0), (border, border), (border, border), (0, 0)])
+        inputs = [
+            x,
+            weight(f"{name}.weight", layer, kernel),
+            graph.constant(f"{name}.bias", layer["bias"]),
+        ]
+        return graph.add(
             "CONV_2D",
-            [x, *self._weights(name)],
+            inputs,
             name,
-            [1, size, size, len(layer["bias"])],
-            padding=padding.SAME if stride == 1 else padding.VALID,
+            [1, -(-size // stride), -(-size // stride), width],
+            padding=same if stride == 1 else valid,
             strideW=stride,
             strideH=stride,
-            **(self._relu if relu else {}),
+            fusedActivationFunction=activation,
         )
 
-    def pad(self, name: str, x: str, stride: int, before: int, after: int) -> None:
-        if stride > 1:
-            bounds = {"begin": [0] * 4, "end": [0] * 4, "strides": [1, stride, stride, 1]}
-            inputs = [self.constant(f"{name}.{k}", v, np.int32) for k, v in bounds.items()]
-            _, size, _, channels = self.shape(x)
-            shape = [1, -(-size // stride), -(-size // stride), channels]
-            # Masks of all four axes: from end to end, whatever the bounds are.
-            masks: Any = {"beginMask": 0b1111, "endMask": 0b1111}
-            x = self.append("STRIDED_SLICE", [x, *inputs], f"{name}.slice", shape, **masks)
-        self._zeros(x, [(0, 0), (0, 0), (0, 0), (before, after)], name)
+    def pad_shortcut(x: int, block: Block) -> int:
+        prefix, extra = f"{block.name}.shortcut", block.out_width - block.in_width
+        if block.stride > 1:
+            bounds = {"begin": [0] * 4, "end": [0] * 4, "strides": [1, *[block.stride] * 2, 1]}
+            inputs = [graph.constant(f"{prefix}.{k}", v, np.int32) for k, v in bounds.items()]
+            size = -(-graph.shape(x)[1] // block.stride)
+            x = graph.add(
+                "STRIDED_SLICE",
+                [x, *inputs],
+                f"{prefix}.slice",
+                [1, size, size, block.in_width],
+                beginMask=0b1111,  # of all four axes: from end to end, whatever the bounds are
+                endMask=0b1111,
+            )
+        return pad(x, f"{prefix}.pad", [(0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)])
 
-    def add(self, name: str, inputs: Sequence[str]) -> None:
-        self.append("ADD", inputs, name, self.shape(inputs[0]), **self._relu)
+    shape = [1, spec.image_size, spec.image_size, spec.channels]
+    images = graph.computed(INPUT_NAME, shape, np.float32 if normalization is None else np.uint8)
+    x = images
+    if normalization is not None:
+        mean, std = (np.asarray(values, np.float64) for values in normalization)
+        types = graph.schema.TensorType
+        x = graph.add(
+            "CAST", [x], _PIXELS, shape, inDataType=types.UINT8, outDataType=types.FLOAT32
+        )
+        factor = graph.constant(f"{_PIXELS}.factor", 1 / (255 * std))
+        x = graph.add("MUL", [x, factor], f"{_PIXELS}.scaled", shape)
+        x = graph.add(
+            "SUB",
+            [x, graph.constant(f"{_PIXELS}.mean", mean / std)],
+            f"{_PIXELS}.normalised",
+            shape,
+        )
 
-    def mean(self, name: str, x: str) -> None:
-        axes = self.constant("pixel_axes", [1, 2], np.int32)
-        self.append("MEAN", [x, axes], name, [1, self.shape(x)[-1]])
+    x = conv(x, params["stem"], "stem", activation=relu)
+    for block in spec.blocks:
+        if block.hidden_width == 0:
+            continue
+        layers, name = params[block.name], block.name
+        y = conv(x, layers["conv1"], f"{name}.conv1", block.stride, activation=relu)
+        y = conv(y, layers["conv2"], f"{name}.conv2")
+        if block.projection:
+            x = conv(x, layers["shortcut"], f"{name}.shortcut", block.stride)
+        elif not block.skippable:
+            x = pad_shortcut(x, block)
+        x = graph.add("ADD", [x, y], name, graph.shape(y), fusedActivationFunction=relu)
+    head, axes = params["head"], graph.constant("pixel_axes", [1, 2], np.int32)
+    x = graph.add("MEAN", [x, axes], "features", [1, spec.stage_widths[-1]])
+    inputs = [
+        x,
+        weight("head.weight", head, np.asarray(head["kernel"]).T),
+        graph.constant("head.bias", head["bias"]),
+    ]
+    x = graph.add("FULLY_CONNECTED", inputs, OUTPUT_NAME, [1, spec.num_classes])
 
-    def dense(self, name: str, x: str) -> None:
-        shape = [1, len(self.layers["head"]["bias"])]
-        self.append("FULLY_CONNECTED", [x, *self._weights("head")], name, shape)
+    metadata = {**info, "network": spec.to_dict()}
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    return graph.to_bytes(f"resnet{spec.depth}", images, x, texts)
 
 
-def to_litert(network: Network, *, normalize: bool = False) -> bytes:
-    """The network as a LiteRT file, images[batch, size, size, channels] -> logits.
-
-    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1. Images
-    are float32 and come normalised; with `normalize` they are uint8 pixels. Weights of
-    `quantize.quantize` stay 8-bit integers and are multiplied by their scales in the graph.
-    """
-    graph, spec = _Graph(network.layers), network.resnet
-    kind = np.uint8 if normalize else np.float32
-    images = graph.computed(INPUT_NAME, (1, *spec.input_shape), kind)
-    images = graph.normalize(images, network) if normalize else images
-    for operation, name, (x, *arguments) in operations(spec):
-        getattr(graph, operation)(name, images if x == INPUT_NAME else x, *arguments)
-    return graph.to_bytes(f"resnet{spec.depth}", network.texts)
-
-
-def _quantized(content: bytes, images: np.ndarray) -> bytes:
+def quantize_litert(
+    content: bytes, images: np.ndarray, *, normalization: "Normalization | None"
+) -> bytes:
     """A LiteRT file with weights and activations in 8 bits, by the runtime's static quantiser.
 
     Weights have a scale for each output channel, activations a scale and a zero point for each
@@ -245,7 +274,8 @@ def _quantized(content: bytes, images: np.ndarray) -> bytes:
 
     Args:
         content: of `to_litert`, with float32 weights.
-        images: what the network takes, of the training set.
+        images: uint8[images, size, size, channels], of the training set.
+        normalization: of the images, where the graph does not do it itself.
     """
     from ai_edge_quantizer import Quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
@@ -260,7 +290,10 @@ def _quantized(content: bytes, images: np.ndarray) -> bytes:
     ranges: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, and warns of that
-        for batch in np.split(images, range(_CALIBRATION_BATCH, len(images), _CALIBRATION_BATCH)):
+        for start in range(0, len(images), _BATCH_SIZE):
+            batch = np.asarray(images[start : start + _BATCH_SIZE])
+            if normalization is not None:
+                batch = np.asarray(preprocessing.normalize(jnp.asarray(batch), *normalization))
             for name, found in quantizer.calibrate({SIGNATURE: [{INPUT_NAME: batch}]}).items():
                 known = ranges.setdefault(name, found)
                 if found:
@@ -274,21 +307,8 @@ def _quantized(content: bytes, images: np.ndarray) -> bytes:
     return bytes(result.quantized_model or b"")
 
 
-def write(
-    path: str | os.PathLike,
-    network: Network,
-    *,
-    normalize: bool = False,
-    calibration: np.ndarray | None = None,
-) -> None:
-    """Writes the graph; with `calibration`, inputs of the network, activations have 8 bits too."""
-    content = to_litert(network, normalize=normalize)
-    content = content if calibration is None else _quantized(content, calibration)
-    pathlib.Path(path).write_bytes(content)
-
-
-def read(path: str | os.PathLike) -> Callable:
-    """The network of a file, images NHWC -> logits float32[images, classes].
+def reader(path: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
+    """The network of a LiteRT file, images NHWC -> logits float32[images, classes].
 
     The first image of each batch runs alone, so that two sizes of batch are seen.
 
@@ -312,4 +332,8 @@ def read(path: str | os.PathLike) -> Callable:
         interpreter.invoke()
         return interpreter.get_tensor(logits["index"])
 
-    return lambda batch: np.concatenate([run(part) for part in (batch[:1], batch[1:]) if len(part)])
+    def network(batch) -> np.ndarray:
+        batch = np.asarray(batch)
+        return np.concatenate([run(part) for part in (batch[:1], batch[1:]) if len(part)])
+
+    return network

@@ -36,7 +36,7 @@ def network_entries(
     Args:
         rows: of one family, from one or several evaluations.
         spec: its full-size network; a hidden width of 0 takes two layers off its depth.
-        latency: the document that `python -m neumeta_jax.latency` writes; its measurements go to
+        latency: the document that `neumeta latency` writes; its measurements go to
             the networks of the same widths.
     """
     measured = _measurements(latency or {"rows": []})
@@ -158,7 +158,7 @@ def page_document(
         trained_range: smallest and largest width ratio seen in training, shaded.
         teacher_accuracy: in [0, 1], drawn as a dashed line.
         slices: weights to show at the width of the slider.
-        latency: the document that `python -m neumeta_jax.latency` writes.
+        latency: the document that `neumeta latency` writes.
         config, versions: of the run, shown as tables.
     """
     if not rows:
@@ -197,7 +197,7 @@ def write_page(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
 
 
 def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The document that `python -m neumeta_jax.latency` wrote to `path`, or None without a file.
+    """The document that `neumeta latency` wrote to `path`, or None without a file.
 
     Raises:
         ValueError: if it is damaged.
@@ -210,7 +210,7 @@ def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:
         _measurements(document)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{path} must be what python -m neumeta_jax.latency writes, but it is damaged; remove "
+            f"{path} must be what neumeta latency writes, but it is damaged; remove "
             "it or measure again."
         ) from None
     return document

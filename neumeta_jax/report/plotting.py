@@ -8,6 +8,7 @@ line.
 
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -231,6 +232,7 @@ def plot_search(
     column: str,
     limit: float,
     winner: Sequence[int],
+    note: str = "",
 ) -> None:
     """Draws all networks that a search has evaluated.
 
@@ -242,6 +244,7 @@ def plot_search(
         column: the horizontal axis, "num_macs", "num_params" or "latency_ms".
         limit: the budget, in the unit of the column.
         winner: the widths of the network that was chosen.
+        note: a sentence below the axis.
     """
     scale, label = _AXES[column]
     figure = _figure(6.4, 4.4)
@@ -266,6 +269,7 @@ def plot_search(
     largest = max(row[column] for row in rows)
     if limit <= 1.5 * largest:  # else it would squeeze the points
         axis.axvline(scale * limit, color="0.3", linestyle="--", linewidth=1, label="budget")
+    label = "\n".join([label, *textwrap.wrap(note, 80)])
     _finish(figure, axis, xlabel=label, ylabel="validation accuracy (%)", columns=5)
     _save(figure, path, title, storage.as_table(rows))
 

@@ -1,4 +1,4 @@
 from neumeta_jax.commands import command_line
-from neumeta_jax.search.evolution import __doc__, main  # noqa: F401
+from neumeta_jax.export.formats import __doc__, main  # noqa: F401
 
 command_line.run(main)

@@ -1,0 +1,217 @@
+"""A search from its first population to its winners; what was interrupted continues.
+
+What it has to guard against is the best of a thousand on the same images: the finalists, the best
+20 and the best five uniform networks (one ratio for all blocks), are evaluated on the entire
+validation split, which decides. The uniform networks within the budget are in the first population,
+so that on this split the winner is at least as good as they are. The test split is read for the
+winner and the best uniform network only.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from neumeta_jax.evaluation import grid
+from neumeta_jax.evaluation.buckets import container_macs, make_buckets
+from neumeta_jax.files.provenance import format_seconds
+from neumeta_jax.search import latency
+from neumeta_jax.search.budgets import UNITS, Cost, Space, Widths, check_budgets, latency_cost
+from neumeta_jax.search.evolution import Candidate, Score, evolve, pareto_front, rank
+from neumeta_jax.search.record import Record
+
+NUM_FINALISTS = 20
+NUM_UNIFORM_FINALISTS = 5
+MAX_CONTAINERS = 16
+_COUNTS = ("num_params", "num_macs")
+_CPU_BATCH_SIZE = 50  # what the layers pass on stays in the cache; 500 took 1.2 times as long
+
+
+def add_containers(
+    space: Space, containers: Sequence[Widths], widths: Sequence[Widths], macs_per_container: float
+) -> list[Widths]:
+    """`containers` and those that pay for their compilation in this population already.
+
+    Widths of containers are multiples of a quarter of the full width, so that later populations
+    fit into them too. The first is the largest network, which holds all.
+
+    `macs_per_container` are the multiply-adds of one image that take as long as compiling a shape,
+    divided by the number of images.
+    """
+    num_macs, largest, rows = space.family.num_macs, space.ends[1], np.array(widths)
+    found = list(containers) or [largest]
+    step = np.array([max(1, round(full / 4)) for full in space.family.full_widths])
+    rounded = np.minimum(-(-rows // step) * step, largest)
+    buckets = make_buckets(num_macs, rounded, macs_per_bucket=macs_per_container)
+    proposed = dict.fromkeys(tuple(bucket.container) for bucket in buckets)
+    proposed = [row for row in proposed if row not in found]
+    now = container_macs(num_macs, rows, np.array(found)).min(axis=1)
+    while proposed and len(found) < MAX_CONTAINERS:
+        costs = container_macs(num_macs, rows, np.array(proposed))
+        saved = np.maximum(now[:, None] - costs, 0).sum(axis=0)
+        best = int(np.argmax(saved))
+        if saved[best] <= macs_per_container:
+            break
+        now = np.minimum(now, costs[:, best])
+        found.append(proposed.pop(best))
+    return found
+
+
+def _loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+@dataclasses.dataclass
+class Session:
+    """A search with all that it works on.
+
+    Attributes:
+        record: how far it is.
+        space, uniform: the networks, and those of one width ratio.
+        costs: what they may cost, or what is only reported; the first has a limit.
+        evaluators: by name, "candidates", "validation" and, if it is to be read, "test".
+        options: of the command line.
+    """
+
+    record: Record
+    space: Space
+    uniform: Sequence[Widths]
+    costs: list[Cost]
+    evaluators: Mapping[str, grid.Evaluator]
+    options: Any
+
+    def search(self) -> dict[str, Widths]:
+        """The networks "searched" and, if one keeps the budgets, "best uniform"."""
+        self._evolve()
+        archive, facts, uniform = self.record.archive, self.record.facts, set(self.uniform)
+        # The estimate of a latency may be too low for all, but the smallest network was measured.
+        finalists = self._finalists(archive, NUM_FINALISTS) or [self.space.ends[0]]
+        even = self._finalists(
+            (candidate for candidate in archive if candidate.widths in uniform),
+            NUM_UNIFORM_FINALISTS,
+        )
+        together = list(dict.fromkeys([*finalists, *even]))
+        self._complete(together, "validation")
+
+        def best(some: Iterable[Widths]) -> Widths:
+            scores = {
+                row: Score(facts[row]["validation_accuracy"], facts[row]["validation_loss"])
+                for row in some
+            }
+            return min(scores, key=lambda row: (*rank(self.space.family, row, scores[row]), row))
+
+        winners = {"searched": best(together)} | ({"best uniform": best(even)} if even else {})
+        if "test" in self.evaluators:
+            self._complete(winners.values(), "test")
+        return winners
+
+    def add_latency(self) -> list[str]:
+        """Makes latency one of the costs, from measurements that the record keeps; notes on it."""
+        record, limit = self.record, self.options.max_latency_ms
+        print("measuring latencies", flush=True)
+        cost = latency_cost(self.space, limit, self._latency)
+        if record.noise is None:
+            again = [abs(self._measure(row) - self._latency(row)) for row in self.space.ends]
+            record.noise = max(again)
+        print(f"two measurements of one network differ by {record.noise:.3f} ms")
+        notes = check_budgets(self.space, [cost], record.noise)
+        record.write()
+        self.costs.append(cost)
+        self.costs.sort(key=lambda cost: cost.limit is None)
+        return notes
+
+    def _latency(self, widths: Widths) -> float:
+        """Milliseconds, measured once."""
+        facts = self.record.facts[widths]
+        if "latency_ms" not in facts:
+            facts["latency_ms"] = round(self._measure(widths), 4)
+        return facts["latency_ms"]
+
+    def _measure(self, widths: Widths) -> float:
+        dtype = self.evaluators["candidates"].preprocessing.dtype
+        options = {"batch": self.options.latency_batch, "dtype": dtype}
+        return latency.milliseconds(self.space.family, widths, **options)
+
+    def _evolve(self) -> None:
+        """Fills the archive; the record is written after each generation."""
+        record, options, cost = self.record, self.options, self.costs[0]
+        started, before, first = time.perf_counter(), record.seconds, len(record.archive)
+        sizes = {name: getattr(options, name) for name in ("num_candidates", "population", "seed")}
+        networks = self.space, self.costs, self.uniform
+        if first:
+            print(f"continuing after {first} candidates")
+        for archive in evolve(*networks, self._evaluate, record.archive, **sizes):
+            elapsed = time.perf_counter() - started
+            record.archive, record.seconds = archive, round(before + elapsed, 1)
+            record.write()
+            left = (options.num_candidates - len(archive)) * elapsed / (len(archive) - first)
+            leader = min(archive, key=lambda c: rank(self.space.family, c.widths, c.score))
+            print(
+                f"generation {archive[-1].generation} | {len(archive)}/{options.num_candidates} "
+                f"candidates | best {100 * leader.score.accuracy:.2f} %, loss "
+                f"{leader.score.loss:.4f}, at {cost.text(cost.total(leader.widths))} "
+                f"{UNITS[cost.name]} | {len(record.containers)} shapes | "
+                f"{format_seconds(elapsed)}, ETA {format_seconds(left)}",
+                flush=True,
+            )
+            if options.time_limit is not None and elapsed >= 60 * options.time_limit:
+                break
+
+    def _evaluate(self, widths: Sequence[Widths]) -> list[Score]:
+        record, number = self.record, len(self.evaluators["candidates"].labels)
+        worth = grid.compilation_macs(jax.default_backend()) / number
+        record.containers = add_containers(self.space, record.containers, widths, worth)
+        return self._scores("candidates", widths, containers=record.containers)
+
+    def _scores(self, name: str, widths: Sequence[Widths], **options: Any) -> list[Score]:
+        data = self.evaluators[name]
+        shared = {**data.options, "strategy": self.record.strategy, "mesh": grid.device_mesh()}
+        if jax.default_backend() == "cpu":
+            shared["batch_size"] = _CPU_BATCH_SIZE * jax.local_device_count()
+        network = data.hypernetwork, data.params, np.array(widths, np.int32)
+        images = data.images, data.labels, data.preprocessing
+        result = grid.evaluate_grid(*network, *images, per_image=_loss, **shared, **options)
+        self.record.strategy = result.strategy
+        losses = result.per_image.mean(axis=1, dtype=np.float64).round(6)
+        return list(map(Score, result.accuracy.tolist(), losses.tolist()))
+
+    def _complete(self, widths: Iterable[Widths], split: str) -> None:
+        """Finds out the scores of `widths` on an entire split."""
+        facts, number = self.record.facts, len(self.evaluators[split].labels)
+        missing = [row for row in dict.fromkeys(widths) if f"{split}_loss" not in facts[row]]
+        if missing:
+            print(f"{len(missing)} networks on all {number} {split} images", flush=True)
+            for row, score in zip(missing, self._scores(split, missing), strict=True):
+                facts[row] |= {f"{split}_accuracy": score.accuracy, f"{split}_loss": score.loss}
+            self.record.write()
+
+    def _finalists(self, some: Iterable[Candidate], number: int) -> list[Widths]:
+        ranked = sorted(some, key=lambda c: rank(self.space.family, c.widths, c.score))
+        limit = self.options.max_latency_ms
+        fitting = (c.widths for c in ranked if limit is None or self._latency(c.widths) <= limit)
+        return list(itertools.islice(fitting, number))
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each network that was evaluated, in order; the front is over `costs[0]`."""
+        rows, archive, uniform = [], self.record.archive, set(self.uniform)
+        amounts = [self.costs[0].total(candidate.widths) for candidate in archive]
+        front = pareto_front(amounts, [candidate.score for candidate in archive])
+        for (widths, score, generation), on_front in zip(archive, front, strict=True):
+            facts = self.record.facts.get(widths, {})
+            row: dict[str, Any] = {"widths": list(widths)}
+            row |= {cost.column: round(cost.total(widths), 4) for cost in self.costs}
+            row |= score._asdict()
+            row |= {name: facts.get(name) for name in ("validation_accuracy", "validation_loss")}
+            row |= {"generation": generation, "uniform": widths in uniform, "front": on_front}
+            rows.append(row)
+        return rows
+
+    def describe(self, widths: Widths) -> dict[str, Any]:
+        """What is known of a network that was chosen."""
+        counts = {name: getattr(self.space.family, name)(widths) for name in _COUNTS}
+        return {"widths": list(widths), **counts, **self.record.facts[widths]}
