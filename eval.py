@@ -15,7 +15,7 @@ import pathlib
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid, morphs
-from neumeta_jax.networks import teacher_import
+from neumeta_jax.networks import cifar_import
 from neumeta_jax.runs import evaluations, experiment as lab
 
 FLAGS: command_line.Flags = {
@@ -98,7 +98,7 @@ def main(argv):
 def check_teacher(config, path, split):
     """Prints what a teacher's file holds and its accuracy at each step of the preparation."""
     dataset, splits = lab.load_data(config)
-    spec, variables = teacher_import.load_teacher(path, image_size=dataset.image_size)
+    spec, variables = cifar_import.load_teacher(path, image_size=dataset.image_size)
     print(f"{path}: ResNet{spec.depth}, {spec.num_classes} classes, {spec.shortcut} shortcuts")
     print(f"spec {spec.to_dict()}")
     print(f"{spec.num_params:,} parameters folded, {spec.num_macs / 1e6:.2f} M multiply-adds")

@@ -4,7 +4,7 @@
     python benchmarks/full_int8.py --workdir=DIR --split=validation --num_images=2000 --out=OUT
     python benchmarks/full_int8.py --workdir=DIR --split=test --out=OUT
 
-For each width ratio three files are written, as `neumeta_jax.export` writes them (--format=onnx,
+For each width ratio three files are written, as `neumeta export` writes them (--format=onnx,
 --format=onnx --int8=full, --format=litert --int8=full), and run by onnxruntime and LiteRT on the
 CPU. Ranges of activations are measured on the first 512 training images.
 
@@ -22,6 +22,7 @@ import numpy as np
 from neumeta_jax.commands.command_line import run
 from neumeta_jax.errors import UsageError
 from neumeta_jax.export import formats
+from neumeta_jax.export.network import Network, Normalization, draw
 from neumeta_jax.runs import checkpoint, experiment as lab
 
 FILES = {
@@ -52,27 +53,23 @@ def main(argv: Sequence[str]) -> None:
     labels = getattr(splits, f"{args.split}_labels")[: args.num_images]
     if not len(images):
         raise UsageError(f"{args.workdir} must have a {args.split} split, but it is empty.")
-    normalization = formats.Normalization(
-        experiment.preprocessing.mean, experiment.preprocessing.std
-    )
+    normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
     num_samples = experiment.evaluation.num_samples
     key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
 
     rows = []
     for ratio in map(float, args.width_ratios.split(",")):
         widths = family.widths(ratio).tolist()
-        spec, tree = formats.draw(family, params, widths, key=key, num_samples=num_samples)
+        spec, tree = draw(family, params, widths, key=key, num_samples=num_samples)
         row = {"width_ratio": ratio, "accuracy": {}, "file_bytes": {}}
         for name, (format, int8) in FILES.items():
             with tempfile.TemporaryDirectory() as folder:
                 path = pathlib.Path(folder, "net")
                 formats.export(
                     path,
-                    spec,
-                    tree,
+                    Network(spec, tree, normalization),
                     splits.train_images[:64],
                     format=format,
-                    normalization=normalization,
                     int8=int8,
                     calibration=splits.train_images[: formats.NUM_CALIBRATION_IMAGES],
                 )

@@ -19,7 +19,8 @@ import numpy as np
 
 from neumeta_jax.data import datasets
 from neumeta_jax.evaluation import timing
-from neumeta_jax.export import formats
+from neumeta_jax.export import onnx as onnx_format
+from neumeta_jax.export.network import INPUT_NAME, Network, Normalization
 from neumeta_jax.files import storage
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.report import plotting
@@ -46,9 +47,11 @@ def add_latencies(rows: list[dict[str, Any]], specs: list[Any], rounds: int) -> 
     import onnxruntime
 
     calls, rng = {}, np.random.default_rng(0)
-    feed = {formats.INPUT_NAME: rng.normal(size=(BATCH, 3, 32, 32)).astype(np.float32)}
+    feed = {INPUT_NAME: rng.normal(size=(BATCH, 3, 32, 32)).astype(np.float32)}
     for number, spec in enumerate(specs):
-        model = formats.to_onnx(spec, cifar_resnet.init_params(jax.random.key(number), spec))
+        params = cifar_resnet.init_params(jax.random.key(number), spec)
+        network = Network(spec, params, Normalization((0.0,) * 3, (1.0,) * 3))
+        model = onnx_format.to_onnx(network)
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 
 from neumeta_jax.export import formats
+from neumeta_jax.export.network import INPUT_NAME, Network, Normalization, draw
 from neumeta_jax.runs import checkpoint, experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,24 +33,22 @@ def main():
     subprocess.run(train, cwd=ROOT, check=True)
 
     family, params, info = checkpoint.load_inr(workdir)
-    normalization = formats.Normalization(tuple(info["mean"]), tuple(info["std"]))
+    normalization = Normalization(tuple(info["mean"]), tuple(info["std"]))
     _, splits = lab.load_data(lab.read_config(workdir))
     pixels = splits.test_images.transpose(0, 3, 1, 2)  # uint8, NCHW
 
     for ratio in WIDTH_RATIOS:
-        spec, network = formats.draw(family, params, family.widths(ratio).tolist())
+        spec, tree = draw(family, params, family.widths(ratio).tolist())
         path = workdir / f"width_{ratio}.onnx"
         equivalence = formats.export(
             path,
-            spec,
-            network,
+            Network(spec, tree, normalization),
             splits.test_images,
             format="onnx",
-            normalization=normalization,
             normalize=True,
         )
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (logits,) = session.run(None, {formats.INPUT_NAME: pixels})
+        (logits,) = session.run(None, {INPUT_NAME: pixels})
         accuracy = (np.argmax(np.asarray(logits), axis=1) == splits.test_labels).mean()
         print(
             f"{path.name}: {spec.num_params:,} parameters, {path.stat().st_size:,} bytes, "

@@ -1,6 +1,6 @@
 """An exported state_dict in PyTorch: a CIFAR ResNet whose blocks take their hidden widths.
 
-    python -m neumeta_jax.export --workdir=DIR --width=0.5 --format=torch --out=half.pt
+    neumeta export --workdir=DIR --width=0.5 --format=torch --out=half.pt
     PYTHONPATH=examples python -c "from torch_resnet import load; print(load('half.pt'))"
 
 The names are those of chenyaofo/pytorch-cifar-models; at full width its own classes serve as well.

@@ -20,7 +20,6 @@ COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare",
 
 # Commands that are still in the room of what they do.
 _ELSEWHERE = {
-    "export": "export.formats",
     "report": "report.tables",
 }
 

@@ -7,7 +7,7 @@ import io
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,8 +15,9 @@ import pytest
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.data import datasets, preprocessing
+from neumeta_jax.data import datasets
 from neumeta_jax.export import formats
+from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.runs import checkpoint, experiment as lab
@@ -46,6 +47,34 @@ def random_params(spec, seed=0):
     )
 
 
+def torch_tensors(spec, *, shortcut="downsample", head="fc"):
+    """Random tensors of a CIFAR ResNet under the names and with the shapes of PyTorch."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+
+    def layer(conv, norm, out_width, in_width, size=3):
+        tensors[f"{conv}.weight"] = rng.normal(size=(out_width, in_width, size, size))
+        tensors[f"{norm}.weight"] = rng.normal(1, 0.1, out_width)
+        tensors[f"{norm}.bias"] = rng.normal(size=out_width)
+        tensors[f"{norm}.running_mean"] = rng.normal(size=out_width)
+        tensors[f"{norm}.running_var"] = rng.uniform(0.5, 2, out_width)
+        tensors[f"{norm}.num_batches_tracked"] = np.array(7)
+
+    layer("conv1", "bn1", spec.stage_widths[0], spec.channels)
+    for block in spec.blocks:
+        if not block.hidden_width:
+            continue
+        name = f"layer{block.stage}.{block.index}"
+        layer(f"{name}.conv1", f"{name}.bn1", block.hidden_width, block.in_width)
+        layer(f"{name}.conv2", f"{name}.bn2", block.out_width, block.hidden_width)
+        if block.projection:
+            sizes = block.out_width, block.in_width, 1
+            layer(f"{name}.{shortcut}.0", f"{name}.{shortcut}.1", *sizes)
+    tensors[f"{head}.weight"] = rng.normal(size=(spec.num_classes, spec.stage_widths[-1]))
+    tensors[f"{head}.bias"] = rng.normal(size=spec.num_classes)
+    return {k: v.astype("f4") if v.dtype == np.float64 else v for k, v in tensors.items()}
+
+
 def random_pixels(spec, number, seed=0):
     shape = (number, spec.image_size, spec.image_size, spec.channels)
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
@@ -72,27 +101,24 @@ def dense_network(family, params, widths):
     return family.dense(hyper.generate(family, params, widths, sizes=widths), widths, widths)
 
 
-class Network(NamedTuple):
+class Sample(NamedTuple):
     """A network, what it is given and what it answers."""
 
-    spec: ResNetSpec
-    params: Any
-    normalization: formats.Normalization
+    network: Network
     pixels: np.ndarray
     images: np.ndarray  # the pixels normalised
     logits: np.ndarray
 
 
 @functools.cache
-def network(name):
+def sample(name):
     """That of `SPECS` at random."""
     spec, rng = SPECS[name], np.random.default_rng(1)
     params, pixels = random_params(spec), random_pixels(spec, 12)
     mean, std = rng.uniform(0.2, 0.6, (2, spec.channels)).round(3).tolist()
-    normalization = formats.Normalization(tuple(mean), tuple(std))
-    images = np.asarray(preprocessing.normalize(jax.numpy.asarray(pixels), *normalization))
-    logits = np.asarray(logits_of(spec, params, images))
-    return Network(spec, params, normalization, pixels, images, logits)
+    network = Network(spec, params, Normalization(tuple(mean), tuple(std)))
+    images = network.normalization(pixels)
+    return Sample(network, pixels, images, np.asarray(logits_of(spec, params, images)))
 
 
 def assert_same_logits(found, wanted):

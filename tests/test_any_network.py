@@ -15,10 +15,10 @@ from networks import ROOT, assert_refuses, load_module, run
 
 import neumeta_jax as nm
 from neumeta_jax import elastic
-from neumeta_jax.commands import latency, search
+from neumeta_jax.commands import export, latency, search
 from neumeta_jax.core import hypernetwork as hyper, inr
 from neumeta_jax.elastic import counting, ordering
-from neumeta_jax.export import formats
+from neumeta_jax.export import safetensors as saved
 from neumeta_jax.networks import families, linen
 from neumeta_jax.runs import fitting
 
@@ -265,7 +265,7 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     family, params, _ = nm.load(str(workdir))
     assert family.spec.title == "VGG" and len(family.names) == 3
     out = run(
-        formats,
+        export,
         f"--workdir={workdir}",
         "--widths=2,3,4",
         "--format=stablehlo",
@@ -273,8 +273,8 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     )
     assert f"VGG of digits with widths 2,3,4: {family.num_params((2, 3, 4)):,} parameters" in out
     path = tmp_path / "small.safetensors"
-    run(formats, f"--workdir={workdir}", "--widths=2,3,4", "--format=safetensors", f"--out={path}")
-    size, tree, _ = formats.load_safetensors(path)
+    run(export, f"--workdir={workdir}", "--widths=2,3,4", "--format=safetensors", f"--out={path}")
+    size, tree, *_ = saved.load(path)
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
     masked = hyper.generate(family, params, np.array([2, 3, 4]))
     np.testing.assert_allclose(
@@ -283,7 +283,7 @@ def test_the_commands_take_a_network_of_any_family(tmp_path):
     assert_refuses(
         "a VGG is exported as one of safetensors, stablehlo",
         *(
-            formats,
+            export,
             f"--workdir={workdir}",
             "--width=1",
             "--format=onnx",

@@ -21,7 +21,7 @@ from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid
-from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
+from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
 from neumeta_jax.runs import checkpoint, experiment as lab, recipes, training
 from neumeta_jax.runs.training import TrainState
@@ -41,20 +41,18 @@ PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=Fal
 def teacher():
     """Tensors under PyTorch's names, none of them one or zero by chance."""
     rng, found = np.random.default_rng(0), {}
-    for *_, conv, norm, shape in teacher_import.layers(SPEC):
-        scale = math.sqrt(2 / math.prod(shape[1:]))
-        found[f"{conv}.weight"] = rng.normal(size=shape, scale=scale)
-        for leaf in ("weight", "bias", "running_mean", "running_var"):
-            low, high = (0.5, 1.5) if leaf in ("weight", "running_var") else (-0.3, 0.3)
-            found[f"{norm}.{leaf}"] = rng.uniform(low, high, shape[0])
-    found["fc.weight"] = rng.normal(size=(5, 8), scale=0.5)
-    found["fc.bias"] = rng.uniform(-0.3, 0.3, 5)
+    for name, (path, shape) in cifar_import.leaves(SPEC).items():
+        if len(shape) > 1:
+            found[name] = rng.normal(size=shape, scale=math.sqrt(2 / math.prod(shape[1:])))
+        else:
+            low, high = (0.5, 1.5) if path[-1] in ("scale", "var") else (-0.3, 0.3)
+            found[name] = rng.uniform(low, high, shape)
     return {name: np.float32(values) for name, values in found.items()}
 
 
 @functools.cache
 def variables():
-    return jax.tree.map(jnp.asarray, teacher_import.to_variables(SPEC, teacher()))
+    return jax.tree.map(jnp.asarray, cifar_import.to_variables(SPEC, teacher()))
 
 
 def images(number=24, seed=1):

@@ -22,8 +22,8 @@ from builders import STRICT, flipped, refused
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP
 from neumeta_jax.data import datasets
-from neumeta_jax.files import storage, trees
-from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.files import storage, torch_files, trees
+from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.runs import checkpoint, progress
 from neumeta_jax.runs.checkpoint import Checkpoints
@@ -305,7 +305,7 @@ def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
     readers = {
         (checkpoint, "_digest"): lambda: saved.restore(TEMPLATE),
         (safetensors, "safe_open"): lambda: checkpoint.load_tree(path),
-        (pathlib.Path, "read_bytes"): lambda: teacher_import.read_tensors(path),
+        (pathlib.Path, "read_bytes"): lambda: torch_files.read_tensors(path),
         (zipfile, "ZipFile"): lambda: datasets.load_dataset("mine", data_dir=images),
     }
     for (place, name), read in readers.items():

@@ -16,39 +16,45 @@ import onnx
 import onnxruntime
 import pytest
 import safetensors.numpy
+from builders import refused
 from networks import (
     assert_refuses,
     assert_same_logits,
     both_shortcuts,
     dense_network,
     load_module,
-    logits_of,
-    network,
     no_litert,
-    refused,
     run,
+    sample,
     write_workdir,
 )
 
+from neumeta_jax.commands import export
 from neumeta_jax.core.inr import Grid
-from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import morphs
-from neumeta_jax.export import formats, litert
-from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.export import (
+    formats,
+    onnx as onnx_format,
+    safetensors as saved,
+    stablehlo,
+    torch_state,
+)
+from neumeta_jax.files import trees
+from neumeta_jax.files.storage import StorageError
+from neumeta_jax.networks import cifar_import, cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec, morph, resnet_spec
 from neumeta_jax.runs import checkpoint, experiment as lab
 
-written_formats = pytest.mark.parametrize(
-    "format", [*formats.FORMATS[:-1], pytest.param("litert", marks=no_litert)]
+each_format = pytest.mark.parametrize(
+    "format", [*formats.FORMATS][:-1] + [pytest.param("litert", marks=no_litert)]
 )
-SPEC, PARAMS, NORMALIZATION, PIXELS, IMAGES, LOGITS = network("projection")
-STATE = formats.to_state_dict(SPEC, PARAMS)
+NETWORK, PIXELS, _, _ = sample("projection")
+STATE = cifar_import.to_tensors(NETWORK.spec, NETWORK.params)
 
 
-def write(path, format, *, params=PARAMS, images=PIXELS, **options):
-    options = {"normalization": NORMALIZATION, **options}
-    return formats.export(path, SPEC, params, images, format=format, **options)
+def write(path, format, *, images=PIXELS, **options):
+    return formats.export(path, NETWORK, images, format=format, **options)
 
 
 # --- safetensors -----------------------------------------------------------------------------
@@ -56,15 +62,13 @@ def write(path, format, *, params=PARAMS, images=PIXELS, **options):
 
 @both_shortcuts
 def test_a_safetensors_file_holds_all_that_it_takes_to_run_the_network(tmp_path, name):
-    spec, params, normalization, pixels, _, logits = network(name)
-    path = tmp_path / "net.safetensors"
-    formats.save_safetensors(path, spec, params, normalization=normalization, dataset="noise")
-    found_spec, found, info = formats.load_safetensors(path)
-    assert found_spec == spec
-    chex.assert_trees_all_equal(found, params, strict=True)
-    assert info["dataset"] == "noise"
-    images = preprocessing.normalize(pixels, info["mean"], info["std"])
-    assert_same_logits(logits_of(found_spec, found, images), logits)
+    network, pixels, _, logits = sample(name)
+    network = network._replace(info={"dataset": "noise"})
+    saved.save(tmp_path / "net.safetensors", network)
+    found = saved.load(tmp_path / "net.safetensors")
+    assert found._replace(params=None) == network._replace(params=None)
+    chex.assert_trees_all_equal(found.params, network.params, strict=True)
+    assert_same_logits(found.logits(pixels), logits)
 
 
 def without(tree, name):
@@ -91,17 +95,15 @@ def without(tree, name):
     ],
 )
 def test_a_safetensors_file_that_does_not_fit_its_spec_is_refused(tmp_path, damage, match):
-    header = {"network": SPEC.to_dict(), **NORMALIZATION._asdict()}
     path = tmp_path / "net.safetensors"
-    checkpoint.save_tree(path, *damage(PARAMS, header))
-    with pytest.raises(ValueError, match=match) as error:
-        formats.load_safetensors(path)
-    assert str(path) in str(error.value)
+    trees.save_tree(path, *damage(NETWORK.params, NETWORK.metadata))
+    with refused(match, path):
+        saved.load(path)
 
 
 def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
-    with refused("gone.safetensors", FileNotFoundError):
-        formats.load_safetensors(tmp_path / "gone.safetensors")
+    with refused("gone.safetensors", error=FileNotFoundError):
+        saved.load(tmp_path / "gone.safetensors")
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -109,13 +111,11 @@ def test_a_safetensors_file_that_is_not_there_is_named(tmp_path):
 
 @both_shortcuts
 def test_a_state_dict_reads_back_to_the_same_bits(tmp_path, name):
-    spec, params, *_ = network(name)
-    path = tmp_path / "net.pt"
-    path.write_bytes(formats.to_torch(formats.to_state_dict(spec, params)))
-    tensors = teacher_import.read_tensors(path)
-    assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
-    folded = cifar_resnet.fold_batch_norm(teacher_import.to_variables(spec, tensors))
-    chex.assert_trees_all_equal(folded, params, strict=True)
+    (spec, params, *_), path = sample(name).network, tmp_path / "net.pt"
+    path.write_bytes(torch_state.to_torch(cifar_import.to_tensors(spec, params)))
+    found, variables = cifar_import.load_teacher(path, image_size=spec.image_size)
+    assert found == spec
+    chex.assert_trees_all_equal(cifar_resnet.fold_batch_norm(variables), params, strict=True)
 
 
 def test_a_state_dict_has_the_names_and_order_of_the_stock_network():
@@ -139,7 +139,7 @@ def test_a_state_dict_has_the_names_and_order_of_the_stock_network():
 
 
 def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pickle():
-    content = formats.to_torch(STATE)
+    content = torch_state.to_torch(STATE)
     archive = zipfile.ZipFile(io.BytesIO(content))
     names = [entry.filename for entry in archive.infolist()]
     assert names[0] == "archive/data.pkl"
@@ -155,7 +155,7 @@ def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pick
         start = entry.header_offset + 30 + int(name_size) + int(extra_size)
         assert start % 64 == 0
         assert archive.read(entry) == content[start : start + array.nbytes] == array.tobytes()
-    assert formats.to_torch(STATE) == content
+    assert torch_state.to_torch(STATE) == content
     pickled = archive.read("archive/data.pkl")
     opcodes = list(pickletools.genops(pickled))
     pickletools.dis(pickled, io.StringIO())  # which checks the stack
@@ -174,7 +174,7 @@ def test_a_pytorch_file_has_the_records_that_torch_save_writes_and_a_simple_pick
 
 def test_arrays_that_the_pytorch_format_has_no_name_for_are_refused():
     with refused("weights must be float32 or int64, got float64"):
-        formats.to_torch({"weights": np.zeros(3)})
+        torch_state.to_torch({"weights": np.zeros(3)})
 
 
 @both_shortcuts
@@ -182,11 +182,11 @@ def test_arrays_that_the_pytorch_format_has_no_name_for_are_refused():
 def test_pytorch_loads_the_file_strictly_and_computes_the_same(tmp_path, name, mmap):
     torch = pytest.importorskip("torch")
     torch_resnet = load_module("examples/torch_resnet.py")
-    spec, params, _, _, images, wanted = network(name)
-    path = tmp_path / "net.pt"
-    path.write_bytes(formats.to_torch(formats.to_state_dict(spec, params)))
+    network, _, images, wanted = sample(name)
+    tensors, path = cifar_import.to_tensors(network.spec, network.params), tmp_path / "net.pt"
+    path.write_bytes(torch_state.to_torch(tensors))
     loaded = torch.load(path, weights_only=True, mmap=mmap)
-    for key, array in formats.to_state_dict(spec, params).items():
+    for key, array in tensors.items():
         np.testing.assert_array_equal(loaded[key].numpy(), array)
     with torch.no_grad():
         logits = torch_resnet.load(path)(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
@@ -206,16 +206,18 @@ def run_onnx(model, images):
     "name, normalize", [("projection", False), ("projection", True), ("pad", False)]
 )
 def test_graphs_compute_the_network_for_batches_of_any_size(name, normalize):
-    spec, params, normalization, pixels, images, wanted = network(name)
-    mean, images = list(normalization.mean), pixels if normalize else images
-    options = {"normalization": normalization if normalize else None}
-    model = formats.to_onnx(spec, params, mean=mean, dataset="noise", **options)
+    network, pixels, images, wanted = sample(name)
+    network = network._replace(info={"dataset": "noise"})
+    images = pixels if normalize else images
+    model = onnx_format.to_onnx(network, normalize=normalize)
     onnx.checker.check_model(model, full_check=True)
-    assert [entry.version for entry in model.opset_import] == [formats.ONNX_OPSET]
+    assert [entry.version for entry in model.opset_import] == [onnx_format.OPSET]
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert ResNetSpec.from_dict(metadata["network"]) == spec
-    assert metadata["mean"] == mean and metadata["dataset"] == "noise"
-    exported = jax.export.deserialize(bytearray(formats.to_stablehlo(spec, params, **options)))
+    assert ResNetSpec.from_dict(metadata["network"]) == network.spec
+    mean, std = map(list, network.normalization)
+    assert without(metadata, "network") == {"mean": mean, "std": std, "dataset": "noise"}
+    content = stablehlo.to_stablehlo(network, normalize=normalize)
+    exported = jax.export.deserialize(bytearray(content))
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     for size in (1, 5):
         assert_same_logits(run_onnx(model, images[:size]), wanted[:size])
@@ -237,40 +239,33 @@ def assert_alone_and_as_before(path):
     assert list(path.parent.iterdir()) == [path] and path.read_text() == "older"
 
 
-@written_formats
+@each_format
 def test_an_export_writes_a_file_that_computes_the_same(older, format):
     found = write(older, format)
     assert found.error < 1e-5 and found.agreement == 1 and found.num_images == 12
-    assert list(older.parent.iterdir()) == [older]
+    assert list(older.parent.iterdir()) == [older] and older.stat().st_mode & 0o777 == 0o644
 
 
-@written_formats
+@each_format
 def test_a_file_that_computes_something_else_does_not_take_its_name(older, format, monkeypatch):
-    module, name, position = {
-        "safetensors": (formats, "save_safetensors", 2),
-        "torch": (formats, "to_state_dict", 1),
-        "onnx": (formats, "to_onnx", 1),
-        "stablehlo": (formats, "to_stablehlo", 1),
-        "litert": (litert, "to_litert", 1),
-    }[format]
-    right = getattr(module, name)
+    module = formats.FORMATS[format].module
 
-    def wrong(*args, **options):
-        params = jax.tree.map(np.array, args[position])
+    def wrong(path, network, right=module.write):
+        params = jax.tree.map(np.array, network.params)
         params["stem"]["kernel"][0, 0, 0, 1] += 0.01
-        return right(*args[:position], params, *args[position + 1 :], **options)
+        right(path, network._replace(params=params))
 
-    monkeypatch.setattr(module, name, wrong)
-    with pytest.raises(formats.EquivalenceError, match="was not written") as error:
+    monkeypatch.setattr(module, "write", wrong)
+    with refused("was not written", older, error=formats.EquivalenceError):
         write(older, format)
-    assert str(older) in str(error.value) and "\n" not in str(error.value)
     assert_alone_and_as_before(older)
 
 
 def test_a_network_that_is_not_finite_is_not_exported(tmp_path):
-    head = {**PARAMS["head"], "bias": np.full(5, np.nan, np.float32)}
+    head = {**NETWORK.params["head"], "bias": np.full(5, np.nan, np.float32)}
+    network = NETWORK._replace(params={**NETWORK.params, "head": head})
     with pytest.raises(formats.EquivalenceError):
-        write(tmp_path / "net", "onnx", params={**PARAMS, "head": head})
+        formats.export(tmp_path / "net", network, PIXELS, format="onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -287,7 +282,7 @@ def test_a_write_that_fails_leaves_the_old_file(older, monkeypatch, format):
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", disk_full)
     monkeypatch.setattr(safetensors.numpy, "save_file", disk_full_too)
-    with refused("No space left on device", UsageError):
+    with refused("No space left on device", error=StorageError):
         write(older, format)
     assert_alone_and_as_before(older)
 
@@ -336,7 +331,7 @@ def workdir(tmp_path_factory):
     ids=lambda options: options[0].split("=")[1],
 )
 def test_the_command_ends_with_an_equivalence_line(workdir, tmp_path, options):
-    out = run(formats, f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
+    out = run(export, f"--workdir={workdir}", f"--out={tmp_path / 'net'}", *options)
     last = out.splitlines()[-1]
     assert last.startswith("equivalence: largest relative logit error ")
     assert last.endswith("top-1 agreement 100.00 % on 144 images of the validation split of digits")
@@ -349,15 +344,14 @@ def test_without_its_data_set_a_network_is_compared_on_random_images(workdir, tm
     config = json.loads((there / "config.json").read_text())
     (there / "config.json").write_text(json.dumps(config | {"data": config["data"] | {"dir": "x"}}))
     args = (f"--workdir={there}", "--width=1", "--num_images=7", "--format=safetensors")
-    out = run(formats, *args, f"--out={tmp_path / 'net'}")
+    out = run(export, *args, f"--out={tmp_path / 'net'}")
     assert "on 7 images at random, as digits is not here; --data_dir=DIR says where" in out
-    info = formats.load_safetensors(tmp_path / "net")[2]
-    assert (info["mean"], info["std"]) == ([0.3055], [0.376])
-    assert_refuses("does not exist", formats, *args, f"--out={tmp_path / 'net'}", "--data_dir=y")
+    assert saved.load(tmp_path / "net").normalization == ((0.3055,), (0.376,))
+    assert_refuses("does not exist", export, *args, f"--out={tmp_path / 'net'}", "--data_dir=y")
     (there / "config.json").write_text(
         json.dumps(config | {"data": config["data"] | {"name": "mine", "dir": "x"}})
     )
-    assert_refuses("mean of mine is not known", formats, *args, f"--out={tmp_path / 'net'}")
+    assert_refuses("mean of mine is not known", export, *args, f"--out={tmp_path / 'net'}")
 
 
 def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_path):
@@ -366,14 +360,14 @@ def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_
     best, path = tmp_path / "best.json", tmp_path / "net.safetensors"
     best.write_text(json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5}))
     args = (f"--workdir={workdir}", f"--spec={best}", f"--out={path}", "--format=safetensors")
-    run(formats, *args, "--num_images=10")
-    spec, tree, info = formats.load_safetensors(path)
+    run(export, *args, "--num_images=10")
+    spec, tree, normalization, info = saved.load(path)
     assert spec == morph(family.spec, family.blocks, widths)
     wanted = jax.jit(lambda params: dense_network(family, params, widths)[1])(params)
     wanted = {name: wanted[name] for name in tree}
     chex.assert_trees_all_close(tree, wanted, rtol=1e-4, atol=1e-6)
     assert info["dataset"] == "digits" and info["morph"]["widths"] == list(widths)
-    assert (info["mean"], info["std"]) == ([0.3055], [0.376])
+    assert normalization == ((0.3055,), (0.376,))
 
 
 @pytest.fixture
@@ -384,7 +378,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("reached the data or the network")
 
     monkeypatch.setattr(lab, "load_data", refuse)
-    monkeypatch.setattr(formats, "draw", refuse)
+    monkeypatch.setattr(export, "draw", refuse)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +391,7 @@ def nothing_runs(monkeypatch):
         ({"out": None}, "An export needs --out"),
         ({"out": "/dev/null"}, "/dev/null is something else"),
         ({"out": "b.pt"}, "A file of --format=onnx ends in .onnx, got b.pt"),
-        ({"out": "missing/net.onnx"}, "missing/net.onnx must be writable, but: No such file"),
+        ({"out": "missing/net.onnx"}, "missing/net.onnx could not be written (No such file"),
         ({"width": None}, "one of --width, --widths and --spec, got none of them"),
         ({"widths": "3,4"}, "got --width and --widths"),
         ({"width": 2}, "A width ratio must lie in (0, 1.5], got 2"),
@@ -414,7 +408,7 @@ def nothing_runs(monkeypatch):
         ({"width": None, "spec": "gone.json"}, "--spec=gone.json must be a file"),
         ({"num_images": 0}, "--num_images must be at least 1"),
         ({"num_samples": 0}, "--num_samples must be at least 1"),
-        ({"tolerance": "nan"}, "--tolerance above 0"),
+        ({"tolerance": "nan"}, "--tolerance must be above 0"),
         ({"format": "torch", "normalize": "true"}, "--normalize is for onnx, stablehlo, litert"),
     ],
     ids=str,
@@ -423,7 +417,7 @@ def test_the_command_refuses_in_one_sentence(workdir, tmp_path, nothing_runs, ch
     options = {"workdir": workdir, "width": 0.5, "format": "onnx", "out": tmp_path / "net"}
     options |= change
     args = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    assert_refuses(shown, formats, *args)
+    assert_refuses(shown, export, *args)
     assert not list(tmp_path.iterdir())
 
 
@@ -443,7 +437,7 @@ def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, 
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     args = (f"--workdir={workdir}", f"--format={format}", f"--out={tmp_path / 'net'}")
-    assert_refuses(f"{format} files need {package}; install them", formats, *args, "--width=1")
+    assert_refuses(f"{format} files need {package}; install them", export, *args, "--width=1")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +464,7 @@ def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
     changed = change(morphs.morph_to_dict(family, (3, 4)))
     path = tmp_path / "best.json"
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    with refused(match, UsageError):
+    with refused(match, error=UsageError):
         morphs.load_morph(path, family)
     path.write_text('{"widths": [3, 4]}')  # as somebody writes it by hand
     assert morphs.load_morph(path, family) == (3, 4)

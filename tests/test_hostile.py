@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import test_data as data_files
-import test_teacher_import as teacher_files
+import test_torch_files as teacher_files
 from builders import flipped, npy_bytes, safetensors_with, unzipped, zipped
 
 from neumeta_jax.commands import command_line
@@ -35,16 +35,17 @@ from neumeta_jax.core.inr import Grid
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import morphs
-from neumeta_jax.export import formats
-from neumeta_jax.files import trees
-from neumeta_jax.networks import cifar_resnet, teacher_import
+from neumeta_jax.export import safetensors as saved
+from neumeta_jax.export.network import Network, Normalization
+from neumeta_jax.files import torch_files, trees
+from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.runs import checkpoint, experiment as lab, progress
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
 FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
-NORMALIZATION = formats.Normalization((0.5,) * 3, (0.2,) * 3)
+NORMALIZATION = Normalization((0.5,) * 3, (0.2,) * 3)
 
 CPU_SECONDS = 10
 EXTRA_BYTES = 2**30
@@ -230,12 +231,12 @@ def written(tmp_path_factory):
     params = jax.jit(lambda tree: hyper.init(jax.random.key(0), FAMILY, tree))(tree)
     checkpoint.save_tree(folder / "tree", tree, {"spec": SPEC.to_dict()})
     checkpoint.save_inr(folder / "inr", FAMILY, params, dataset="x", mean=[0.5], std=[0.2])
-    formats.save_safetensors(folder / "network", SPEC, tree, normalization=NORMALIZATION)
+    saved.save(folder / "network", Network(SPEC, tree, NORMALIZATION))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 LOADERS = {"tree": checkpoint.load_tree, "inr": checkpoint.load_inr}
-LOADERS |= {"network": formats.load_safetensors}
+LOADERS |= {"network": saved.load}
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -268,7 +269,7 @@ def test_headers_that_ask_for_other_networks_than_there_are_are_refused(written,
     attempt_all(f"{kind} header", LOADERS[kind], path, contents)
 
 
-@pytest.mark.parametrize("load", [checkpoint.load_inr, formats.load_safetensors])
+@pytest.mark.parametrize("load", [checkpoint.load_inr, saved.load])
 def test_headers_that_are_no_dict_are_refused(written, tmp_path, load):
     flat = safetensors.numpy.load(written["tree"])
     headers = ["[" * 100_000, "[1]", "null", "{", '"x"', '{"spec": 1e999}', "", "\x00"]
@@ -366,7 +367,7 @@ TENSORS = {"fc.weight": np.arange(6, dtype="f4").reshape(2, 3), "fc.bias": np.on
 @pytest.mark.parametrize("name", teacher_files.WRITERS)
 def test_damaged_teachers_are_refused(tmp_path, name):
     """As a whole, and beneath the checksums or in the header of those that have one."""
-    path, read = tmp_path / name, teacher_import.read_tensors
+    path, read = tmp_path / name, torch_files.read_tensors
     content = teacher_files.WRITERS[name](TENSORS)
     attempt_all(name, read, path, damaged(content, 120, seed=9))
     truncated = (content[:end] for end in range(0, len(content), 7))
@@ -382,7 +383,7 @@ def test_damaged_teachers_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("wrap", [teacher_files.legacy_bytes, teacher_files.zip_bytes])
 def test_random_programs_in_pickles_build_nothing(tmp_path, wrap):
-    path, read = tmp_path / "teacher.pt", teacher_import.read_tensors
+    path, read = tmp_path / "teacher.pt", torch_files.read_tensors
     contents = (wrap(payload) for payload in opcodes(150, seed=12))
     attempt_all("opcodes", read, path, contents, least_refused=1.0)
 

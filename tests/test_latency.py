@@ -12,7 +12,7 @@ from networks import assert_refuses, random_inr, run
 from neumeta_jax.commands import latency as command
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.evaluation import morphs
-from neumeta_jax.export import formats
+from neumeta_jax.export.network import draw
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import page
@@ -79,7 +79,7 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
     latency.measure(family, params, [network], batch_sizes=(2,), rounds=1, writers=writers)
     compiled, (tree, images) = kept[0, "jax", 2].func, kept[0, "jax", 2].args
     (onnx_logits,) = kept[0, "onnxruntime", 2]()
-    small, wanted = formats.draw(family, params, network.widths)
+    small, wanted = draw(family, params, network.widths)
     logits = jax.jit(lambda tree: cifar_resnet.apply(small, tree, images))(wanted)
     np.testing.assert_allclose(compiled(tree, images), logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(onnx_logits, logits, rtol=1e-4, atol=1e-5)

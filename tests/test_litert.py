@@ -5,7 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from networks import assert_same_logits, both_shortcuts, logits_of, network, refused
+from builders import refused
+from networks import assert_same_logits, both_shortcuts, sample
 
 pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
 pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not installed")
@@ -13,11 +14,9 @@ pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not instal
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
-from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import quantize
 from neumeta_jax.export import formats, litert
-from neumeta_jax.export.formats import Normalization
-from neumeta_jax.networks.cifar_spec import ResNetSpec
+from neumeta_jax.export.network import Normalization
 
 both_inputs = pytest.mark.parametrize("normalize", [False, True], ids=["images", "pixels"])
 
@@ -55,13 +54,16 @@ def unpack(content):
     return model, operators, dict(zip(codes, versions, strict=True))
 
 
+def rounded(network):
+    return network._replace(params=quantize.quantize(network.params))
+
+
 @both_shortcuts
 @both_inputs
 def test_a_file_computes_the_network_for_batches_of_any_size(name, normalize):
-    spec, params, normalization, pixels, images, wanted = network(name)
-    options = {"normalization": normalization if normalize else None}
-    content = litert.to_litert(spec, params, **options)
-    assert litert.to_litert(spec, params, **options) == content
+    network, pixels, images, wanted = sample(name)
+    content = litert.to_litert(network, normalize=normalize)
+    assert litert.to_litert(network, normalize=normalize) == content
     assert_runs(content, pixels if normalize else images, wanted)
 
 
@@ -69,8 +71,7 @@ def test_a_file_computes_the_network_for_batches_of_any_size(name, normalize):
 @both_shortcuts
 def test_shapes_in_a_file_are_those_that_the_runtime_infers(name):
     """Converters and quantisers read them without running anything."""
-    spec, params, normalization, *_ = network(name)
-    content = litert.to_litert(spec, quantize.quantize(params), normalization=normalization)
+    content = litert.to_litert(rounded(sample(name).network), normalize=True)
     written = unpack(content)[0].subgraphs[0].tensors
     interpreter = Interpreter(model_content=content, experimental_preserve_all_tensors=True)
     interpreter.allocate_tensors()
@@ -84,22 +85,21 @@ def test_shapes_in_a_file_are_those_that_the_runtime_infers(name):
 
 
 def test_a_file_holds_what_it_takes_to_use_it():
-    spec, params, normalization, *_ = network("projection")
-    content = litert.to_litert(spec, params, mean=normalization.mean, dataset="noise")
+    network = sample("projection").network._replace(info={"dataset": "noise"})
+    content = litert.to_litert(network)
     assert content[4:8] == b"TFL3"
     model, operators, _ = unpack(content)
     texts = {
         entry.name.decode(): json.loads(bytes(model.buffers[entry.buffer].data))
         for entry in model.metadata
     }
-    assert ResNetSpec.from_dict(texts["network"]) == spec
-    assert texts["mean"] == list(normalization.mean) and texts["dataset"] == "noise"
+    assert texts == network.metadata
     # ReLU is part of the convolutions and sums; the skipped block is not there.
     assert operators.count("CONV_2D") == 1 + 2 * 5 + 2 and operators.count("ADD") == 5
     assert set(operators) == {"CONV_2D", "PAD", "ADD", "MEAN", "FULLY_CONNECTED"}
     # Its constants are aligned, whatever the length of the texts.
-    for texts in ({"dataset": "noise"}, {"odd": "x"}):
-        model = schema.Model.GetRootAs(litert.to_litert(spec, params, **texts))
+    for info in ({"dataset": "noise"}, {"odd": "x"}):
+        model = schema.Model.GetRootAs(litert.to_litert(network._replace(info=info)))
         buffers = [model.Buffers(n) for n in range(model.BuffersLength())]
         starts = [b._tab.Vector(b._tab.Offset(4)) for b in buffers if b.DataLength()]
         assert len(starts) > 20 and all(start % 16 == 0 for start in starts)
@@ -108,15 +108,14 @@ def test_a_file_holds_what_it_takes_to_use_it():
 @both_shortcuts
 @both_inputs
 def test_8_bit_weights_compute_what_the_rounded_network_does(name, normalize):
-    spec, params, normalization, pixels, images, _ = network(name)
-    params = jax.tree.map(np.copy, params)
+    network, pixels, images, _ = sample(name)
+    params = jax.tree.map(np.copy, network.params)
     params["stem"]["kernel"][..., 1] = 0  # The scale of this channel in 8 bits is 0.
-    rounded = quantize.quantize(params)
-    content = litert.to_litert(spec, rounded, normalization=normalization if normalize else None)
-    batch = pixels if normalize else images
-    assert_runs(content, batch, logits_of(spec, quantize.dequantize(rounded), images))
-    exact = np.asarray(logits_of(spec, params, images))
-    assert 1e-4 < formats.compare(run(content, batch)[0], exact).error < 0.1
+    exact = network._replace(params=params)
+    network, batch = rounded(exact), pixels if normalize else images
+    content = litert.to_litert(network, normalize=normalize)
+    assert_runs(content, batch, network.logits(pixels))
+    assert 1e-4 < formats.compare(run(content, batch)[0], exact.logits(pixels)).error < 0.1
     model, operators, versions = unpack(content)
     stored = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT8]
     kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
@@ -127,11 +126,10 @@ def test_8_bit_weights_compute_what_the_rounded_network_does(name, normalize):
 @both_shortcuts
 @both_inputs
 def test_the_quantiser_rounds_the_activations_too(tmp_path, name, normalize):
-    spec, params, normalization, pixels, _, _ = network(name)
+    network, pixels, *_ = sample(name)
     path = tmp_path / "net.tflite"
-    options = {"format": "litert", "normalization": normalization, "normalize": normalize}
-    options |= {"int8": "full", "calibration": pixels, "dataset": "noise"}
-    assert 1e-3 < formats.export(path, spec, params, pixels, **options).error < 0.2
+    options = {"format": "litert", "normalize": normalize, "int8": "full", "calibration": pixels}
+    assert 1e-3 < formats.export(path, network, pixels, **options).error < 0.2
     model, _, _ = unpack(path.read_bytes())
     graph = model.subgraphs[0]
     types = {tensor.name.decode(): tensor.type for tensor in graph.tensors}
@@ -140,41 +138,46 @@ def test_the_quantiser_rounds_the_activations_too(tmp_path, name, normalize):
     outside = outside if normalize else {"images"}
     assert {n for n in float32 if not n.startswith("logits")} == outside
     assert {graph.tensors[n].type for n in graph.outputs} == {schema.TensorType.FLOAT32}
-    assert [e for e in model.metadata if e.name == b"dataset"]
+    assert {e.name.decode() for e in model.metadata} >= {"network", "mean", "std", "int8"}
     assert [p.name for p in tmp_path.iterdir()] == ["net.tflite"]
 
 
-def test_ranges_are_those_of_all_calibration_images():
+def test_ranges_are_those_of_all_calibration_images(tmp_path):
     """Not those of the first batch, as the quantiser's own moving average nearly has them."""
-    spec, params, normalization, pixels, batch, wanted = network("projection")
-    faint = np.resize(pixels // 4 + 96, (litert._BATCH_SIZE, *pixels.shape[1:]))
-    content = litert.to_litert(spec, params)
+    network, pixels, batch, wanted = sample("projection")
+    faint = np.resize(pixels // 4 + 96, (litert._CALIBRATION_BATCH, *pixels.shape[1:]))
     errors = []
     for images in (faint, np.concatenate([faint, pixels])):
-        small = litert.quantize_litert(content, images, normalization=normalization)
-        errors.append(formats.compare(run(small, batch)[0], wanted).error)
+        litert.write(tmp_path / "net", network, calibration=network.normalization(images))
+        found = run((tmp_path / "net").read_bytes(), batch)[0]
+        errors.append(formats.compare(found, wanted).error)
     assert errors[1] < 0.05 < errors[0]
+
+
+def with_layer(network, name, **leaves):
+    """The network with other values in `stem`, or in the first convolution of a block."""
+    part = network.params[name]
+    part = {**part, **leaves} if name == "stem" else {**part, "conv1": {**part["conv1"], **leaves}}
+    return network._replace(params={**network.params, name: part})
 
 
 @pytest.mark.parametrize("format", ["litert", "onnx"])
 def test_a_block_whose_channels_never_fire_can_be_rounded_too(tmp_path, format):
     """The range of its activations is zero, which has no scale."""
-    spec, params, normalization, pixels, *_ = network("projection")
-    name = spec.blocks[0].name
-    silent = {**params[name]["conv1"], "bias": np.full(spec.blocks[0].hidden_width, -100, "f4")}
-    params = {**params, name: {**params[name], "conv1": silent}}
-    options = {"normalization": normalization, "int8": "full", "calibration": pixels}
-    found = formats.export(tmp_path / "net", spec, params, pixels, format=format, **options)
-    assert found.error < 0.2
+    network, pixels, *_ = sample("projection")
+    block = network.spec.blocks[0]
+    network = with_layer(network, block.name, bias=np.full(block.hidden_width, -100, "f4"))
+    options = {"format": format, "int8": "full", "calibration": pixels}
+    assert formats.export(tmp_path / "net", network, pixels, **options).error < 0.2
 
 
 def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path):
     """Its kernels refuse a scale of weights far from that of what they write."""
-    spec, params, _, pixels, *_ = network("projection")
-    large = {**params["stem"], "kernel": params["stem"]["kernel"] * 1e12}
-    params, black = {**params, "stem": large}, np.zeros_like(pixels)
-    options = {"normalization": Normalization((0.0,) * 3, (1.0,) * 3), "int8": "full"}
-    options |= {"format": "litert", "calibration": black}
-    with refused("LiteRT must be able to run", UsageError):
-        formats.export(tmp_path / "net", spec, params, black, **options)
+    network, pixels, *_ = sample("projection")
+    network = with_layer(network, "stem", kernel=network.params["stem"]["kernel"] * 1e12)
+    network = network._replace(normalization=Normalization((0.0,) * 3, (1.0,) * 3))
+    black = np.zeros_like(pixels)
+    with refused("LiteRT must be able to run"):
+        options = {"format": "litert", "int8": "full", "calibration": black}
+        formats.export(tmp_path / "net", network, black, **options)
     assert not list(tmp_path.iterdir())

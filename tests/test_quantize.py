@@ -23,13 +23,15 @@ from neumeta_jax import elastic
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import grid, quantize
-from neumeta_jax.export import formats
+from neumeta_jax.export import formats, safetensors as saved
+from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 
-NORMALIZATION = formats.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 SPEC = SPECS["projection"]
 PARAMS = random_params(SPEC)
+NETWORK = Network(SPEC, PARAMS, NORMALIZATION, {"dataset": "noise"})
 IMAGES = random_pixels(SPEC, 40)
 
 
@@ -79,20 +81,19 @@ def test_a_padded_network_rounds_as_the_dense_one_does():
 
 
 @pytest.mark.parametrize(
-    "format", [*formats.INT8_FORMATS["weights"][:-1], pytest.param("litert", marks=no_litert)]
+    "format", ["safetensors", "onnx", "stablehlo", pytest.param("litert", marks=no_litert)]
 )
 def test_a_file_with_8_bit_weights_is_small_and_computes_what_the_rounded_network_does(
     tmp_path, format
 ):
     spec = resnet_spec(8, num_classes=5, stage_widths=(16, 32, 32), image_size=8)
-    params, path = random_params(spec), tmp_path / "net"
-    options = {"format": format, "normalization": NORMALIZATION}
-    formats.export(path, spec, params, IMAGES, **options)
+    network, path = Network(spec, random_params(spec), NORMALIZATION), tmp_path / "net"
+    formats.export(path, network, IMAGES, format=format)
     large = path.stat().st_size
-    found = formats.export(path, spec, params, IMAGES, int8="weights", **options)
+    found = formats.export(path, network, IMAGES, format=format, int8="weights")
     assert found.error < 1e-5 and found.agreement == 1
-    logits = formats.logits_of_file(path, IMAGES, **options)
-    exact = formats.network_logits(spec, params, IMAGES, NORMALIZATION)
+    logits = formats.logits_of_file(path, IMAGES, format=format, normalization=NORMALIZATION)
+    exact = network.logits(IMAGES)
     assert 1e-4 < formats.compare(logits, exact).error < 0.1  # it is the rounded one
     assert large - path.stat().st_size > 2.7 * spec.num_params  # three bytes less for each weight
     assert [p.name for p in tmp_path.iterdir()] == ["net"]
@@ -103,17 +104,16 @@ def test_8_bit_weights_without_their_scales_are_refused(tmp_path, scale):
     tree = quantize.quantize(PARAMS)
     tree["stem"] = {k: v for k, v in tree["stem"].items() if k != "scale"} | scale
     path = tmp_path / "net.safetensors"
-    formats.save_safetensors(path, SPEC, tree, normalization=NORMALIZATION)
+    saved.save(path, Network(SPEC, tree, NORMALIZATION))
     with refused("net.safetensors"):
-        formats.load_safetensors(path)
+        saved.load(path)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
     path = tmp_path / "net.onnx"
-    options = {"format": "onnx", "normalization": NORMALIZATION, "normalize": normalize}
-    options |= {"int8": "full", "calibration": IMAGES, "dataset": "noise"}
-    found = formats.export(path, SPEC, PARAMS, IMAGES, **options)
+    options = {"format": "onnx", "normalize": normalize, "int8": "full", "calibration": IMAGES}
+    found = formats.export(path, NETWORK, IMAGES, **options)
     assert 1e-3 < found.error < 0.2
     model = onnx.load(path)
     operators = [node.op_type for node in model.graph.node]
@@ -140,7 +140,7 @@ def test_onnxruntime_rounds_the_activations_too(tmp_path, normalize):
 def test_an_int8_export_that_cannot_be_is_refused(tmp_path, options, match):
     path = tmp_path / "net"
     with refused(match):
-        formats.export(path, SPEC, PARAMS, IMAGES, normalization=NORMALIZATION, **options)
+        formats.export(path, NETWORK, IMAGES, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -157,5 +157,5 @@ def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
     found = evaluate(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
     for widths, accuracy in zip(sizes, found.accuracy, strict=True):
         small, dense = dense_network(family, params, widths)
-        logits = formats.network_logits(small, quantize.quantize(dense), IMAGES, NORMALIZATION)
+        logits = Network(small, quantize.quantize(dense), NORMALIZATION).logits(IMAGES)
         assert abs(accuracy - np.mean(logits.argmax(axis=1) == labels)) <= 1 / 40

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
-from test_teacher_import import teacher_tensors
 
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
@@ -33,7 +32,7 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, morphs
-from neumeta_jax.networks import cifar_resnet, cifar_spec, teacher_import
+from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, training
 
 ROOT = networks.ROOT
@@ -787,7 +786,7 @@ def write_teacher(path, *, leave_out=()):
     spec = cifar_spec.resnet_spec(
         8, num_classes=10, stage_widths=(4, 6, 8), image_size=8, channels=1
     )
-    tensors = teacher_tensors(spec)
+    tensors = networks.torch_tensors(spec)
     for name, x in tensors.items():
         if x.ndim == 4:
             tensors[name] = x * np.float32((2 / np.prod(x.shape[1:])) ** 0.5)
@@ -855,7 +854,7 @@ def test_the_resnet56_teacher_classifies_alike_before_and_after_folding_and_reor
     labels = imgpack.labels("cifar100", "test")["fine"][:300]
 
     path = SHARED / "weights" / "cifar100_resnet56-f2eff4c8.pt"
-    spec, variables = teacher_import.load_teacher(path)
+    spec, variables = cifar_import.load_teacher(path)
     assert spec.depth == 56 and spec.num_classes == 100
     x = jnp.asarray(preprocessing.normalize(images, *datasets.NORMALIZATION["cifar100"]))
     with_batch_norm = jax.jit(lambda v: cifar_resnet.ResNet(spec).apply(v, x))

@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import check
 from neumeta_jax.evaluation.morphs import load_morph
-from neumeta_jax.export import formats
+from neumeta_jax.export import onnx, safetensors
+from neumeta_jax.export.network import Network as Exported, Normalization
 from neumeta_jax.files import storage
+from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family, Size
 from neumeta_jax.report import page
@@ -47,17 +49,19 @@ FLAGS: command_line.Flags = {
 }
 
 
-def write_safetensors(size: Size, params: Mapping) -> bytes:
-    channels = size.channels
-    plain = formats.Normalization((0.0,) * channels, (1.0,) * channels)
+def _exported(size: Size, params: Params) -> Exported:
+    return Exported(size, params, Normalization((0.0,) * size.channels, (1.0,) * size.channels))
+
+
+def write_safetensors(size: Size, params: Params) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "net.safetensors"
-        formats.save_safetensors(path, size, params, normalization=plain)
+        safetensors.save(path, _exported(size, params))
         return path.read_bytes()
 
 
-def write_onnx(size: Any, params: Mapping) -> bytes:
-    return formats.to_onnx(size, params).SerializeToString()
+def write_onnx(size: Size, params: Params) -> bytes:
+    return onnx.to_onnx(_exported(size, params)).SerializeToString()
 
 
 def _networks(family: Family, ratios: Sequence[float], files: Sequence[str]) -> list[Network]:

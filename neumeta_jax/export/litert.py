@@ -1,33 +1,26 @@
-"""One folded network as a LiteRT (formerly TensorFlow Lite) file; images are NHWC.
+"""LiteRT, formerly TensorFlow Lite: a flatbuffer with the metadata of ONNX; images are NHWC.
 
 The graph is built operator by operator, with the schema that the runtime's own package brings, so
-neither TensorFlow nor PyTorch is needed. `export` writes, checks and names the file; ai-edge-litert
-and ai-edge-quantizer are packages of the extra: pip install 'neumeta-jax[export]'.
+neither TensorFlow nor PyTorch is needed. ai-edge-litert and ai-edge-quantizer are packages of the
+extra: pip install 'neumeta-jax[export]'.
 """
 
-import json
 import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.data import preprocessing
 from neumeta_jax.errors import UsageError, sentence
-from neumeta_jax.networks.cifar_spec import Block, ResNetSpec
-
-if TYPE_CHECKING:
-    from neumeta_jax.export.formats import Normalization
+from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, operations
 
 SIGNATURE = "serving_default"  # the usual name of a file's only function
-INPUT_NAME, OUTPUT_NAME = "images", "logits"
 SCHEMA_VERSION = 3
 ALIGNMENT = 16  # of constants in the file, as its schema demands
 _PIXELS = "pixels"  # prefix of the tensors that normalise, which stay float32
-_BATCH_SIZE = 64
+_CALIBRATION_BATCH = 64
 
 # Which options an operator takes, by the schema's names.
 _OPTIONS = {
@@ -47,12 +40,12 @@ _VERSIONS = {"DEQUANTIZE": 5}  # a scale for each channel
 
 
 class _Graph:
-    """A graph that grows operator by operator, in which a tensor is a number.
+    """A graph that grows operator by operator, in which a tensor is its name.
 
     The first axis of what is computed is the batch: of any size, and written as 1.
     """
 
-    def __init__(self):
+    def __init__(self, layers: Mapping[str, Mapping]):
         from ai_edge_litert import schema_py_generated as schema
 
         class Buffer(schema.BufferT):
@@ -61,17 +54,19 @@ class _Graph:
                     builder.Prep(ALIGNMENT, len(self.data))  # the generated code leaves it out
                 return super().Pack(builder)
 
-        self.schema, self._buffer_type = schema, Buffer
-        self._tensors, self._operators, self._codes = [], [], []
+        self.layers, self.schema, self._buffer_type = layers, schema, Buffer
+        self._relu: Any = {"fusedActivationFunction": schema.ActivationFunctionType.RELU}
+        self._tensors: dict[str, Any] = {}
+        self._operators, self._codes = [], []
         self._buffers = [Buffer()]  # the first is that of tensors without content
 
-    def shape(self, tensor: int) -> list[int]:
+    def shape(self, tensor: str) -> list[int]:
         return self._tensors[tensor].shape
 
-    def computed(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> int:
+    def computed(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> str:
         return self._tensor(name, shape, dtype, shapeSignature=[-1, *shape[1:]])
 
-    def constant(self, name: str, value: Any, dtype: Any = np.float32, *, scale: Any = None) -> int:
+    def constant(self, name: str, value: Any, dtype: Any = np.float32, *, scale: Any = None) -> str:
         """A constant; of int8, `scale` float32[C] multiplies along the first axis."""
         array, fields = np.asarray(value, dtype), {}
         if scale is not None:
@@ -81,61 +76,63 @@ class _Graph:
         content = array.astype(array.dtype.newbyteorder("<")).tobytes()
         return self._tensor(name, array.shape, dtype, buffer=self._buffer(content), **fields)
 
-    def add(
+    def append(
         self,
         operator: str,
-        inputs: Sequence[int],
+        inputs: Sequence[str],
         name: str,
         shape: Sequence[int],
         *,
         batched: bool = True,
         **options: Any,
-    ) -> int:
+    ) -> str:
         """Appends an operator, with options by the schema's names, and returns what it computes."""
         kind, make = _OPTIONS[operator], self.computed if batched else self._tensor
-        output = make(name, shape, np.float32)
+        make(name, shape, np.float32)
         if operator not in self._codes:
             self._codes.append(operator)
         self._operators.append(
             self.schema.OperatorT(
                 opcodeIndex=self._codes.index(operator),
-                inputs=list(inputs),
-                outputs=[output],
+                inputs=[self._number(tensor) for tensor in inputs],
+                outputs=[self._number(name)],
                 builtinOptionsType=getattr(self.schema.BuiltinOptions, kind),
                 builtinOptions=getattr(self.schema, f"{kind}T")(**options),
             )
         )
-        return output
+        return name
 
-    def to_bytes(self, name: str, input: int, output: int, metadata: Mapping[str, str]) -> bytes:
+    def to_bytes(self, name: str, metadata: Mapping[str, str]) -> bytes:
         """The file of a graph with one input and one output."""
         import flatbuffers
 
-        schema = self.schema
+        schema, ends = self.schema, [self._number(end) for end in (INPUT_NAME, OUTPUT_NAME)]
+        # The first field is what readers older than the 128th operator look at.
         codes = {code: getattr(schema.BuiltinOperator, code) for code in self._codes}
-        graph = schema.SubGraphT(self._tensors, [input], [output], self._operators, name)
-        signature = schema.SignatureDefT(
-            [schema.TensorMapT(INPUT_NAME, input)],
-            [schema.TensorMapT(OUTPUT_NAME, output)],
-            SIGNATURE,
-        )
         model = schema.ModelT(
             version=SCHEMA_VERSION,
             operatorCodes=[
-                # The first field is what readers older than the 128th operator look at.
-                schema.OperatorCodeT(
-                    min(number, 127), version=_VERSIONS.get(code, 1), builtinCode=number
-                )
-                for code, number in codes.items()
+                schema.OperatorCodeT(min(n, 127), version=_VERSIONS.get(code, 1), builtinCode=n)
+                for code, n in codes.items()
             ],
-            subgraphs=[graph],
+            subgraphs=[
+                schema.SubGraphT(
+                    list(self._tensors.values()), ends[:1], ends[1:], self._operators, name
+                )
+            ],
             description="neumeta-jax",
             metadata=[
                 schema.MetadataT(key, self._buffer(value.encode()))
                 for key, value in metadata.items()
             ],
             buffers=self._buffers,
-            signatureDefs=[signature],
+            signatureDefs=[
+                schema.SignatureDefT(
+                    [schema.TensorMapT(INPUT_NAME, ends[0])],
+                    [schema.TensorMapT(OUTPUT_NAME, ends[1])],
+                    SIGNATURE,
+                )
+            ],
         )
         builder = flatbuffers.Builder()
         builder.Finish(model.Pack(builder), b"TFL3")
@@ -145,127 +142,101 @@ class _Graph:
         self._buffers.append(self._buffer_type(np.frombuffer(content, np.uint8)))
         return len(self._buffers) - 1
 
-    def _tensor(self, name: str, shape: Sequence[int], dtype: Any, **fields: Any) -> int:
+    def _number(self, tensor: str) -> int:
+        return list(self._tensors).index(tensor)
+
+    def _tensor(self, name: str, shape: Sequence[int], dtype: Any, **fields: Any) -> str:
         kind = getattr(self.schema.TensorType, np.dtype(dtype).name.upper())
         shape = [int(size) for size in shape]
-        self._tensors.append(self.schema.TensorT(shape, kind, name=name, hasRank=True, **fields))
-        return len(self._tensors) - 1
+        self._tensors[name] = self.schema.TensorT(shape, kind, name=name, hasRank=True, **fields)
+        return name
 
+    def normalize(self, x: str, network: Network) -> str:
+        mean, std = (np.asarray(values, np.float64) for values in network.normalization)
+        shape, types = self.shape(x), self.schema.TensorType
+        kinds: Any = {"inDataType": types.UINT8, "outDataType": types.FLOAT32}
+        x = self.append("CAST", [x], _PIXELS, shape, **kinds)
+        factor = self.constant(f"{_PIXELS}.factor", 1 / (255 * std))
+        x = self.append("MUL", [x, factor], f"{_PIXELS}.scaled", shape)
+        shift = self.constant(f"{_PIXELS}.mean", mean / std)
+        return self.append("SUB", [x, shift], f"{_PIXELS}.normalised", shape)
 
-def to_litert(
-    spec: ResNetSpec,
-    params: Mapping,
-    *,
-    normalization: "Normalization | None" = None,
-    **info: Any,
-) -> bytes:
-    """The folded network as a LiteRT file, images[batch, size, size, channels] -> logits.
-
-    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1. The
-    arguments are those of `formats.to_onnx`. Weights of `quantize.quantize` stay 8-bit integers and
-    are multiplied by their scales in the graph.
-    """
-    graph = _Graph()
-    relu = graph.schema.ActivationFunctionType.RELU
-    same, valid = graph.schema.Padding.SAME, graph.schema.Padding.VALID
-
-    def weight(name: str, layer: Mapping, kernel: np.ndarray) -> int:
-        """A kernel, output channels first."""
+    def _weights(self, name: str) -> list[str]:
+        """A layer's kernel, output channels first, and its bias."""
+        layer = self.layers[name]
+        kernel = np.moveaxis(np.asarray(layer["kernel"]), -1, 0)  # HWIO to OHWI
         if "scale" not in layer:
-            return graph.constant(name, kernel)
-        stored = graph.constant(f"{name}.int8", kernel, np.int8, scale=layer["scale"])
-        return graph.add("DEQUANTIZE", [stored], name, kernel.shape, batched=False)
+            weight = self.constant(f"{name}.weight", kernel)
+        else:
+            stored = self.constant(f"{name}.weight.int8", kernel, np.int8, scale=layer["scale"])
+            weight, shape = f"{name}.weight", kernel.shape
+            self.append("DEQUANTIZE", [stored], weight, shape, batched=False)
+        return [weight, self.constant(f"{name}.bias", layer["bias"])]
 
-    def pad(x: int, name: str, pads: Sequence[Sequence[int]]) -> int:
-        """Zeros before and after along each axis, `pads` int[4, 2]."""
-        shape = [size + sum(pair) for size, pair in zip(graph.shape(x), pads, strict=True)]
-        return graph.add("PAD", [x, graph.constant(f"{name}.pads", pads, np.int32)], name, shape)
+    def _zeros(self, x: str, pads: Sequence[tuple[int, int]], name: str) -> str:
+        """Zeros before and after along each of four axes."""
+        shape = [size + sum(pair) for size, pair in zip(self.shape(x), pads, strict=True)]
+        return self.append("PAD", [x, self.constant(f"{name}.pads", pads, np.int32)], name, shape)
 
-    def conv(x: int, layer: Mapping, name: str, stride: int = 1, activation: int = 0) -> int:
-        kernel = np.asarray(layer["kernel"]).transpose(3, 0, 1, 2)  # HWIO to OHWI
-        width, border = len(kernel), kernel.shape[1] // 2
-        _, size, _, _ = graph.shape(x)
+    # The operations of `network.operations`.
+
+    def conv(self, name: str, x: str, stride: int, relu: bool) -> None:
+        layer, padding = self.layers[name], self.schema.Padding
+        border, size = len(layer["kernel"]) // 2, -(-self.shape(x)[1] // stride)
         if stride > 1 and border:  # where "SAME" would pad on the other side
-            x = pad(x, f"{name}.padded", [(0, 0), (border, border), (border, border), (0, 0)])
-        inputs = [
-            x,
-            weight(f"{name}.weight", layer, kernel),
-            graph.constant(f"{name}.bias", layer["bias"]),
-        ]
-        return graph.add(
+            pads = [(0, 0), (border, border), (border, border), (0, 0)]
+            x = self._zeros(x, pads, f"{name}.padded")
+        self.append(
             "CONV_2D",
-            inputs,
+            [x, *self._weights(name)],
             name,
-            [1, -(-size // stride), -(-size // stride), width],
-            padding=same if stride == 1 else valid,
+            [1, size, size, len(layer["bias"])],
+            padding=padding.SAME if stride == 1 else padding.VALID,
             strideW=stride,
             strideH=stride,
-            fusedActivationFunction=activation,
+            **(self._relu if relu else {}),
         )
 
-    def pad_shortcut(x: int, block: Block) -> int:
-        prefix, extra = f"{block.name}.shortcut", block.out_width - block.in_width
-        if block.stride > 1:
-            bounds = {"begin": [0] * 4, "end": [0] * 4, "strides": [1, *[block.stride] * 2, 1]}
-            inputs = [graph.constant(f"{prefix}.{k}", v, np.int32) for k, v in bounds.items()]
-            size = -(-graph.shape(x)[1] // block.stride)
-            x = graph.add(
-                "STRIDED_SLICE",
-                [x, *inputs],
-                f"{prefix}.slice",
-                [1, size, size, block.in_width],
-                beginMask=0b1111,  # of all four axes: from end to end, whatever the bounds are
-                endMask=0b1111,
-            )
-        return pad(x, f"{prefix}.pad", [(0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)])
+    def pad(self, name: str, x: str, stride: int, before: int, after: int) -> None:
+        if stride > 1:
+            bounds = {"begin": [0] * 4, "end": [0] * 4, "strides": [1, stride, stride, 1]}
+            inputs = [self.constant(f"{name}.{k}", v, np.int32) for k, v in bounds.items()]
+            _, size, _, channels = self.shape(x)
+            shape = [1, -(-size // stride), -(-size // stride), channels]
+            # Masks of all four axes: from end to end, whatever the bounds are.
+            masks: Any = {"beginMask": 0b1111, "endMask": 0b1111}
+            x = self.append("STRIDED_SLICE", [x, *inputs], f"{name}.slice", shape, **masks)
+        self._zeros(x, [(0, 0), (0, 0), (0, 0), (before, after)], name)
 
-    shape = [1, spec.image_size, spec.image_size, spec.channels]
-    images = graph.computed(INPUT_NAME, shape, np.float32 if normalization is None else np.uint8)
-    x = images
-    if normalization is not None:
-        mean, std = (np.asarray(values, np.float64) for values in normalization)
-        types = graph.schema.TensorType
-        x = graph.add(
-            "CAST", [x], _PIXELS, shape, inDataType=types.UINT8, outDataType=types.FLOAT32
-        )
-        factor = graph.constant(f"{_PIXELS}.factor", 1 / (255 * std))
-        x = graph.add("MUL", [x, factor], f"{_PIXELS}.scaled", shape)
-        x = graph.add(
-            "SUB",
-            [x, graph.constant(f"{_PIXELS}.mean", mean / std)],
-            f"{_PIXELS}.normalised",
-            shape,
-        )
+    def add(self, name: str, inputs: Sequence[str]) -> None:
+        self.append("ADD", inputs, name, self.shape(inputs[0]), **self._relu)
 
-    x = conv(x, params["stem"], "stem", activation=relu)
-    for block in spec.blocks:
-        if block.hidden_width == 0:
-            continue
-        layers, name = params[block.name], block.name
-        y = conv(x, layers["conv1"], f"{name}.conv1", block.stride, activation=relu)
-        y = conv(y, layers["conv2"], f"{name}.conv2")
-        if block.projection:
-            x = conv(x, layers["shortcut"], f"{name}.shortcut", block.stride)
-        elif not block.skippable:
-            x = pad_shortcut(x, block)
-        x = graph.add("ADD", [x, y], name, graph.shape(y), fusedActivationFunction=relu)
-    head, axes = params["head"], graph.constant("pixel_axes", [1, 2], np.int32)
-    x = graph.add("MEAN", [x, axes], "features", [1, spec.stage_widths[-1]])
-    inputs = [
-        x,
-        weight("head.weight", head, np.asarray(head["kernel"]).T),
-        graph.constant("head.bias", head["bias"]),
-    ]
-    x = graph.add("FULLY_CONNECTED", inputs, OUTPUT_NAME, [1, spec.num_classes])
+    def mean(self, name: str, x: str) -> None:
+        axes = self.constant("pixel_axes", [1, 2], np.int32)
+        self.append("MEAN", [x, axes], name, [1, self.shape(x)[-1]])
 
-    metadata = {**info, "network": spec.to_dict()}
-    texts = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    return graph.to_bytes(f"resnet{spec.depth}", images, x, texts)
+    def dense(self, name: str, x: str) -> None:
+        shape = [1, len(self.layers["head"]["bias"])]
+        self.append("FULLY_CONNECTED", [x, *self._weights("head")], name, shape)
 
 
-def quantize_litert(
-    content: bytes, images: np.ndarray, *, normalization: "Normalization | None"
-) -> bytes:
+def to_litert(network: Network, *, normalize: bool = False) -> bytes:
+    """The network as a LiteRT file, images[batch, size, size, channels] -> logits.
+
+    A reader resizes the input to its batch (`resize_tensor_input`); without that it is 1. Images
+    are float32 and come normalised; with `normalize` they are uint8 pixels. Weights of
+    `quantize.quantize` stay 8-bit integers and are multiplied by their scales in the graph.
+    """
+    graph, spec = _Graph(network.layers), network.resnet
+    kind = np.uint8 if normalize else np.float32
+    images = graph.computed(INPUT_NAME, (1, *spec.input_shape), kind)
+    images = graph.normalize(images, network) if normalize else images
+    for operation, name, (x, *arguments) in operations(spec):
+        getattr(graph, operation)(name, images if x == INPUT_NAME else x, *arguments)
+    return graph.to_bytes(f"resnet{spec.depth}", network.texts)
+
+
+def _quantized(content: bytes, images: np.ndarray) -> bytes:
     """A LiteRT file with weights and activations in 8 bits, by the runtime's static quantiser.
 
     Weights have a scale for each output channel, activations a scale and a zero point for each
@@ -274,8 +245,7 @@ def quantize_litert(
 
     Args:
         content: of `to_litert`, with float32 weights.
-        images: uint8[images, size, size, channels], of the training set.
-        normalization: of the images, where the graph does not do it itself.
+        images: what the network takes, of the training set.
     """
     from ai_edge_quantizer import Quantizer
     from ai_edge_quantizer.algorithm_manager import AlgorithmName
@@ -290,10 +260,7 @@ def quantize_litert(
     ranges: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, and warns of that
-        for start in range(0, len(images), _BATCH_SIZE):
-            batch = np.asarray(images[start : start + _BATCH_SIZE])
-            if normalization is not None:
-                batch = np.asarray(preprocessing.normalize(jnp.asarray(batch), *normalization))
+        for batch in np.split(images, range(_CALIBRATION_BATCH, len(images), _CALIBRATION_BATCH)):
             for name, found in quantizer.calibrate({SIGNATURE: [{INPUT_NAME: batch}]}).items():
                 known = ranges.setdefault(name, found)
                 if found:
@@ -307,8 +274,21 @@ def quantize_litert(
     return bytes(result.quantized_model or b"")
 
 
-def reader(path: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
-    """The network of a LiteRT file, images NHWC -> logits float32[images, classes].
+def write(
+    path: str | os.PathLike,
+    network: Network,
+    *,
+    normalize: bool = False,
+    calibration: np.ndarray | None = None,
+) -> None:
+    """Writes the graph; with `calibration`, inputs of the network, activations have 8 bits too."""
+    content = to_litert(network, normalize=normalize)
+    content = content if calibration is None else _quantized(content, calibration)
+    pathlib.Path(path).write_bytes(content)
+
+
+def read(path: str | os.PathLike) -> Callable:
+    """The network of a file, images NHWC -> logits float32[images, classes].
 
     The first image of each batch runs alone, so that two sizes of batch are seen.
 
@@ -332,8 +312,4 @@ def reader(path: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
         interpreter.invoke()
         return interpreter.get_tensor(logits["index"])
 
-    def network(batch) -> np.ndarray:
-        batch = np.asarray(batch)
-        return np.concatenate([run(part) for part in (batch[:1], batch[1:]) if len(part)])
-
-    return network
+    return lambda batch: np.concatenate([run(part) for part in (batch[:1], batch[1:]) if len(part)])

@@ -71,14 +71,16 @@ def check_is_damage(path: str | os.PathLike, error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(path: str | os.PathLike, *, suffix: str = ".partial") -> Iterator[pathlib.Path]:
     """Yields a partial file's path, which takes the name `path` once it is whole and on the disk.
+
+    Until then it has the name and `suffix`.
 
     Raises:
         StorageError: as `writing`; an old file at `path` is still there then.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + suffix)
     with writing(path):
         try:
             partial.touch()

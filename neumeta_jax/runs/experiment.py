@@ -41,7 +41,7 @@ from neumeta_jax.files.provenance import (  # noqa: F401
     versions,
 )
 from neumeta_jax.files.storage import locked
-from neumeta_jax.networks import cifar_resnet, cifar_spec, linen, teacher_import
+from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec, linen
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family
@@ -677,7 +677,7 @@ def import_teacher(experiment: Experiment, path: str) -> Params:
         variables, _ = checkpoint.load_tree(path)
         experiment.hypernetwork.groups.leaves(variables, {})
         return variables
-    _, variables = teacher_import.load_teacher(path, image_size=spec.image_size, spec=spec)
+    _, variables = cifar_import.load_teacher(path, image_size=spec.image_size, spec=spec)
     return variables
 
 

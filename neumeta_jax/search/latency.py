@@ -15,10 +15,11 @@ import numpy as np
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.evaluation import timing
 from neumeta_jax.networks import families
+from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.families import Family, Size
 
 NUM_WARM_UP = 3
-Writer = Callable[[Size, Mapping], bytes]
+Writer = Callable[[Size, Params], bytes]
 
 
 class Network(NamedTuple):
@@ -138,7 +139,7 @@ def measure(
     return rows
 
 
-def _write(name: str, write: Writer, size: Size, params: Mapping) -> tuple[bytes, Any]:
+def _write(name: str, write: Writer, size: Size, params: Params) -> tuple[bytes, Any]:
     """The content of a file and, of ONNX, a session on the CPU that runs it."""
     content = write(size, params)
     if name != "onnx":

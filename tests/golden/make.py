@@ -29,7 +29,8 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering
-from neumeta_jax.export import formats
+from neumeta_jax.export import safetensors as saved
+from neumeta_jax.export.network import Network, Normalization, draw
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec, generated_blocks, morph, resnet_spec
@@ -110,11 +111,11 @@ def inr_case(kind: str) -> dict[str, np.ndarray]:
         tree = generate(params["inr"], family.widths(ratio))
         found |= {f"network/{ratio}/{name}": value for name, value in flat(tree).items()}
 
-    spec, tree = formats.draw(family, params, (2, 0))
+    spec, tree = draw(family, params, (2, 0))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "network.safetensors"
-        mean, std = PREPROCESSING.mean, PREPROCESSING.std
-        formats.save_safetensors(path, spec, tree, normalization=formats.Normalization(mean, std))
+        normalization = Normalization(PREPROCESSING.mean, PREPROCESSING.std)
+        saved.save(path, Network(spec, tree, normalization))
         tensors = safetensors.numpy.load_file(path)
     found |= {f"export/{name}": value for name, value in tensors.items()}
     return found | {f"step/{name}": value for name, value in flat(step(kind)).items()}

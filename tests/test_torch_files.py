@@ -5,10 +5,8 @@ No PyTorch is needed: the checkpoints are written here, with stand-ins under PyT
 
 import collections
 import dataclasses
-import importlib.util
 import io
 import os
-import pathlib
 import pickle
 import struct
 import sys
@@ -16,16 +14,14 @@ import types
 import zipfile
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from builders import Call, npy_bytes, npz_bytes, refused, safetensors_with, unzipped, zipped
 
-from neumeta_jax.networks import cifar_resnet, teacher_import
-from neumeta_jax.networks.cifar_spec import ResNetSpec, resnet_spec
+from neumeta_jax.files import torch_files
 
-SPEC = ResNetSpec(stage_widths=(4, 6, 8), hidden_widths=(4, 6, 8), num_classes=5, image_size=8)
+TENSORS = {"conv1.weight": np.arange(36.0).reshape(4, 1, 3, 3), "fc.bias": np.ones(2, "f4")}
+TENSORS |= {"bn1.num_batches_tracked": np.array(7)}
 
 
 # Stand-ins for PyTorch. Pickles refer to them by module and name.
@@ -75,7 +71,7 @@ def zip_bytes(payload, storages=()):
 
 
 def legacy_bytes(payload, storages=(), version=None):
-    head = [teacher_import._LEGACY_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True}]
+    head = [torch_files._LEGACY_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True}]
     parts = [pickle.dumps(obj, 2) for obj in head] + [payload]
     parts[1] = version or parts[1]
     parts.append(pickle.dumps([str(key) for key in range(len(storages))], 2))
@@ -123,38 +119,10 @@ WRITERS = {
 both_formats = pytest.mark.parametrize("legacy", [False, True])
 
 
-def teacher_tensors(spec, *, shortcut="downsample", head="fc"):
-    """Random tensors of `spec` under the names and with the shapes of PyTorch."""
-    rng = np.random.default_rng(0)
-    tensors = {}
-
-    def layer(conv, norm, out_width, in_width, size=3):
-        tensors[f"{conv}.weight"] = rng.normal(size=(out_width, in_width, size, size))
-        tensors[f"{norm}.weight"] = rng.normal(1, 0.1, out_width)
-        tensors[f"{norm}.bias"] = rng.normal(size=out_width)
-        tensors[f"{norm}.running_mean"] = rng.normal(size=out_width)
-        tensors[f"{norm}.running_var"] = rng.uniform(0.5, 2, out_width)
-        tensors[f"{norm}.num_batches_tracked"] = np.array(7)
-
-    layer("conv1", "bn1", spec.stage_widths[0], spec.channels)
-    for block in spec.blocks:
-        if not block.hidden_width:
-            continue
-        name = f"layer{block.stage}.{block.index}"
-        layer(f"{name}.conv1", f"{name}.bn1", block.hidden_width, block.in_width)
-        layer(f"{name}.conv2", f"{name}.bn2", block.out_width, block.hidden_width)
-        if block.projection:
-            sizes = block.out_width, block.in_width, 1
-            layer(f"{name}.{shortcut}.0", f"{name}.{shortcut}.1", *sizes)
-    tensors[f"{head}.weight"] = rng.normal(size=(spec.num_classes, spec.stage_widths[-1]))
-    tensors[f"{head}.bias"] = rng.normal(size=spec.num_classes)
-    return {k: v.astype("f4") if v.dtype == np.float64 else v for k, v in tensors.items()}
-
-
 def read(tmp_path, content, name="teacher.pt"):
     path = tmp_path / name
     path.write_bytes(content)
-    return teacher_import.read_tensors(path)
+    return torch_files.read_tensors(path)
 
 
 def assert_equal(got, wanted):
@@ -166,16 +134,12 @@ def assert_equal(got, wanted):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_reads_to_the_same_arrays_and_the_same_teacher(tmp_path, name):
-    tensors = teacher_tensors(SPEC)
-    assert_equal(read(tmp_path, WRITERS[name](tensors), name), tensors)
-    spec, variables = teacher_import.load_teacher(tmp_path / name, spec=SPEC)
-    assert spec == SPEC
-    chex.assert_trees_all_equal(variables, teacher_import.to_variables(SPEC, tensors))
+def test_every_format_reads_to_the_same_arrays(tmp_path, name):
+    assert_equal(read(tmp_path, WRITERS[name](TENSORS), name), TENSORS)
 
 
 SUFFIXES = [".pt", ".pth", ".th", ".PT"]
-WAYS = list(zip(2 * SUFFIXES, 2 * [2, 3, 4, 5], teacher_import._WRAPPERS, strict=False))
+WAYS = list(zip(2 * SUFFIXES, 2 * [2, 3, 4, 5], torch_files._WRAPPERS, strict=False))
 
 
 @both_formats
@@ -234,7 +198,7 @@ def test_half_and_bfloat16_read_as_float32(tmp_path, name):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_arrays_of_any_layout_read_to_native_contiguous_ones(tmp_path, save):
     array = np.arange(6, dtype="f4").reshape(2, 3)
-    same = teacher_tensors(SPEC) | {"ones": np.ones(50_000, "f4")}
+    same = TENSORS | {"ones": np.ones(50_000, "f4")}
     stored = {"big": array.astype(">f4"), "fortran": np.asfortranarray(array)}
     content = npz_bytes(same | stored | {"half": HALVES.astype("f2")}, save)
     wanted = same | {"big": array, "fortran": array, "half": HALVES}
@@ -267,12 +231,12 @@ def test_prefixes_are_stripped_only_where_all_names_share_them(tmp_path, name, p
 # Refusals of what is not a network file
 
 
-@pytest.mark.parametrize("suffix", teacher_import._READERS)
+@pytest.mark.parametrize("suffix", torch_files._READERS)
 @pytest.mark.parametrize("content", [b"", b"PK", b"<!DOCTYPE html>\n<html>", b"\x80", b"\0" * 99])
 def test_files_of_another_kind_and_missing_ones_are_named(tmp_path, suffix, content):
     path = tmp_path / f"teacher{suffix}"
     with refused(path.name, error=FileNotFoundError):
-        teacher_import.read_tensors(path)
+        torch_files.read_tensors(path)
     with refused(path.name):
         read(tmp_path, content, path.name)
 
@@ -304,7 +268,7 @@ def test_large_files_and_many_views_of_one_storage_do_not_fill_the_memory(tmp_pa
     saved = {f"t{i}": rebuilt(storage, 0, (2**20,), (1,)) for i in range(20)}
     with refused("bytes of tensors"):
         read(tmp_path, torch_bytes(saved))
-    monkeypatch.setattr(teacher_import, "_MAX_SIZE", 10)
+    monkeypatch.setattr(torch_files, "_MAX_SIZE", 10)
     with refused("at most 10 bytes"):
         read(tmp_path, b"x" * 11)
 
@@ -372,7 +336,7 @@ def hostile_pickles(marker):
 @pytest.mark.parametrize("attack", hostile_pickles("x"))
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, attack, legacy):
     marker = tmp_path / "marker"
-    rebuild = teacher_import._GLOBALS["torch._utils", "_rebuild_tensor_v2"]
+    rebuild = torch_files._GLOBALS["torch._utils", "_rebuild_tensor_v2"]
     before = dict(vars(rebuild))
     payload = hostile_pickles(marker)[attack]
     reason = {"os.system": r"wants to call \w+\.system .*state_dict", "control": "wants to call"}
@@ -482,155 +446,3 @@ def _entry(dtype="F32", shape=(3,), offsets=(0, 12)):
 def test_inconsistent_and_hostile_safetensors_headers_are_refused(tmp_path, header):
     with refused(r"teacher\.safetensors"):
         read(tmp_path, safetensors_with(header, bytes(12)), "teacher.safetensors")
-
-
-# From tensors to networks
-
-
-SPECS = {
-    "projection": SPEC,
-    "pad": dataclasses.replace(SPEC, shortcut="pad"),
-    "deep": resnet_spec(20, num_classes=10, stage_widths=(2, 3, 4)),
-    "gray": dataclasses.replace(SPEC, channels=1),
-    "pruned": ResNetSpec((4, 6, 8), (3, 5, 2, 7, 1, 9), num_classes=3),
-    "morphed": ResNetSpec((4, 6, 8), (3, 0, 5, 2, 0, 7, 1, 9, 0), num_classes=3),
-    "skipped": ResNetSpec((4, 6, 8), (0, 3, 5, 0, 7, 1), num_classes=3, shortcut="pad"),
-}
-
-
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_tensors_tell_their_spec_and_become_the_tree_of_its_linen_network(spec):
-    tensors = teacher_tensors(spec)
-    assert teacher_import.infer_spec(tensors, image_size=spec.image_size) == spec
-    images = jnp.zeros((1, spec.image_size, spec.image_size, spec.channels))
-    wanted = jax.eval_shape(cifar_resnet.ResNet(spec).init, jax.random.key(0), images)
-    got = teacher_import.to_variables(spec, tensors)
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
-
-
-@pytest.mark.parametrize("shortcut", ["downsample", "shortcut"])
-@pytest.mark.parametrize("head", ["fc", "linear", "classifier"])
-def test_the_names_of_other_repositories_give_the_same_network(shortcut, head):
-    usual = teacher_import.to_variables(SPEC, teacher_tensors(SPEC))
-    tensors = teacher_tensors(SPEC, shortcut=shortcut, head=head)
-    assert teacher_import.infer_spec(tensors, image_size=8) == SPEC
-    chex.assert_trees_all_equal(teacher_import.to_variables(SPEC, tensors), usual)
-
-
-def test_every_tensor_lands_where_it_belongs():
-    tensors = teacher_tensors(SPEC)
-    variables = teacher_import.to_variables(SPEC, tensors)
-    params, stats = variables["params"], variables["batch_stats"]
-    places = {
-        "layer2.0.conv1.weight": params["stage2_block0"]["conv1"]["kernel"].transpose(3, 2, 0, 1),
-        "layer3.0.downsample.0.weight": params["stage3_block0"]["shortcut"]["kernel"].T,
-        "layer3.0.downsample.1.weight": params["stage3_block0"]["shortcut_bn"]["scale"],
-        "layer3.0.downsample.1.bias": params["stage3_block0"]["shortcut_bn"]["bias"],
-        "layer1.0.bn2.running_mean": stats["stage1_block0"]["bn2"]["mean"],
-        "layer1.0.bn2.running_var": stats["stage1_block0"]["bn2"]["var"],
-        "fc.weight": params["head"]["kernel"].T,
-        "fc.bias": params["head"]["bias"],
-    }
-    chex.assert_trees_all_equal(places, {name: tensors[name] for name in places})
-
-
-ONE_NAN = np.where(np.arange(144).reshape(4, 4, 3, 3) == 1, np.nan, 0)
-LAST_NAMES = ("layer4.0.conv1.weight", "layer1.0.conv3.weight", "layer1.99999.conv1.weight")
-NEEDED_NAMES = ("conv1", "fc", "layer1.0.conv1", "layer3.0.conv1", "layer3.0.conv2")
-
-
-def changed_tensors(change):
-    """Those of SPEC with other ones, or without some."""
-    tensors = teacher_tensors(SPEC) | change
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-@pytest.mark.parametrize(
-    "change, match",
-    [
-        *[({name: np.ones((1, 1, 3, 3))}, name) for name in LAST_NAMES],
-        *[({f"{n}.weight": None}, f"{n}.weight of . dimensions.*none") for n in NEEDED_NAMES],
-        ({"conv1.weight": np.ones(4)}, r"conv1\.weight of 4 dim.*shape \(4,\)"),
-        ({"layer2.0.bn1.running_var": None}, r"layer2\.0\.bn1\.running_var of shape \(6,\), but"),
-        ({"layer3.0.downsample.0.weight": None}, r"3\.0\.downsample\.0\.weight .*\(8, 6, 1, 1\)"),
-        (
-            {"conv1.weight": np.ones((4, 3, 5, 5))},
-            r"conv1\.weight .*\(4, 3, 3, 3\).*\(4, 3, 5, 5\)",
-        ),
-        ({"fc.bias": np.ones(6)}, r"fc\.bias .*\(5,\).*\(6,\)"),
-        ({"conv1.bias": np.ones(4)}, r"no place for the tensors conv1\.bias"),
-        ({"linear.weight": np.ones((5, 8))}, r"no place for the tensors linear\.weight"),
-        ({"layer1.0.conv2.weight": ONE_NAN}, r"layer1\.0\.conv2\.weight needs finite.*1 other"),
-        ({"bn1.weight": np.full(4, -np.inf)}, r"bn1\.weight needs finite"),
-        ({"fc.bias": np.full(5, 1e300)}, r"fc\.bias needs finite.*5 others"),
-        (
-            {"bn1.running_var": np.array([1, -0.5, 1, 1])},
-            r"running_var needs varianc.* 0, got -0\.5",
-        ),
-    ],
-)
-def test_other_networks_and_tensors_that_do_not_fit_are_named(change, match):
-    tensors = changed_tensors(change)
-    with refused(match):
-        teacher_import.infer_spec(tensors)
-        teacher_import.to_variables(SPEC, tensors)
-
-
-def test_many_missing_or_superfluous_tensors_are_counted():
-    deeper = resnet_spec(14, num_classes=5, stage_widths=SPEC.stage_widths)
-    with refused(r"layer1\.1\.conv1\.weight .* and 29 more"):
-        teacher_import.to_variables(deeper, teacher_tensors(SPEC))
-    with refused("no place for the tensors .* and 27 more"):
-        teacher_import.to_variables(SPEC, teacher_tensors(deeper))
-
-
-@pytest.mark.parametrize(
-    "change, extra, match",
-    [
-        ({"num_classes": 10}, {}, "num_classes 5 in the file, 10 in the config"),
-        ({"hidden_widths": (4,) * 6}, {}, "ResNet8 with 5 classes; the config asks for a ResNet14"),
-        ({"hidden_widths": (4, 5, 8)}, {}, "width of stage2_block0 6 in the file, 5 in the config"),
-        ({"shortcut": "pad"}, {}, "shortcut projection in the file, pad in the config"),
-        ({}, {"conv1.bias": np.ones(4)}, r"teacher\.npz .*conv1\.bias"),
-    ],
-)
-def test_a_teacher_of_another_network_shows_what_differs(tmp_path, change, extra, match):
-    path = tmp_path / "teacher.npz"
-    path.write_bytes(npz_bytes(changed_tensors(extra)))
-    with refused(match):
-        teacher_import.load_teacher(str(path), spec=dataclasses.replace(SPEC, **change))
-
-
-# The real teachers
-
-
-@pytest.mark.parametrize(
-    "name, depth, num_params",
-    [("cifar100_resnet20.npz", 20, 277_540), ("cifar100_resnet56-f2eff4c8.pt", 56, 859_492)],
-)
-def test_the_real_teachers_are_recognised_and_give_the_logits_of_pytorch(name, depth, num_params):
-    default = pathlib.Path(__file__).resolve().parents[1] / ".." / "shared"
-    shared = pathlib.Path(os.environ.get("NEUMETA_SHARED", default))
-    if not (shared / "weights").is_dir():
-        pytest.skip(f"needs the teachers in {shared}; set NEUMETA_SHARED to their folder")
-    spec, variables = teacher_import.load_teacher(shared / "weights" / name)
-    assert spec == resnet_spec(depth, num_classes=100)
-    assert spec.num_params == num_params
-    folded = cifar_resnet.fold_batch_norm(variables)
-    assert sum(leaf.size for leaf in jax.tree.leaves(folded)) == num_params
-
-    path = shared / "data" / "imgpack.py"
-    if not path.is_file():
-        pytest.skip(f"needs the images that {path} unpacks")
-    module_spec = importlib.util.spec_from_file_location("imgpack", path)
-    imgpack = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(imgpack)
-    images = imgpack.load_chunk("cifar100", "test", 0)[:32]
-    mean, std = (0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
-    images = ((images / 255 - mean) / std).astype(np.float32)
-    with np.load(shared / "weights" / "reference_logits.npz") as file:
-        wanted = file[f"cifar100_resnet{depth}"][:32]
-    logits = jax.jit(cifar_resnet.ResNet(spec).apply)(variables, images)
-    np.testing.assert_allclose(logits, wanted, atol=1e-3)
-    logits = jax.jit(cifar_resnet.apply, static_argnums=0)(spec, folded, images)
-    np.testing.assert_allclose(logits, wanted, atol=1e-3)
