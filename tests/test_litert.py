@@ -145,7 +145,7 @@ def test_the_quantiser_rounds_the_activations_too(tmp_path, name, normalize):
 def test_ranges_are_those_of_all_calibration_images(tmp_path):
     """Not those of the first batch, as the quantiser's own moving average nearly has them."""
     network, pixels, batch, wanted = sample("projection")
-    faint = np.resize(pixels // 4 + 96, (litert._CALIBRATION_BATCH, *pixels.shape[1:]))
+    faint = np.resize(pixels // 4 + 96, (litert.CALIBRATION_BATCH, *pixels.shape[1:]))
     errors = []
     for images in (faint, np.concatenate([faint, pixels])):
         litert.write(tmp_path / "net", network, calibration=network.normalization(images))

@@ -4,22 +4,18 @@
     neumeta export --workdir=DIR --widths=4,0,8,8,16 --format=torch --out=a.pt
     neumeta export --workdir=DIR --spec=best.json --format=stablehlo --normalize --out=b.stablehlo
 
-The formats are safetensors, torch (a state_dict), onnx, stablehlo and litert; all but the first
-two hold the computation. Batches are of any size. Images are normalised by the caller, or are the
-uint8 pixels of an image file with --normalize, which puts the normalisation into the graph. It
-cannot go into weights: the first convolution pads normalised images with zeros, which are no
-pixels.
+The formats are safetensors, torch (a state_dict), onnx, stablehlo and litert; the last three hold
+the computation. Batches are of any size. Images are normalised by the caller, or are the uint8
+pixels of an image file with --normalize, which puts the normalisation into the graph.
 
---int8 rounds the weights to 8 bits, with a scale for each output channel, in safetensors
-(`safetensors.load` multiplies them out), onnx (DequantizeLinear in front of each convolution),
-stablehlo and litert (DEQUANTIZE). --int8=full lets the quantiser of onnxruntime (onnx) or LiteRT
-(litert) round the activations too, over the ranges that they take on training images; the file is
-compared with the float32 network then, within a wider tolerance.
+--int8 rounds the weights to 8 bits, with a scale for each output channel, in all but torch.
+--int8=full lets the quantiser of onnxruntime (onnx) or LiteRT (litert) round the activations too,
+over the ranges that they take on training images; the file is compared with the float32 network
+then, within a wider tolerance.
 
 Every file is read back, run on images of the run's data set, or on random ones where that is not on
-this machine, and compared before it takes its name. onnx, onnxruntime, ai-edge-litert,
-ai-edge-quantizer and flatbuffers (which jax.export needs to write) are those of the extra: pip
-install 'neumeta-jax[export]'.
+this machine, and compared before it takes its name. onnx, stablehlo and litert need packages of the
+extra: pip install 'neumeta-jax[export]'.
 """
 
 import os

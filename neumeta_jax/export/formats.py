@@ -28,7 +28,7 @@ import numpy as np
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation import quantize
 from neumeta_jax.export import litert, onnx, safetensors, stablehlo, torch_state
-from neumeta_jax.export.network import Network, Normalization, in_batches
+from neumeta_jax.export.network import Network, Normalization, run
 from neumeta_jax.files import storage
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Size
@@ -140,6 +140,7 @@ def check_format(
         f"{name} files need {' and '.join(missing).replace('_', '-')}; install them with pip "
         "install 'neumeta-jax[export]'.",
     )
+    # Nor into the weights: the first convolution pads normalised images with zeros, no pixels.
     check(
         format.graph or not normalize,
         f"--normalize is for {names(lambda f: f.graph)}, got {name}, which holds weights and no "
@@ -187,7 +188,7 @@ def logits_of_file(
         format: of the file.
         normalization: of the images, unless the file normalises by itself.
     """
-    return in_batches(FORMATS[format].module.read(path), images, normalization)
+    return run(FORMATS[format].module.read(path), images, normalization)
 
 
 def export(

@@ -14,27 +14,14 @@ from typing import Any
 import numpy as np
 
 from neumeta_jax.errors import UsageError, sentence
-from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, operations
+from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, in_batches, operations
 
 SIGNATURE = "serving_default"  # the usual name of a file's only function
 SCHEMA_VERSION = 3
 ALIGNMENT = 16  # of constants in the file, as its schema demands
 _PIXELS = "pixels"  # prefix of the tensors that normalise, which stay float32
-_CALIBRATION_BATCH = 64
+CALIBRATION_BATCH = 64
 
-# Which options an operator takes, by the schema's names.
-_OPTIONS = {
-    "ADD": "AddOptions",
-    "CAST": "CastOptions",
-    "CONV_2D": "Conv2DOptions",
-    "DEQUANTIZE": "DequantizeOptions",
-    "FULLY_CONNECTED": "FullyConnectedOptions",
-    "MEAN": "ReducerOptions",
-    "MUL": "MulOptions",
-    "PAD": "PadOptions",
-    "STRIDED_SLICE": "StridedSliceOptions",
-    "SUB": "SubOptions",
-}
 # The version of an operator that does what is asked of it; others are the first.
 _VERSIONS = {"DEQUANTIZE": 5}  # a scale for each channel
 
@@ -55,7 +42,7 @@ class _Graph:
                 return super().Pack(builder)
 
         self.layers, self.schema, self._buffer_type = layers, schema, Buffer
-        self._relu: Any = {"fusedActivationFunction": schema.ActivationFunctionType.RELU}
+        self._relu = {"fusedActivationFunction": schema.ActivationFunctionType.RELU}
         self._tensors: dict[str, Any] = {}
         self._operators, self._codes = [], []
         self._buffers = [Buffer()]  # the first is that of tensors without content
@@ -76,19 +63,12 @@ class _Graph:
         content = array.astype(array.dtype.newbyteorder("<")).tobytes()
         return self._tensor(name, array.shape, dtype, buffer=self._buffer(content), **fields)
 
-    def append(
-        self,
-        operator: str,
-        inputs: Sequence[str],
-        name: str,
-        shape: Sequence[int],
-        *,
-        batched: bool = True,
-        **options: Any,
-    ) -> str:
+    def append(self, operator: str, inputs: Sequence[str], name: str, shape: Any, **options) -> str:
         """Appends an operator, with options by the schema's names, and returns what it computes."""
-        kind, make = _OPTIONS[operator], self.computed if batched else self._tensor
-        make(name, shape, np.float32)
+        # The schema calls the options of CONV_2D Conv2DOptions, and so on but for one.
+        kind = "Reducer" if operator == "MEAN" else operator.title().replace("_", "")
+        batched = operator != "DEQUANTIZE"  # what is left computes weights
+        (self.computed if batched else self._tensor)(name, shape, np.float32)
         if operator not in self._codes:
             self._codes.append(operator)
         self._operators.append(
@@ -96,8 +76,8 @@ class _Graph:
                 opcodeIndex=self._codes.index(operator),
                 inputs=[self._number(tensor) for tensor in inputs],
                 outputs=[self._number(name)],
-                builtinOptionsType=getattr(self.schema.BuiltinOptions, kind),
-                builtinOptions=getattr(self.schema, f"{kind}T")(**options),
+                builtinOptionsType=getattr(self.schema.BuiltinOptions, f"{kind}Options"),
+                builtinOptions=getattr(self.schema, f"{kind}OptionsT")(**options),
             )
         )
         return name
@@ -106,7 +86,10 @@ class _Graph:
         """The file of a graph with one input and one output."""
         import flatbuffers
 
-        schema, ends = self.schema, [self._number(end) for end in (INPUT_NAME, OUTPUT_NAME)]
+        schema = self.schema
+        images, logits = self._number(INPUT_NAME), self._number(OUTPUT_NAME)
+        tensors = list(self._tensors.values())
+        ends = [schema.TensorMapT(INPUT_NAME, images)], [schema.TensorMapT(OUTPUT_NAME, logits)]
         # The first field is what readers older than the 128th operator look at.
         codes = {code: getattr(schema.BuiltinOperator, code) for code in self._codes}
         model = schema.ModelT(
@@ -115,24 +98,14 @@ class _Graph:
                 schema.OperatorCodeT(min(n, 127), version=_VERSIONS.get(code, 1), builtinCode=n)
                 for code, n in codes.items()
             ],
-            subgraphs=[
-                schema.SubGraphT(
-                    list(self._tensors.values()), ends[:1], ends[1:], self._operators, name
-                )
-            ],
+            subgraphs=[schema.SubGraphT(tensors, [images], [logits], self._operators, name)],
             description="neumeta-jax",
             metadata=[
                 schema.MetadataT(key, self._buffer(value.encode()))
                 for key, value in metadata.items()
             ],
             buffers=self._buffers,
-            signatureDefs=[
-                schema.SignatureDefT(
-                    [schema.TensorMapT(INPUT_NAME, ends[0])],
-                    [schema.TensorMapT(OUTPUT_NAME, ends[1])],
-                    SIGNATURE,
-                )
-            ],
+            signatureDefs=[schema.SignatureDefT(*ends, SIGNATURE)],
         )
         builder = flatbuffers.Builder()
         builder.Finish(model.Pack(builder), b"TFL3")
@@ -154,7 +127,7 @@ class _Graph:
     def normalize(self, x: str, network: Network) -> str:
         mean, std = (np.asarray(values, np.float64) for values in network.normalization)
         shape, types = self.shape(x), self.schema.TensorType
-        kinds: Any = {"inDataType": types.UINT8, "outDataType": types.FLOAT32}
+        kinds = {"inDataType": types.UINT8, "outDataType": types.FLOAT32}
         x = self.append("CAST", [x], _PIXELS, shape, **kinds)
         factor = self.constant(f"{_PIXELS}.factor", 1 / (255 * std))
         x = self.append("MUL", [x, factor], f"{_PIXELS}.scaled", shape)
@@ -169,8 +142,7 @@ class _Graph:
             weight = self.constant(f"{name}.weight", kernel)
         else:
             stored = self.constant(f"{name}.weight.int8", kernel, np.int8, scale=layer["scale"])
-            weight, shape = f"{name}.weight", kernel.shape
-            self.append("DEQUANTIZE", [stored], weight, shape, batched=False)
+            weight = self.append("DEQUANTIZE", [stored], f"{name}.weight", kernel.shape)
         return [weight, self.constant(f"{name}.bias", layer["bias"])]
 
     def _zeros(self, x: str, pads: Sequence[tuple[int, int]], name: str) -> str:
@@ -204,7 +176,7 @@ class _Graph:
             _, size, _, channels = self.shape(x)
             shape = [1, -(-size // stride), -(-size // stride), channels]
             # Masks of all four axes: from end to end, whatever the bounds are.
-            masks: Any = {"beginMask": 0b1111, "endMask": 0b1111}
+            masks = {"beginMask": 0b1111, "endMask": 0b1111}
             x = self.append("STRIDED_SLICE", [x, *inputs], f"{name}.slice", shape, **masks)
         self._zeros(x, [(0, 0), (0, 0), (0, 0), (before, after)], name)
 
@@ -260,7 +232,7 @@ def _quantized(content: bytes, images: np.ndarray) -> bytes:
     ranges: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it keeps all tensors, and warns of that
-        for batch in np.split(images, range(_CALIBRATION_BATCH, len(images), _CALIBRATION_BATCH)):
+        for batch in in_batches(images, CALIBRATION_BATCH):
             for name, found in quantizer.calibrate({SIGNATURE: [{INPUT_NAME: batch}]}).items():
                 known = ranges.setdefault(name, found)
                 if found:

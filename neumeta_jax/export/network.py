@@ -74,7 +74,7 @@ class Network(NamedTuple):
         with on_cpu():
             tree = quantize.dequantize(self.params)
         network = jax.jit(lambda batch: families.run(self.spec, tree, batch))
-        return in_batches(network, images, self.normalization)
+        return run(network, images, self.normalization)
 
 
 def draw(
@@ -104,12 +104,14 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def in_batches(
-    network: Callable[[np.ndarray], Any], pixels: np.ndarray, normalize: Callable | None
-) -> np.ndarray:
+def in_batches(images: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(images, range(size, len(images), size))
+
+
+def run(network: Callable, pixels: np.ndarray, normalize: Callable | None) -> np.ndarray:
     """What `network` computes of `pixels` on the CPU, normalised where `normalize` is given."""
     with on_cpu():
-        batches = np.split(pixels, range(_BATCH_SIZE, len(pixels), _BATCH_SIZE))
+        batches = in_batches(pixels, _BATCH_SIZE)
         inputs = map(normalize, batches) if normalize else batches
         return np.concatenate([np.asarray(network(batch)) for batch in inputs])
 

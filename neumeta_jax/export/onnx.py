@@ -3,22 +3,23 @@
 onnx and onnxruntime are packages of the extra: pip install 'neumeta-jax[export]'.
 """
 
+import functools
 import logging
 import os
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, operations
+from neumeta_jax.export.network import INPUT_NAME, OUTPUT_NAME, Network, in_batches, operations
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 13  # the first whose operators quantise per channel; every runtime since 2020 reads it
 IR_VERSION = 7  # of ONNX 1.8, which brought opset 13
-_CALIBRATION_BATCH = 64
 
 
 class _Graph:
@@ -140,36 +141,23 @@ def write(
     """Writes the graph; with `calibration` weights and activations are 8-bit integers.
 
     onnxruntime's static quantiser rounds them: weights with a scale for each output channel,
-    activations with one for each tensor, over the range that they take on `calibration`, inputs of
-    the network NHWC.
+    activations with one for each tensor, over their range on `calibration`, inputs NHWC.
     """
     path, model = pathlib.Path(path), to_onnx(network, normalize=normalize)
     if calibration is None:
         path.write_bytes(model.SerializeToString(deterministic=True))
         return
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    class Batches(CalibrationDataReader):
-        def __init__(self, images: np.ndarray):
-            starts = range(_CALIBRATION_BATCH, len(images), _CALIBRATION_BATCH)
-            self.batches = iter(np.split(_channels_first(images), starts))
-
-        def get_next(self) -> Any:
-            batch = next(self.batches, None)
-            return None if batch is None else {INPUT_NAME: batch}
-
+    feeds = ({INPUT_NAME: batch} for batch in in_batches(_channels_first(calibration), 64))
+    reader: Any = types.SimpleNamespace(get_next=functools.partial(next, feeds, None))
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises shape inference and fusion, which change nothing
     try:
         quantize_static(
             model,
             path,
-            Batches(calibration),
+            reader,
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,

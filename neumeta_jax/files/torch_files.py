@@ -23,24 +23,13 @@ import safetensors
 from neumeta_jax.errors import check
 from neumeta_jax.files import archives, pickles, storage
 
-# (the code of safetensors, the storage of PyTorch, how the bytes are read)
-_TYPES = (
-    ("F64", "DoubleStorage", "<f8"),
-    ("F32", "FloatStorage", "<f4"),
-    ("F16", "HalfStorage", "<f2"),
-    ("BF16", "BFloat16Storage", ml_dtypes.bfloat16),
-    ("I64", "LongStorage", "<i8"),
-    ("I32", "IntStorage", "<i4"),
-    ("I16", "ShortStorage", "<i2"),
-    ("I8", "CharStorage", "<i1"),
-    ("U64", None, "<u8"),
-    ("U32", None, "<u4"),
-    ("U16", None, "<u2"),
-    ("U8", "ByteStorage", "<u1"),
-    ("BOOL", "BoolStorage", np.bool_),
-)
-_SAFETENSORS_TYPES = {code: np.dtype(dtype) for code, _, dtype in _TYPES}
-_STORAGE_TYPES = {name: np.dtype(dtype) for _, name, dtype in _TYPES if name}
+# The codes of safetensors, and how their bytes are read.
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "BOOL": np.bool_}
+_TYPES |= {f"{kind}{8 * n}": f"<{kind.lower()}{n}" for kind in "IU" for n in (1, 2, 4, 8)}
+_DTYPES = {code: np.dtype(dtype) for code, dtype in _TYPES.items()}
+# What PyTorch calls the storages of them.
+_STORAGES = {"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Bool": "BOOL"}
+_STORAGES |= {"Long": "I64", "Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8"}
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -176,11 +165,11 @@ def _read_npz(content: bytes) -> dict[str, np.ndarray]:
 def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in safetensors.deserialize(content):
-        dtype = _SAFETENSORS_TYPES.get(entry["dtype"])
+        dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise _RefusalError(
                 f"has the tensor {show(name)} of type {show(entry['dtype'])}, but only "
-                f"{', '.join(_SAFETENSORS_TYPES)} are read; convert it to F32."
+                f"{', '.join(_DTYPES)} are read; convert it to F32."
             )
         tensors[name] = _native(np.frombuffer(entry["data"], dtype).reshape(entry["shape"]))
     return tensors
@@ -192,7 +181,7 @@ def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
 # format needs anyway: there they come after the pickle.
 
 
-class _StorageType(NamedTuple):
+class _Type(NamedTuple):
     dtype: np.dtype
 
 
@@ -273,20 +262,14 @@ def _rebuild_tensor(storage, offset, shape, strides, *_) -> _Tensor:
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(tensor, *_) -> _Tensor:
-    if not isinstance(tensor, _Tensor):
-        raise TypeError("a parameter that is no tensor")
-    return tensor
-
-
 # All that a pickle can name. None of the values is a class or has an attribute that BUILD can set.
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Callable(lambda *items: pickles.StateDict(*items)),
     ("torch", "Size"): _Callable(lambda sizes=(): tuple(sizes)),
     ("torch._utils", "_rebuild_tensor"): _Callable(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Callable(_rebuild_parameter),
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
+    ("torch._utils", "_rebuild_parameter"): _Callable(lambda tensor, *_: tensor),
+    **{("torch", f"{name}Storage"): _Type(_DTYPES[code]) for name, code in _STORAGES.items()},
 }
 
 
@@ -308,7 +291,7 @@ class _Unpickler(pickles.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, size, *views = pid
         _, start, view_size = views[0] if views and views[0] is not None else (None, 0, size)
-        named = isinstance(storage_type, _StorageType) and isinstance(key, str)
+        named = isinstance(storage_type, _Type) and isinstance(key, str)
         counts = _is_shape((size, start, view_size))
         if kind != "storage" or not named or not counts or start + view_size > size:
             raise ValueError("a reference to something that is no storage of numbers")

@@ -78,12 +78,9 @@ def infer_spec(tensors: Mapping[str, Any], *, image_size: int = 32) -> ResNetSpe
     Widths inside the blocks are read one by one, and a block that is absent between others counts
     as skipped, so that pruned and morphed networks are found as they are.
 
-    >>> tensors = {"conv1.weight": np.zeros((16, 3, 3, 3)), "fc.weight": np.zeros((10, 64))}
-    >>> for stage, sizes in {1: (16, 16), 2: (16, 32), 3: (32, 64)}.items():
-    ...     tensors[f"layer{stage}.0.conv1.weight"] = np.zeros((12, sizes[0], 3, 3))
-    ...     tensors[f"layer{stage}.0.conv2.weight"] = np.zeros((sizes[1], 12, 3, 3))
-    >>> infer_spec(tensors).hidden_widths
-    (12, 12, 12)
+    >>> spec = ResNetSpec((4, 6, 8), (5, 0, 3, 7, 9, 1), num_classes=5)
+    >>> infer_spec({name: np.zeros(shape) for name, (_, shape) in leaves(spec).items()}) == spec
+    True
 
     Args:
         tensors: arrays under their PyTorch names.
@@ -103,7 +100,7 @@ def infer_spec(tensors: Mapping[str, Any], *, image_size: int = 32) -> ResNetSpe
         )
         return found or ()
 
-    present = set()
+    present, last = set(), 0
     for name in tensors:
         match = re.match(r"layer(\d{1,9})\.(\d{1,9})\.(.*)", name, re.ASCII)
         if match is None:
@@ -116,36 +113,28 @@ def infer_spec(tensors: Mapping[str, Any], *, image_size: int = 32) -> ResNetSpe
             f"blocks of two convolutions each, got the tensor {show(name)}; pass the state_dict of "
             "such a network.",
         )
-        present.add((stage, index))
+        present.add(f"layer{stage}.{index}")
+        last = max(last, index)
 
     stem_width, channels, *_ = shape("conv1.weight", 4)
-    stage_widths, hidden_widths = [stem_width], []
-    for stage in range(1, NUM_STAGES + 1):
-        if stage > 1:
-            stage_widths.append(shape(f"layer{stage}.0.conv2.weight", 4)[0])
-        for index in range(1 + max((index for _, index in present), default=0)):
-            there = (stage, index) in present
-            name = f"layer{stage}.{index}.conv1.weight"
-            hidden_widths.append(shape(name, 4)[0] if there else 0)
-    projection = any(f"layer2.0.{name}.0.weight" in tensors for name in _SHORTCUTS)
+    widths = [shape(f"layer{stage}.0.conv2.weight", 4)[0] for stage in range(2, NUM_STAGES + 1)]
+    blocks = [f"layer{stage + 1}.{n}" for stage in range(NUM_STAGES) for n in range(last + 1)]
+    hidden = [shape(f"{block}.conv1.weight", 4)[0] if block in present else 0 for block in blocks]
+    projection = f"layer2.0.{_name(tensors, _SHORTCUTS)}.0.weight" in tensors
     return ResNetSpec(
-        stage_widths=tuple(stage_widths),
-        hidden_widths=tuple(hidden_widths),
-        num_classes=shape(f"{_names(tensors)['head']}.weight", 2)[0],
+        stage_widths=(stem_width, *widths),
+        hidden_widths=tuple(hidden),
+        num_classes=shape(f"{_name(tensors, _HEADS)}.weight", 2)[0],
         image_size=image_size,
         channels=channels,
         shortcut="projection" if projection else "pad",
     )
 
 
-def _names(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """How `tensors` call the head and the shortcuts."""
-    modules = {part for name in tensors for part in name.split(".")}
-    choices = {"head": _HEADS, "shortcut": _SHORTCUTS}
-    return {
-        what: next((name for name in names if name in modules), names[0])
-        for what, names in choices.items()
-    }
+def _name(tensors: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of `names` that a module of `tensors` has, else the first of all."""
+    modules = {module for name in tensors for module in name.split(".")}
+    return next((name for name in names if name in modules), names[0])
 
 
 def to_variables(spec: ResNetSpec, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +151,8 @@ def to_variables(spec: ResNetSpec, tensors: Mapping[str, Any]) -> dict[str, Any]
         ValueError: if a tensor is missing, superfluous (`num_batches_tracked` aside), of another
             shape, not finite, or a negative variance.
     """
-    wanted = leaves(spec, **_names(tensors))
+    head, shortcut = _name(tensors, _HEADS), _name(tensors, _SHORTCUTS)
+    wanted = leaves(spec, head=head, shortcut=shortcut)
     missing = [name for name in wanted if name not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
