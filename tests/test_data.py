@@ -16,7 +16,8 @@ import pytest
 from builders import Call, flipped, npz_bytes, refused, unzipped, zipped
 from sklearn.datasets import load_digits
 
-from neumeta_jax.data import datasets, preprocessing
+from neumeta_jax.data import datasets, formats, preprocessing, sources
+from neumeta_jax.errors import UsageError
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -152,7 +153,7 @@ def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, write):
     attack = {b"data": Call(os.system, f"echo x > {marker}")}
     files["cifar-100-python/train"] = pickle.dumps(attack, protocol=2)
     write(tmp_path / "cifar-100-python.tar.gz" if write is write_tar else tmp_path, files)
-    with refused(f"for {os.name}.system", "train in ", tmp_path, error=datasets._RefusedError):
+    with refused(f"for {os.name}.system", "train in ", tmp_path, error=UsageError):
         datasets.load_dataset("cifar100", data_dir=tmp_path)
     assert not marker.exists()
 
@@ -202,7 +203,7 @@ def test_archive_of_the_other_cifar_or_beyond_the_size_limit_is_refused(tmp_path
     write_tar(path, cifar_files("cifar10", "python", random_arrays()))
     with refused("check the name of the data set", path, "train, test"):
         datasets.load_dataset("cifar100", data_dir=path)
-    monkeypatch.setattr(datasets, "_MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
     with refused("more than 1000 bytes"):
         datasets.load_dataset("cifar10", data_dir=tmp_path)
 
@@ -349,25 +350,6 @@ def test_tfds_array_record_is_read(tmp_path, monkeypatch, given):
     assert dataset.train_images.dtype == np.uint8
 
 
-def test_tfds_downloads_only_with_tensorflow_and_without_data_dir(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    calls = []
-
-    def unprepared(name, **options):
-        calls.append((name, options))
-        return tfds_builder(name, tmp_path, GRAY)
-
-    monkeypatch.setattr(tfds, "builder", unprepared)
-    monkeypatch.setattr(datasets, "_tensorflow_installed", lambda: True)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError):
-        datasets.load_dataset("mnist", data_dir=tmp_path)
-    assert not calls
-    dataset = datasets.load_dataset("mnist")
-    assert calls == [("mnist", {"data_dir": tmp_path, "file_format": "array_record"})]
-    assert in_order(dataset.test_images, dataset.test_labels) == in_order(*GRAY[2:])
-
-
 def test_tfds_in_tfrecord_format_or_with_damaged_files_is_refused(tmp_path):
     folder = tmp_path / "mnist/3.0.1"
     tfds_builder("mnist", tmp_path, GRAY).download_and_prepare()
@@ -400,7 +382,6 @@ def test_tfds_in_tfrecord_format_or_with_damaged_files_is_refused(tmp_path):
 )
 def test_missing_data_lists_what_was_looked_for(tmp_path, monkeypatch, name, folder, words):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "absent"))
-    monkeypatch.setattr(datasets, "_tensorflow_installed", lambda: False)
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path, {"notes/notes.txt": b"x"})
     with refused(name, tmp_path / (folder or "absent"), *words, error=FileNotFoundError):

@@ -452,7 +452,7 @@ def test_structures_that_unfold_to_more_than_the_memory_are_refused(tmp_path, fi
 
 
 def test_a_tar_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_MAX_ARCHIVE_BYTES", 2**22)
+    monkeypatch.setattr("neumeta_jax.data.formats.MAX_BYTES", 2**22)
     heads = [tarfile.TarInfo("cifar-100-python/other"), tarfile.TarInfo("x")]
     heads[1].type = tarfile.XHDTYPE  # a header that tarfile reads at once
     for head in heads:

@@ -20,6 +20,12 @@ class StorageError(OSError):
     """A file could not be written; what was there before is still there."""
 
 
+def cache_folder() -> pathlib.Path:
+    """What this package keeps for all runs of a user: compiled programs, fetched files."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "neumeta-jax"
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turns a full disk, a read-only folder and the like into one sentence about `path`.
