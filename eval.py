@@ -13,6 +13,7 @@ python eval.py --teacher=FILE --config=configs/resnet56.py --config.data.dir=DIR
 import pathlib
 
 from neumeta_jax.commands import command_line
+from neumeta_jax.data import sources
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.networks import cifar_import
@@ -98,7 +99,9 @@ def main(argv):
 def check_teacher(config, path, split):
     """Prints what a teacher's file holds and its accuracy at each step of the preparation."""
     dataset, splits = lab.load_data(config)
-    spec, variables = cifar_import.load_teacher(path, image_size=dataset.image_size)
+    spec, variables = cifar_import.load_teacher(
+        sources.local_teacher(path), image_size=dataset.image_size
+    )
     print(f"{path}: ResNet{spec.depth}, {spec.num_classes} classes, {spec.shortcut} shortcuts")
     print(f"spec {spec.to_dict()}")
     print(f"{spec.num_params:,} parameters folded, {spec.num_macs / 1e6:.2f} M multiply-adds")

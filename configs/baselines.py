@@ -1,12 +1,13 @@
 """The rows of the comparison: other ways to a family of sizes, on the same data and budget.
 
-    neumeta compare --config=configs/baselines.py:slimmable --workdir=DIR \\
-        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+    neumeta fetch cifar100 cifar100-resnet20-teacher
+    neumeta compare --config=baselines:slimmable --workdir=DIR \\
+        --config.teacher.file=cifar100-resnet20-teacher
 
 Each row draws `baseline.images` training images (1.1 epochs; `--budget=X` times as many) and is
 made of the same teacher, split and augmentation; `neumeta_jax.comparison` says what the methods
 are, `neumeta report` makes tables of what it writes. `:NAME_resnet56` is the same row for a
-ResNet56 (`--config.teacher.file=cifar100_resnet56-f2eff4c8.pt`), with batches of 128, for a GPU.
+ResNet56 (`cifar100-resnet56-teacher`), with batches of 128, for a GPU.
 
 Rates are for budgets of about an epoch: of 0.001, 0.003 and 0.01 in runs of a tenth of it, by
 validation images. Those were the teacher's training images, which makes low rates look better than

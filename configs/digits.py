@@ -1,6 +1,6 @@
 """Quick start: handwritten digits (8x8, bundled with scikit-learn), ResNet14, from scratch.
 
-    python train.py --config=configs/digits.py --workdir=/tmp/digits
+    neumeta train --config=digits --workdir=/tmp/digits
 
 Hardware and time: two CPU cores, about two minutes.
 Result: test top-1 97.8 / 98.3 / 98.1 / 98.3 % at width ratio 1 / 0.75 / 0.6 / 0.5 and 97.8 % at

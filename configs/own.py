@@ -1,8 +1,7 @@
 """A network of any family, or one of your own, on the digits: minutes on two CPU cores.
 
-    python train.py --config=configs/own.py:vgg --workdir=/tmp/vgg
-    python train.py --config=configs/own.py --config.network.factory=my_module:MyNet \\
-        --workdir=/tmp/mine
+    neumeta train --config=own:vgg --workdir=/tmp/vgg
+    neumeta train --config=own --config.network.factory=my_module:MyNet --workdir=/tmp/mine
 
 Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
 `neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included.

@@ -1,10 +1,11 @@
 """CIFAR-100, ResNet20, sized for two CPU cores: an INR that starts at the teacher.
 
-    python train.py --config=configs/resnet20.py --workdir=/tmp/resnet20 \\
-        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet20.npz
+    neumeta fetch cifar100 cifar100-resnet20-teacher
+    neumeta train --config=resnet20 --workdir=/tmp/resnet20 \\
+        --config.teacher.file=cifar100-resnet20-teacher
 
-The teacher is the public network of `chenyaofo/pytorch-cifar-models` (68.83 % top-1); without
-`teacher.file` one is trained first, which takes hours on two cores.
+The teacher is cifar100_resnet20-23dac2f1.pt of `chenyaofo/pytorch-cifar-models` (68.83 % top-1);
+without `teacher.file` one is trained first, which takes hours on two cores.
 
 Hardware, time and result: results/cifar100_resnet20/README.md.
 

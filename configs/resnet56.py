@@ -1,10 +1,11 @@
 """CIFAR-100, ResNet56: an INR about as large as the network it generates.
 
-    python train.py --config=configs/resnet56.py --workdir=DIR \\
-        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet56-f2eff4c8.pt
+    neumeta fetch cifar100 cifar100-resnet56-teacher
+    neumeta train --config=resnet56 --workdir=DIR \\
+        --config.teacher.file=cifar100-resnet56-teacher
 
 Import, folding, ordering of channels, training and the final evaluation, in one command. It may be
-stopped at any time (`timeout -s TERM 480 python train.py ...`) and the same command continues.
+stopped at any time (`timeout -s TERM 480 neumeta train ...`) and the same command continues.
 
 The recipe is that of configs/resnet20.py, chosen there on validation images; see
 results/cifar100_resnet20/README.md.
@@ -13,8 +14,8 @@ Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:depth` 
 too, with one size more in each step, down to half of the generated blocks of each stage (56 to 32
 layers), on mixed images and at higher rates, and lets a last phase train the depth term alone;
 `:protocol_a` trains on [0.5, 1] only (the papers' protocol); `:full` makes the whole network narrow
-there, residual streams included; `:cifar10` is for the public
-cifar10_resnet56; `:smoke` touches everything on a CPU in a few minutes.
+there, residual streams included; `:cifar10` is for the public network `neumeta fetch
+cifar10-resnet56-teacher`; `:smoke` touches everything on a CPU in a few minutes.
 
 Hardware and time: `:depth` takes 7.4 minutes of one H200 (18,703 steps of 4 x 256 images, 6,904 of
 3 x 256), 1.5 to compile and one for the rest; result in results/cifar100_resnet56/depth. The others

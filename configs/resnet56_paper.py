@@ -1,7 +1,8 @@
 """CIFAR-100, ResNet56, the recipe of "How to Train Your Metamorphic Deep Neural Network".
 
-    python train.py --config=configs/resnet56_paper.py --workdir=DIR \\
-        --config.data.dir=FOLDER_OR_NPZ --config.teacher.file=cifar100_resnet56-f2eff4c8.pt
+    neumeta fetch cifar100 cifar100-resnet56-teacher
+    neumeta train --config=resnet56_paper --workdir=DIR \\
+        --config.teacher.file=cifar100-resnet56-teacher
 
 Numbers are those of arXiv 2505.05510 and its released code. 92 MLPs with 187.8 M parameters in all,
 23 phases of 50 epochs; the authors report 66.13 / 66.00 / 66.10 / 65.36 % at compression 0 / 25 /

@@ -16,7 +16,7 @@ import pytest
 from builders import Call, flipped, npz_bytes, refused, unzipped, zipped
 from sklearn.datasets import load_digits
 
-from neumeta_jax.data import datasets, formats, preprocessing, sources
+from neumeta_jax.data import datasets, formats, preprocessing
 from neumeta_jax.errors import UsageError
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")

@@ -262,7 +262,8 @@ def _what_is_missing(name: str, root: pathlib.Path) -> str:
     return (
         f"The data set {name!r} needs one of {', '.join(ways)}, folders of images by class, or "
         f"{name}/<version>/ as prepared by tensorflow-datasets in array_record format, but "
-        f"{str(root)!r} {holds}; {instead}put one of these there or name their folder {_HOW_TO_NAME}."
+        f"{str(root)!r} {holds}; {instead}put one of these there or name their folder "
+        f"{_HOW_TO_NAME}."
     )
 
 

@@ -25,7 +25,7 @@ from neumeta_jax import elastic
 from neumeta_jax.commands.command_line import local
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import describe_inr, make_inr
-from neumeta_jax.data import datasets
+from neumeta_jax.data import datasets, sources
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.elastic.family import num_values
@@ -118,7 +118,9 @@ def load_data(config: Mapping[str, Any]) -> tuple[datasets.Dataset, datasets.Spl
     """The data set of a config and its training, validation and test splits."""
     with _reading_config():
         section = recipes.from_fields(recipes.Data, config["data"], "data")
-    dataset = datasets.load_dataset(section.name, data_dir=section.dir or None)
+    dataset = datasets.load_dataset(
+        section.name, data_dir=section.dir or None, image_size=section.image_size or None
+    )
     splits = datasets.split_validation(
         dataset, num_validation=section.num_validation, seed=section.split_seed
     )
@@ -672,7 +674,7 @@ def load_start(experiment: Experiment) -> Params | None:
 
 def import_teacher(experiment: Experiment, path: str) -> Params:
     """Linen variables of the experiment's network from a file: of PyTorch, or of another run."""
-    spec = experiment.spec
+    path, spec = sources.local_teacher(path), experiment.spec
     if isinstance(spec, LinenSpec):
         variables, _ = checkpoint.load_tree(path)
         experiment.hypernetwork.groups.leaves(variables, {})

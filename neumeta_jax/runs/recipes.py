@@ -60,7 +60,7 @@ class Data:
     """The section `data` of a config.
 
     Attributes:
-        name, dir: see `datasets.load_dataset`; an empty folder stands for the default one.
+        name, dir, image_size: see `datasets.load_dataset`; "" and 0 stand for its defaults.
         num_validation, split_seed: see `datasets.split_validation`.
         crop_padding, flip, mixup, cutmix: of images, see `preprocessing`.
         mean, std: a number for each channel of images in [0, 1]; empty: those of the data set.
@@ -68,6 +68,7 @@ class Data:
 
     name: str = "cifar100"
     dir: str = ""
+    image_size: int = 0
     num_validation: int = 5000  # the papers choose on the test set; we do not
     split_seed: int = 0
     crop_padding: int = 4
