@@ -9,7 +9,7 @@ its fewest seconds. Images and weights are random, no time depends on them, and 
 needed. Networks, INRs and recipes are those of configs/resnet20.py and configs/resnet56.py, in
 float32 on CPUs; what generation costs is measured by inr_kinds.py. The parts:
 
-    grid        evaluate_grid of many networks, against the floor, the sum of their dense forward
+    grid        evaluation of many networks, against the floor, the sum of their dense forward
                 passes one by one
     strategies  loop, map and vmap on networks of one shape
     step        a training step, against its bare forward and backward passes and against a step of
@@ -37,7 +37,8 @@ from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation import grid, timing
+from neumeta_jax.evaluation import timing
+from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.files import storage
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
@@ -173,7 +174,7 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
 def draw_widths(family: ResNetHypernetwork, number: int) -> np.ndarray:
     """int32[number, blocks] of width ratios uniform in [0.25, 1], no two rows equal.
 
-    Ratios that round to a network that is there are drawn again, because `evaluate_grid` evaluates
+    Ratios that round to a network that is there are drawn again, because an evaluator evaluates
     equal networks once; fewer rows where the family has no more.
     """
     rng = np.random.default_rng(0)
@@ -195,14 +196,15 @@ def measure_grid(case: Case) -> Findings:
     widths = draw_widths(family, args.num_networks)
     number = len(widths)
 
-    def grid():
-        return grid.evaluate_grid(
-            family, case.params, widths, images, labels, preprocessing, batch_size=args.batch_size
-        )
+    def evaluate():
+        data = images, labels, preprocessing
+        evaluator = Evaluator(family, case.params, *data, batch_size=args.batch_size)
+        plan = evaluator.plan(widths)
+        return plan, evaluator.score(plan)[0]
 
-    cold, result = timing.timed(grid)
+    cold, (plan, num_correct) = timing.timed(evaluate)
 
-    # The floor: dense trees that are ready, images on the device, batches as `evaluate_grid` has
+    # The floor: dense trees that are ready, images on the device, batches as the evaluator has
     # them, and nothing but forward passes.
     num_batches = -(-len(images) // args.batch_size)
     parts = (np.array_split(x, num_batches) for x in (images, labels))
@@ -227,7 +229,7 @@ def measure_grid(case: Case) -> Findings:
 
     times = timing.fewest(
         {
-            "warm": lambda: grid().num_correct,
+            "warm": lambda: evaluate()[1],
             "floor": lambda: [forward(*network) for network in dense],
         },
         args.grid_repeats,
@@ -239,19 +241,20 @@ def measure_grid(case: Case) -> Findings:
     def add(what, value, against=floor, reference=times["floor"], **more):
         found.rows.append(Row(case.name, "grid", what, against, value, reference, **more))
 
-    add(f"evaluate_grid of {number} networks, compiled", times["warm"])
-    add(f"evaluate_grid of {number} networks, with compilations", cold)
+    add(f"Evaluator of {number} networks, compiled", times["warm"])
+    add(f"Evaluator of {number} networks, with compilations", cold)
     padded = sum(
-        len(b.members) * morph(spec, family.blocks, b.container).num_macs for b in result.buckets
+        len(part.members) * morph(spec, family.blocks, part.job.container).num_macs
+        for part in plan.parts
     )
     what = "multiply-adds an image at the shapes of the buckets"
     add(what, padded / 1e6, "at the networks' own", float(macs.sum()) / 1e6, unit="M")
     found.facts |= {
         "images": f"{len(images):,} in batches of {len(batches[0][1]):,}",
-        "buckets": len(result.buckets),
-        "strategy": f"{result.strategy}: {result.reason}",
+        "buckets": len(plan.parts),
+        "strategy": f"{plan.strategy}: {plan.reason}",
         "networks whose number of correct images differs from the floor's": int(
-            np.sum(result.num_correct != counts)
+            np.sum(num_correct != counts)
         ),
     }
     return found
@@ -279,17 +282,17 @@ def measure_strategies(case: Case) -> Findings:
 
     def measure(strategies, number):
         def call(strategy):
-            return grid.evaluate_grid(
+            evaluator = Evaluator(
                 case.family,
                 case.params,
-                widths,
                 images[:number],
                 labels[:number],
                 case.experiment.preprocessing,
                 strategy=strategy,
                 max_buckets=1,
                 batch_size=number,
-            ).num_correct
+            )
+            return evaluator.score(evaluator.plan(widths))[0]
 
         calls = {strategy: functools.partial(call, strategy) for strategy in strategies}
         times = timing.fewest(calls, args.repeats)

@@ -25,7 +25,7 @@ def main(folder):
 
     from neumeta_jax.core import hypernetwork as hyper
     from neumeta_jax.core.inr import Grid, Projection
-    from neumeta_jax.evaluation import grid
+    from neumeta_jax.evaluation.evaluator import Evaluator, device_mesh
     from neumeta_jax.networks import cifar_resnet
     from neumeta_jax.networks.cifar_spec import resnet_spec
     from neumeta_jax.runs import training
@@ -143,10 +143,9 @@ def main(folder):
     data = plain, params, pixels, labels, tiny.PREPROCESSING
     lowered["evaluated"] = []
     for options in ({}, {"mesh": None}):
-        evaluator = grid.Evaluator(*data, options=options, comparison=grid.Comparison())
-        found = evaluator.evaluate(rows)
+        found = Evaluator(*data, compare=True, **options).facts(rows)
         lowered["evaluated"].append([[row["accuracy"], row["kl_divergence"]] for row in found])
-    mesh = grid.device_mesh()
+    mesh = device_mesh()
     lowered["evaluated_on"] = mesh.shape["data"] if mesh else 1
     np.savez(folder / "states.npz", **states)
     (folder / "lowered.json").write_text(json.dumps(lowered, indent=1))

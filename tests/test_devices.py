@@ -13,7 +13,7 @@ import pytest
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import INR_KINDS, Grid, make_inr
-from neumeta_jax.evaluation import grid
+from neumeta_jax.evaluation.evaluator import device_mesh
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import resnet_spec
 from neumeta_jax.runs import training
@@ -93,7 +93,7 @@ def test_what_a_command_evaluates_is_shared_by_all_devices(found):
     assert divergences[0] < 1e-7 < min(divergences[1:])  # each network is another one
     assert divergences[1] != pytest.approx(divergences[2], rel=0.1)
     assert found["evaluated_on"] == many_devices.NUM_DEVICES
-    assert grid.device_mesh() is None  # here, where there is one
+    assert device_mesh() is None  # here, where there is one
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

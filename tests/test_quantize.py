@@ -1,6 +1,6 @@
 """Weights in 8 bits: how far they are off, and that files hold them."""
 
-import functools
+import dataclasses
 
 import chex
 import jax
@@ -22,7 +22,8 @@ from networks import (
 from neumeta_jax import elastic
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.data.preprocessing import Preprocessing
-from neumeta_jax.evaluation import grid, quantize
+from neumeta_jax.evaluation import quantize
+from neumeta_jax.evaluation.evaluator import Evaluator, predicted_classes
 from neumeta_jax.export import formats, safetensors as saved
 from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.networks import cifar_resnet
@@ -149,13 +150,12 @@ def test_a_grid_of_rounded_networks_has_the_accuracy_of_each():
     family = cifar_resnet.hypernetwork(spec, (0, 2), Grid())
     params, sizes = random_inr(family, seed=5, scale=0.5), [(4, 8), (2, 5)]
     preprocessing = Preprocessing(*NORMALIZATION)
-    evaluate = functools.partial(grid.evaluate_grid, family, params)
     # Labels that the float32 network of full width gives, so that any rounding may show.
-    unknown = np.zeros(len(IMAGES), int)
-    exact = evaluate(sizes[:1], IMAGES, unknown, preprocessing, predictions=True)
-    labels = exact.predictions[0].astype(int)
-    found = evaluate(sizes, IMAGES, labels, preprocessing, transform=quantize.fake_quantize)
-    for widths, accuracy in zip(sizes, found.accuracy, strict=True):
+    exact = Evaluator(family, params, IMAGES, np.zeros(len(IMAGES), int), preprocessing)
+    plan = exact.plan(sizes[:1], per_image=predicted_classes)
+    labels = exact.score(plan)[1][0]
+    rounded = dataclasses.replace(exact, labels=labels, transform=quantize.fake_quantize)
+    for widths, accuracy in zip(sizes, rounded.accuracies(sizes), strict=True):
         small, dense = dense_network(family, params, widths)
         logits = Network(small, quantize.quantize(dense), NORMALIZATION).logits(IMAGES)
         assert abs(accuracy - np.mean(logits.argmax(axis=1) == labels)) <= 1 / 40

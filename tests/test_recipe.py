@@ -32,6 +32,8 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.evaluation.evaluator import Evaluator
+from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, training
 
@@ -587,13 +589,13 @@ def test_eval_does_not_take_other_data_for_those_of_the_run(copied, tmp_path):
 
 
 def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatch):
-    evaluate_grid, evaluated = grid.evaluate_grid, []
+    plan, evaluated = Evaluator.plan, []
 
-    def recorded(hypernetwork, params, widths, *args, **options):
-        evaluated.extend((tuple(row), options["strategy"]) for row in widths.tolist())
-        return evaluate_grid(hypernetwork, params, widths, *args, **options)
+    def recorded(self, widths, **options):
+        evaluated.extend((row, self.strategy) for row in widths)
+        return plan(self, widths, **options)
 
-    monkeypatch.setattr(grid, "evaluate_grid", recorded)
+    monkeypatch.setattr(Evaluator, "plan", recorded)
     flags = (
         "--width_ratios=1,0.5 --figures --sweep_ratios=1.25,0.5,0.52,1 --random_ratios=4 --seed=3"
     )
@@ -610,18 +612,15 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
     assert series == 4 * ["generated"] + ["teacher"]
 
     drawn = read_json(copied / "random_ratios.json")
-    described = {"split", "num_samples", "data", "versions"}
-    assert set(drawn) == {"ratios", "accuracies", "widths", "largest_dip", "where", *described}
-    wanted = sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
-    assert drawn["ratios"] == wanted and drawn["split"] == "test"
-    assert len(drawn["accuracies"]) == len(drawn["widths"]) == 4
-    dip = grid.largest_dip(drawn["ratios"], drawn["accuracies"])
-    assert (drawn["largest_dip"], drawn["where"]) == dip
-    assert f"smallest accuracy {100 * min(drawn['accuracies']):.2f} %" in out
+    ratios = [row["width_ratio"] for row in drawn["rows"]]
+    assert ratios == sorted(np.random.default_rng(3).uniform(0.5, 1.0, 4))
+    assert drawn["split"] == "test" and drawn["teacher_may_have_seen"] is False
+    accuracies = [row["accuracy"] for row in drawn["rows"]]
+    assert (drawn["largest_dip"], drawn["where"]) == largest_dip(ratios, accuracies)
+    assert f"smallest accuracy {100 * min(accuracies):.2f} %" in out
 
     # Each network once, whichever of the three asks for it first.
-    asked = [tuple(row["widths"]) for row in [*rows, *sweep["rows"]]]
-    asked += [tuple(widths) for widths in drawn["widths"]]
+    asked = [tuple(row["widths"]) for row in [*rows, *sweep["rows"], *drawn["rows"]]]
     assert evaluated == [(widths, "loop") for widths in dict.fromkeys(asked)]
     assert len(evaluated) < len(asked)
 
@@ -650,17 +649,13 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied):
     random = [row for row in drawn["rows"] if row["series"] == "random"]
     curve = [row for row in drawn["rows"] if row["series"] == "uniform"]
     assert len(random) == 5 and len(curve) > 2
-    wanted = morphs.against_uniform(
-        *(
-            [row[name] for row in some]
-            for some in (random, curve)
-            for name in ("num_macs", "accuracy")
-        )
-    )
-    assert [row["difference"] for row in random] == wanted.each.tolist()
-    assert drawn["mean_difference"] == pytest.approx(np.mean(wanted.each))
-    assert drawn["worst_difference"] == min(wanted.each)
-    assert drawn["best_tenth_difference"] == max(wanted.each)  # one of five
+    curve.sort(key=lambda row: row["num_macs"])
+    macs, accuracies = ([row[name] for row in curve] for name in ("num_macs", "accuracy"))
+    wanted = [row["accuracy"] - np.interp(row["num_macs"], macs, accuracies) for row in random]
+    assert [row["difference"] for row in random] == wanted
+    assert drawn["mean_difference"] == pytest.approx(np.mean(wanted))
+    assert drawn["worst_difference"] == min(wanted)
+    assert drawn["best_tenth_difference"] == max(wanted)  # one of five
     for row in random:
         for width, full in zip(row["widths"], family.full_widths, strict=True):
             assert full / 2 <= width <= full
@@ -693,8 +688,8 @@ def test_eval_evaluates_a_grid_of_width_and_depth(copied):
 def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
     flags = "--width_ratios=1,0.5 --sweep_ratios=0.5,0.75,1 --skipped_blocks=0,1 --report --int8"
     copied, out = evaluate(copied, flags, "page")
-    rows = read_json(copied / "grid.json")["rows"]
-    lines = read_csv(copied / "grid.csv")
+    rows = read_json(copied / "int8.json")["rows"]
+    lines = read_csv(copied / "int8.csv")
     assert [row["width_ratio"] for row in rows] == [1.0, 0.5]
     for row, line in zip(rows, lines, strict=True):
         assert abs(row["int8_accuracy"] - row["accuracy"]) < 0.1
@@ -702,7 +697,10 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
         shown = f"{100 * row['accuracy']:.2f}  {100 * row['int8_accuracy']:8.2f}"
         assert shown in out
     assert "largest loss by 8-bit weights" in out
-    grid = (copied / "grid.csv").read_bytes()
+    for row in read_json(copied / "grid.json")["rows"]:
+        low, high = row["interval"]
+        assert low < row["accuracy"] < high and row["num_images"] == 359
+        assert "int8_accuracy" not in row
     embedded = (copied / "report.html").read_text().split('id="data">')[1]
     found = json.loads(embedded.split("</script>")[0])
     networks = {
@@ -716,9 +714,6 @@ def test_eval_writes_a_page_and_the_accuracy_with_8_bit_weights(copied):
     assert networks[0.5]["int8"] == rows[1]["int8_accuracy"] and "int8" not in networks[0.75]
     assert found["config"]["data.name"] == "digits" and "jax" in found["versions"]
     assert found["trained_range"] == [0.5, 1.0] and found["slices"]["block"] == "stage2_block1"
-    again = f"--workdir={copied.parent}", f"--out={copied}", "--width_ratios=1,0.5"
-    assert call("eval", *again, "--strategy=loop")[0] == 0
-    assert (copied / "grid.csv").read_bytes() == grid  # with what 8 bits had
 
 
 @pytest.mark.parametrize(
@@ -753,18 +748,15 @@ def test_random_widths_need_a_range_to_be_drawn_from(finished):
     config = lab.read_config(finished[0])
     config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
     experiment = lab.from_config(config, datasets.load_dataset("digits"))
-    with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios"):
-        evaluations.draw_width_ratios(experiment, 3, 0)
-    with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --spec"):
-        morphs.draw_networks(experiment, 3, 0)
+    for draw in (evaluations.draw_width_ratios, evaluations.draw_networks):
+        with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios or --spec"):
+            draw(experiment, 3, 0)
 
 
 def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():
-    ratios = evaluations.parse_sweep_ratios(True, None)
+    ratios = evaluations.SWEEP_RATIOS
     assert len(ratios) == 24 and (ratios[0], ratios[-1]) == (0.1, 1.25)
     np.testing.assert_allclose(np.diff(ratios), 0.05, atol=1e-9)
-    assert evaluations.parse_sweep_ratios(True, ["1", "0.5", "1.0"]) == (0.5, 1.0)
-    assert evaluations.parse_sweep_ratios(False, None) == ()
 
 
 def test_eval_says_what_it_needs(finished, copied, tmp_path):

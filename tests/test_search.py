@@ -15,7 +15,8 @@ from neumeta_jax.commands import search
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import INTERRUPTED, UsageError
-from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.evaluation import morphs
+from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import plotting
@@ -305,19 +306,19 @@ OPTIONS = ("--num_candidates=40", "--population=12", "--num_images=40")
 
 @pytest.fixture(scope="module")
 def finished(workdir, tmp_path_factory):
-    """(folder, what was printed, calls of evaluate_grid) of a search that nothing interrupted.
+    """(folder, what was printed, evaluations) of a search that nothing interrupted.
 
     Of each call the first image, the number of images and the networks.
     """
-    evaluate_grid, calls = grid.evaluate_grid, []
+    plan, calls = Evaluator.plan, []
 
-    def record(hypernetwork, params, widths, images, *args, **options):
-        calls.append((images[0].tobytes(), len(images), [tuple(row) for row in widths.tolist()]))
-        return evaluate_grid(hypernetwork, params, widths, images, *args, **options)
+    def record(self, widths, **options):
+        calls.append((self.images[0].tobytes(), len(self.images), list(widths)))
+        return plan(self, widths, **options)
 
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "evaluate_grid", record)
+        patch.setattr(Evaluator, "plan", record)
         return folder, run(search, *arguments(workdir, folder)), calls
 
 
@@ -391,7 +392,7 @@ def test_the_command_continues_to_the_same_result_and_evaluates_nothing_again(
         assert [row[name] for row in found] == [row[name] for row in wanted]
     best = read(tmp_path)
     assert best["widths"] == read(finished[0])["widths"] and "test_accuracy" not in best
-    monkeypatch.setattr(grid, "evaluate_grid", None)
+    monkeypatch.setattr(Evaluator, "plan", None)
     run(search, *args)
 
 
@@ -399,7 +400,7 @@ def test_an_interrupted_search_says_that_the_same_command_continues(workdir, tmp
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grid, "evaluate_grid", interrupted)
+    monkeypatch.setattr(Evaluator, "plan", interrupted)
     status, _, err = call(search, *arguments(workdir, tmp_path))
     assert status == INTERRUPTED
     assert "stopped after 0 candidates; the same command continues" in err
@@ -464,12 +465,12 @@ def test_a_measured_latency_is_a_time():
     ],
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
-    monkeypatch.setattr(grid, "evaluate_grid", None)
+    monkeypatch.setattr(Evaluator, "plan", None)
     assert_refuses(shown, search, f"--workdir={workdir}", f"--out={tmp_path}", *args)
 
 
 def test_each_kind_of_budget_has_its_folder_below_the_work_directory(workdir, monkeypatch):
-    monkeypatch.setattr(grid, "evaluate_grid", None)
+    monkeypatch.setattr(Evaluator, "plan", None)
     for more, name in [
         ((), "max_macs=200001"),
         (("--max_params=30500.5", "--depth"), "max_macs=200001+max_params=30500.5+depth"),

@@ -43,8 +43,8 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
             assert math.isfinite(row[name]) and row[name] > 0, row
     found = [(row["part"], row["what"].split(",")[0].split(" of ")[0]) for row in document["rows"]]
     assert found == [
-        ("grid", "evaluate_grid"),
-        ("grid", "evaluate_grid"),
+        ("grid", "Evaluator"),
+        ("grid", "Evaluator"),
         ("grid", "multiply-adds an image at the shapes"),
         ("strategies", "vmap"),
         ("strategies", "map"),

@@ -27,6 +27,22 @@ WORKDIR: Flags = {"workdir": (str, "", "A work directory of train.py.")}
 DATA_DIR: Flags = {
     "data_dir": (str, "", "Where the data lies, if no longer where the run found it.")
 }
+# Those of commands that draw networks, and of commands that evaluate many.
+NUM_SAMPLES: Flags = {
+    "num_samples": (
+        int,
+        None,
+        "Noisy weight samples to average (papers: 100); default: the config's.",
+    )
+}
+SAMPLES: Flags = {
+    **NUM_SAMPLES,
+    "strategy": (
+        ("auto", "loop", "map", "vmap"),
+        "auto",
+        "How networks are evaluated; auto finds out which is fastest here.",
+    ),
+}
 _DEFINE = {
     bool: flags.DEFINE_bool,
     float: flags.DEFINE_float,

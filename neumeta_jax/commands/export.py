@@ -26,7 +26,7 @@ from absl import flags
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import UsageError, check
-from neumeta_jax.evaluation import grid, quantize
+from neumeta_jax.evaluation import quantize
 from neumeta_jax.evaluation.morphs import check_widths, load_morph, morph_to_dict, note_range
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization, draw
@@ -49,7 +49,7 @@ FLAGS: command_line.Flags = {
         f"Largest relative logit error to accept; default {formats.TOLERANCE:g}, "
         f"{formats.FULL_INT8_TOLERANCE:g} with --int8=full.",
     ),
-    "num_samples": grid.SAMPLE_FLAGS["num_samples"],
+    **command_line.NUM_SAMPLES,
     **command_line.DATA_DIR,
 }
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         f"{spec.title} of {experiment.name} with widths {shown}: "
         f"{spec.num_params:,} parameters, {spec.num_macs / 1e6:.2f} M multiply-adds"
     )
-    note_range(experiment, widths)
+    note_range(experiment.hypernetwork, experiment.recipe, widths)
     info = {"dataset": experiment.name, "morph": morph_to_dict(family, widths)}
     preprocessing = experiment.preprocessing
     normalization = Normalization(preprocessing.mean, preprocessing.std)

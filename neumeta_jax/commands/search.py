@@ -26,7 +26,6 @@ from absl import flags
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import Interrupted, check
-from neumeta_jax.evaluation import grid
 from neumeta_jax.evaluation.morphs import morph_to_dict, note_range
 from neumeta_jax.files import storage
 from neumeta_jax.files.provenance import file_digest, versions
@@ -54,7 +53,7 @@ FLAGS: command_line.Flags = {
     "seed": (int, 0, "Of the search."),
     "time_limit": (float, None, "Minutes after which the search ends with what it has."),
     "test": (bool, True, "Evaluate the winner and the best uniform network on the test split."),
-    **grid.SAMPLE_FLAGS,
+    **command_line.SAMPLES,
     **command_line.DATA_DIR,
 }
 
@@ -117,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
 
     names = (*BUDGETS, "width_multiple", "depth", "population", "num_images", "seed")
     settings = {name: getattr(options, name) for name in names}
-    settings |= {"min_ratio": low, "max_ratio": high, "num_samples": whole.options["num_samples"]}
+    settings |= {"min_ratio": low, "max_ratio": high, "num_samples": whole.num_samples}
     settings["inr"] = file_digest(opened.workdir / checkpoint.INR_FILE)
     if options.max_latency_ms is not None:
         settings["latency_batch"] = options.latency_batch
@@ -204,4 +203,4 @@ def _write(
         )
     for line in notes:
         print(f"note: {line}")
-    note_range(experiment, best["widths"])
+    note_range(experiment.hypernetwork, experiment.recipe, best["widths"])

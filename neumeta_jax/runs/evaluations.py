@@ -1,76 +1,44 @@
-"""Evaluations of a trained run: what each prints and writes into a folder."""
+"""Evaluations of a trained run: what each computes, prints, and writes into a folder.
+
+Each is a function of a `Target` and what to evaluate, and writes a JSON file that no other writes.
+"""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
 from neumeta_jax.elastic.widths import check_width_ratio
-from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation import grid, quantize
-from neumeta_jax.evaluation.grid import GridRow
+from neumeta_jax.errors import UsageError, check
+from neumeta_jax.evaluation import quantize, slices
+from neumeta_jax.evaluation.evaluator import Evaluator, evaluation_split
+from neumeta_jax.evaluation.morphs import Widths, outside_range
+from neumeta_jax.evaluation.rows import (
+    COUNTS_HEADER,
+    TABLE_HEADER,
+    GridRow,
+    format_counts,
+    format_row,
+    largest_dip,
+)
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import versions
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
-from neumeta_jax.networks.linen import LinenSpec
 from neumeta_jax.report import page, plotting, published
 from neumeta_jax.runs import checkpoint, experiment as lab
 
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
-
-
-def parse_width_ratios(
-    values: Sequence[str] | None, *, flag: str = "--width_ratios"
-) -> tuple[float, ...]:
-    """Width ratios of a command line's `flag`, checked; empty where none were given."""
-    ratios = []
-    for value in values or ():
-        try:
-            ratios.append(float(value))
-        except ValueError:
-            raise UsageError(f"{flag} takes numbers with commas between, got {value!r}.") from None
-    return tuple(map(check_width_ratio, ratios))
-
-
-def parse_sweep_ratios(figures: bool, values: Sequence[str] | None) -> tuple[float, ...]:
-    """Width ratios of the sweep that `--figures` asks for, increasing; empty without it."""
-    if values and not figures:
-        raise UsageError(
-            f"--sweep_ratios needs --figures or --report, got {','.join(values)} without; add one."
-        )
-    given = parse_width_ratios(values, flag="--sweep_ratios")
-    return tuple(sorted(set(given or SWEEP_RATIOS))) if figures else ()
-
-
-def drawing_range(
-    experiment: lab.Experiment, flag: str, instead: str, number: int, seed: int
-) -> tuple[float, float]:
-    """The trained range, if what `flag` asks for can be drawn from it; else use `instead`."""
-    low, high = experiment.trained_range
-    if number < 1 or seed < 0:
-        raise UsageError(
-            f"{flag} must be at least 1 and --seed at least 0, got {number} and {seed}; choose "
-            "larger ones."
-        )
-    if not low < high:
-        raise UsageError(
-            f"{flag} needs a run that trained more than one width, but its range is {low}..{high}; "
-            f"use {instead}."
-        )
-    return low, high
-
-
-def draw_width_ratios(experiment: lab.Experiment, number: int, seed: int) -> tuple[float, ...]:
-    """`number` width ratios, uniformly from the trained range, increasing."""
-    bounds = drawing_range(experiment, "--random_ratios", "--width_ratios", number, seed)
-    return tuple(np.sort(np.random.default_rng(seed).uniform(*bounds, number)).tolist())
+NUM_UNIFORM = 24
+INT8_HEADER = f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8}  {'change':>8}"
 
 
 def make_evaluator(
@@ -80,58 +48,139 @@ def make_evaluator(
     *,
     split: str | None = None,
     num_samples: int | None = None,
-    strategy: str = "auto",
-) -> grid.Evaluator:
-    """An evaluator on a split, by default that of the config, as is the number of samples."""
+    **options: Any,
+) -> Evaluator:
+    """An evaluator on a split, by default that of the config, as is the number of samples.
+
+    `options` are further fields of the `Evaluator`.
+    """
     split = split or experiment.evaluation.split
-    options = {"batch_size": experiment.evaluation.batch_size, "strategy": strategy}
-    return grid.Evaluator(
+    return Evaluator(
         experiment.hypernetwork,
         params,
-        *grid.evaluation_split(splits, split),
+        *evaluation_split(splits, split),
         experiment.preprocessing,
-        options={**options, **experiment.noise(num_samples or experiment.evaluation.num_samples)},
         split=split,
-        comparison=grid.Comparison(),
+        **experiment.noise(num_samples or experiment.evaluation.num_samples),
+        **{"batch_size": experiment.evaluation.batch_size, **options},
     )
 
 
-def _evaluate(
-    experiment: lab.Experiment, evaluator: grid.Evaluator, width_ratios: Sequence[float]
-) -> list[GridRow]:
-    """A row for each ratio; prints the table as it grows."""
-    print(grid.TABLE_HEADER, flush=True)
-    return evaluator.rows(
-        width_ratios,
-        trained_range=experiment.trained_range,
-        on_row=lambda row: print(grid.format_row(row), flush=True),
-    )
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is evaluated, and the folder `out` that the files go to.
+
+    `workdir` has the run's teacher and what `neumeta latency` measured.
+    """
+
+    workdir: pathlib.Path
+    out: pathlib.Path
+    experiment: lab.Experiment
+    evaluator: Evaluator
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers depend on, beside the networks."""
+        named = {name: getattr(self.evaluator, name) for name in ("split", "num_samples")}
+        return {**named, "data": self.experiment.fingerprint}
+
+    @property
+    def title(self) -> str:
+        experiment = self.experiment
+        return f"{experiment.network}, {experiment.name}, {self.evaluator.split} split"
+
+    @property
+    def teacher_may_have_seen(self) -> bool:
+        """Whether a network that the run began with may have been trained on the images."""
+        origin = self.experiment.teacher.file or self.experiment.recipe.init_from
+        return self.evaluator.split == "validation" and bool(origin)
+
+    @functools.cached_property
+    def teacher_accuracy(self) -> float | None:
+        """In [0, 1], in float32; None where the work directory has no teacher."""
+        path = self.workdir / lab.BACKBONE_FILE
+        if not path.exists():
+            return None
+        params, _ = checkpoint.load_tree(path)
+        data = self.evaluator.images, self.evaluator.labels
+        found = self.experiment.in_float32.accuracy(params, *data)
+        print(f"teacher (full size, not generated): {100 * found:.2f} %")
+        return found
+
+    @functools.cached_property
+    def int8(self) -> "Target":
+        """The same with weights rounded to 8 bits."""
+        rounded = {"transform": quantize.fake_quantize, "compare": False}
+        evaluator = dataclasses.replace(self.evaluator, **rounded)
+        return dataclasses.replace(self, evaluator=evaluator)
+
+    def announce(self, what: str) -> None:
+        low, high = self.experiment.trained_range
+        split, number = self.evaluator.split, len(self.evaluator.labels)
+        print(f"\n{what}, {split} split, {number} images; trained range {low}..{high}", flush=True)
+        if self.teacher_may_have_seen:
+            print("note: the teacher that was imported may have been trained on these images")
+
+    def rows(self, width_ratios: Sequence[float]) -> Iterator[GridRow]:
+        return self.evaluator.rows(width_ratios, self.experiment.trained_range)
+
+    def table(self, width_ratios: Sequence[float]) -> list[GridRow]:
+        """A row for each ratio; prints them as they come."""
+        print(TABLE_HEADER, flush=True)
+        rows = []
+        for row in self.rows(width_ratios):
+            print(format_row(row), flush=True)
+            rows.append(row)
+        return rows
+
+    def facts(
+        self, widths: Sequence[Widths], beside: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What is known of each network, with what `beside` says of it."""
+        family, recipe = self.experiment.hypernetwork, self.experiment.recipe
+        return [
+            {**some, **facts, "trained": not outside_range(family, recipe, facts["widths"])}
+            for some, facts in zip(beside, self.evaluator.facts(widths), strict=True)
+        ]
+
+    def save(self, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+        """Writes `name`.json: `rows`, `more`, and what the numbers depend on."""
+        document = {
+            "dataset": self.experiment.name,
+            "trained_range": self.experiment.trained_range,
+            "teacher_may_have_seen": self.teacher_may_have_seen,
+            **self.settings,
+            "versions": versions(),
+            **more,
+            "rows": rows,
+        }
+        storage.write_json(self.out / f"{name}.json", document)
+
+    def save_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        storage.write_csv(self.out / f"{name}.csv", storage.as_table(rows))
 
 
-def _evaluate_int8(
-    experiment: lab.Experiment, evaluator: grid.Evaluator, rows: Sequence[GridRow]
-) -> list[GridRow]:
-    """`rows` with their `int8_accuracy`; prints both accuracies side by side as they come."""
-    print(f"\nweights in 8 bits, a scale for each output channel\n{grid.INT8_TABLE_HEADER}")
-    found: list[GridRow] = []
+class Entry(NamedTuple):
+    """An evaluation: the name of its JSON file, the networks in it, what writes it, and of what."""
 
-    def on_row(row: GridRow):
-        found.append(dataclasses.replace(rows[len(found)], int8_accuracy=row.accuracy))
-        print(grid.format_int8_row(found[-1]), flush=True)
+    name: str
+    networks: Sequence[Widths]
+    write: Callable[..., None]
+    arguments: tuple = ()
 
-    options = {**evaluator.options, "transform": quantize.fake_quantize}
-    rounded = dataclasses.replace(evaluator, options=options, known={}, comparison=None)
-    ratios = [row.width_ratio for row in rows]
-    rounded.rows(ratios, trained_range=experiment.trained_range, on_row=on_row)
-    worst = min(row.int8_accuracy - row.accuracy for row in found if row.int8_accuracy is not None)
-    print(f"largest loss by 8-bit weights: {max(0.0, -100 * worst):.2f} points")
-    return found
+
+def evaluate(target: Target, entries: Sequence[Entry]) -> None:
+    """All of `entries`, after a check that none replaces a file of another evaluation."""
+    planned = {entry.name: entry.networks for entry in entries}
+    check_free(target.out, planned, **target.settings)
+    for entry in entries:
+        entry.write(target, *entry.arguments)
 
 
 def check_free(
     folder: pathlib.Path, planned: Mapping[str, Sequence[Sequence[int]]], **settings: Any
 ) -> None:
-    """Raises ValueError if a file of `folder` would be replaced by another evaluation.
+    """Raises UsageError if a file of `folder` would be replaced by another evaluation.
 
     Args:
         folder: made if it is not there.
@@ -149,179 +198,313 @@ def check_free(
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # there is none, or it is damaged
         asked = {**settings, "networks": np.array(networks).tolist()}
-        differing = [
-            what
-            for what, value in asked.items()
-            if {**asked, **saved, "networks": there}[what] != value
-        ]
-        if differing:
-            raise UsageError(
-                f"{path} holds another evaluation, of other {' and '.join(differing)}, and is not "
-                "replaced; give --out=FOLDER for this one, or move the file away."
-            )
+        found = {**asked, **saved, "networks": there}
+        differing = " and ".join(what for what, value in asked.items() if found[what] != value)
+        check(
+            not differing,
+            f"{path} holds another evaluation, of other {differing}, and is not replaced; give "
+            "--out=FOLDER for this one, or move the file away.",
+        )
 
 
-def _kept_int8(folder: pathlib.Path, rows: Sequence[GridRow]) -> list[GridRow]:
-    """`rows` with the 8-bit accuracies that the grid in `folder` has of the same networks."""
-    try:
-        saved = json.loads((folder / "grid.json").read_text("utf-8"))["rows"]
-        known = {(*row["widths"], row["accuracy"]): row.get("int8_accuracy") for row in saved}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        known = {}
-    found = [known.get((*row.widths, row.accuracy)) for row in rows]
-    return [
-        dataclasses.replace(row, int8_accuracy=value) if None not in found else row
-        for row, value in zip(rows, found, strict=True)
-    ]
+# --- which networks --------------------------------------------------------------------------
 
 
-def evaluate_and_write(
-    workdir: pathlib.Path,
-    experiment: lab.Experiment,
-    evaluator: grid.Evaluator,
-    *,
-    width_ratios: Sequence[float],
-    sweep_ratios: Sequence[float] = (),
-    report: bool = False,
-    others: Sequence[GridRow] = (),
-    int8: bool = False,
-    out: pathlib.Path | None = None,
-) -> list[GridRow]:
-    """Evaluates the grid, prints the table as it grows, writes grid.json, grid.csv and grid.png.
+def parse_width_ratios(
+    values: Sequence[str] | None, *, flag: str = "--width_ratios"
+) -> tuple[float, ...]:
+    """Width ratios of a command line's `flag`, checked; empty where none were given."""
+    ratios = []
+    for value in values or ():
+        try:
+            ratios.append(float(value))
+        except ValueError:
+            raise UsageError(f"{flag} takes numbers with commas between, got {value!r}.") from None
+    return tuple(map(check_width_ratio, ratios))
 
-    With `sweep_ratios`, increasing, it evaluates those too and writes the figures against_macs,
-    sweep and weights, each as .png and .csv, and sweep.json; with `report` also report.html, a
-    page to look at all of it and at `others`, networks of other depths (see `page`). With `int8`
-    the grid is evaluated with 8-bit weights too. All of it goes to the folder `out`, if one is
-    given, else to the work directory.
-    """
-    out = out or workdir
-    split, params, num_images = evaluator.split, evaluator.params, len(evaluator.labels)
+
+def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
+    """Numbers of `--skipped_blocks`, increasing; empty where none were given."""
+    for value in values or ():
+        check(
+            value.isdecimal(),
+            f"--skipped_blocks takes numbers of blocks from 0 on with commas between, got "
+            f"{value!r}.",
+        )
+    return tuple(sorted({int(value) for value in values or ()}))
+
+
+def at_ratios(experiment: lab.Experiment, width_ratios: Sequence[float]) -> list[Widths]:
+    return [tuple(experiment.hypernetwork.widths(ratio).tolist()) for ratio in width_ratios]
+
+
+def _drawing_range(experiment: lab.Experiment, flag: str, number: int, seed: int):
+    """The trained range, if what `flag` asks for can be drawn from it."""
     low, high = experiment.trained_range
-    outside = [ratio for ratio in width_ratios if not low <= ratio <= high]
-    print(f"\n{experiment.name}, {split} split, {num_images} images; trained range {low}..{high}")
-    started = time.perf_counter()
-    rows = _evaluate(experiment, evaluator, width_ratios)
-    if outside:
-        print(f"note: width ratios {outside} lie outside the trained range")
-    rows = _evaluate_int8(experiment, evaluator, rows) if int8 else _kept_int8(out, rows)
-    document = {
-        "dataset": experiment.name,
-        "split": split,
-        "trained_range": [low, high],
-        "num_samples": evaluator.options["num_samples"],
-        "data": experiment.fingerprint,
-        "versions": lab.versions(),
-    }
-    grid.write_grid(
-        out,
-        rows,
-        **document,
-        num_inr_params=hyper.num_inr_params(params),
-        seconds=round(time.perf_counter() - started, 1),
+    check(
+        number >= 1 and seed >= 0,
+        f"--{flag} must be at least 1 and --seed at least 0, got {number} and {seed}; choose "
+        "larger ones.",
     )
-    figures = {
-        "trained_range": experiment.trained_range,
-        "teacher_accuracy": _teacher_accuracy(workdir, experiment, evaluator),
-    }
-    name = f"{experiment.network}, {experiment.name}, {split} split"
-    title = f"{name}: every size from one INR"
-    plotting.plot_grid(out / "grid.png", rows, title=title, **figures)
-    print(f"wrote {out / 'grid.json'}, grid.csv and grid.png")
-    if not sweep_ratios:
-        return rows
+    check(
+        low < high,
+        f"--{flag} needs a run that trained more than one width, but its range is {low}..{high}; "
+        "use --width_ratios or --spec.",
+    )
+    return low, high
 
-    print(f"\nsweep of {len(sweep_ratios)} widths")
-    sweep = _evaluate(experiment, evaluator, sweep_ratios)
-    dip = grid.largest_dip(sweep_ratios, [row.accuracy for row in sweep])
-    print(_describe_dip(dip))
-    found = {"largest_dip": dip.fall, "where": dip.where, **figures}
-    storage.write_json(out / "sweep.json", grid.grid_dict(sweep, **{**document, **found}))
-    title = f"{name}: accuracy over the width axis"
-    plotting.plot_sweep(out / "sweep.png", sweep, title=title, **figures)
-    curves, singles = (), ()
+
+def draw_width_ratios(experiment: lab.Experiment, number: int, seed: int) -> tuple[float, ...]:
+    """`number` width ratios, uniformly from the trained range, increasing."""
+    bounds = _drawing_range(experiment, "random_ratios", number, seed)
+    return tuple(np.sort(np.random.default_rng(seed).uniform(*bounds, number)).tolist())
+
+
+def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
+    """`number` networks, the width ratio of each group uniformly from the trained range."""
+    low, high = _drawing_range(experiment, "random_networks", number, seed)
+    full = np.array(experiment.hypernetwork.full_widths)
+    ratios = np.random.default_rng(seed).uniform(low, high, (number, len(full)))
+    widths = np.maximum(np.floor(ratios * full + 0.5).astype(int), 1)
+    return [tuple(row) for row in widths.tolist()]
+
+
+def uniform_networks(experiment: lab.Experiment) -> list[Widths]:
+    """Networks with one width ratio for all groups, over the trained range."""
+    ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
+    return list(dict.fromkeys(at_ratios(experiment, ratios)))
+
+
+def depth_networks(
+    experiment: lab.Experiment, skipped: Sequence[int], width_ratios: Sequence[float]
+) -> dict[tuple[int, float], Widths]:
+    """Every ratio without the last 0, 1, ... generated blocks of each stage, by (number, ratio).
+
+    Raises:
+        UsageError: for a number of blocks that leaves out no more than a smaller one.
+    """
+    family = experiment.hypernetwork
+    without = functools.partial(family.without_last, [1] * len(family.names))
+    for number in skipped:
+        check(
+            not number or without(number) != without(number - 1),
+            "--skipped_blocks takes numbers of blocks that a stage of this run can be without, "
+            f"got {number}; no stage has as many, give smaller ones.",
+        )
+    return {
+        (number, ratio): family.without_last(family.widths(ratio).tolist(), number)
+        for number in skipped
+        for ratio in sorted(set(width_ratios))
+    }
+
+
+# --- the evaluations -------------------------------------------------------------------------
+
+
+def write_grid(target: Target, width_ratios: Sequence[float]) -> None:
+    """Networks of a few width ratios: grid.json, .csv and .png."""
+    started = time.perf_counter()
+    target.announce(target.experiment.name)
+    rows = target.table(width_ratios)
+    if outside := [row.width_ratio for row in rows if not row.trained]:
+        print(f"note: width ratios {outside} lie outside the trained range")
+    found = [row.to_dict() for row in rows]
+    seconds = round(time.perf_counter() - started, 1)
+    number = hyper.num_inr_params(target.evaluator.params)
+    target.save("grid", found, num_inr_params=number, seconds=seconds)
+    target.save_csv("grid", found)
+    plotting.plot_grid(
+        target.out / "grid.png",
+        rows,
+        title=f"{target.title}: every size from one INR",
+        trained_range=target.experiment.trained_range,
+        teacher_accuracy=target.teacher_accuracy,
+    )
+    print(f"wrote {target.out / 'grid.json'}, grid.csv and grid.png")
+
+
+def _with_int8(target: Target, width_ratios: Sequence[float]) -> Iterator[GridRow]:
+    both = zip(target.rows(width_ratios), target.int8.rows(width_ratios), strict=True)
+    for row, rounded in both:
+        yield dataclasses.replace(row, int8_accuracy=rounded.accuracy)
+
+
+def write_int8(target: Target, width_ratios: Sequence[float]) -> None:
+    """The grid with weights in 8 bits beside float32: int8.json and .csv."""
+    target.announce("weights in 8 bits, a scale for each output channel")
+    print(INT8_HEADER, flush=True)
+    found, lost = [], 0.0
+    for row in _with_int8(target, width_ratios):
+        found.append(row.to_dict())
+        exact, rounded = 100 * row.accuracy, 100 * (row.int8_accuracy or 0)
+        lost = max(lost, exact - rounded)
+        numbers = f"{exact:>9.2f}  {rounded:>8.2f}  {rounded - exact:>+8.2f}"
+        print(f"{row.width_ratio:6.3f}  {row.num_params:>10,}  {numbers}", flush=True)
+    print(f"largest loss by 8-bit weights: {lost:.2f} points")
+    target.save("int8", found)
+    target.save_csv("int8", found)
+    print(f"wrote {target.out / 'int8.json'} and int8.csv")
+
+
+def write_figures(
+    target: Target, width_ratios: Sequence[float], sweep_ratios: Sequence[float]
+) -> None:
+    """A sweep of the width axis, sweep.json; figures sweep, against_macs and weights, with .csv."""
+    experiment, out = target.experiment, target.out
+    target.announce(f"sweep of {len(sweep_ratios)} widths")
+    rows = target.table(sweep_ratios)
+    dip = largest_dip(sweep_ratios, [row.accuracy for row in rows])
+    print(dip)
+    teacher = target.teacher_accuracy
+    more = {"largest_dip": dip.fall, "where": dip.where, "teacher_accuracy": teacher}
+    target.save("sweep", [row.to_dict() for row in rows], **more)
+    plotting.plot_sweep(
+        out / "sweep.png",
+        rows,
+        title=f"{target.title}: accuracy over the width axis",
+        trained_range=experiment.trained_range,
+        teacher_accuracy=teacher,
+    )
+    curves, singles, drawn = (), (), ""
     if isinstance(experiment.spec, ResNetSpec):
         curves, singles = published.references(experiment.name, experiment.spec)
+        some = slices.weight_slices(experiment.hypernetwork, target.evaluator.params)
+        title = f"{experiment.network}, {experiment.name}: what reads {some.block} at every width"
+        trained = {"trained_range": experiment.trained_range}
+        plotting.plot_weight_slices(out / "weights.png", some, title=title, **trained)
+        drawn = ", weights"
     plotting.plot_against_macs(
         out / "against_macs.png",
-        rows,
-        title=f"{name}: accuracy against multiply-adds",
+        list(target.rows(width_ratios)),
+        title=f"{target.title}: accuracy against multiply-adds",
         curves=curves,
         singles=singles,
     )
-    if isinstance(experiment.spec, LinenSpec):
-        return rows
-    slices = grid.weight_slices(experiment.hypernetwork, params)
-    title = f"{experiment.network}, {experiment.name}: what reads {slices.block} at every width"
-    plotting.plot_weight_slices(
-        out / "weights.png", slices, title=title, trained_range=experiment.trained_range
-    )
-    print(f"wrote {out / 'sweep.json'}; against_macs, sweep and weights as .png and .csv")
-    if report:
-        page_document = page.page_document(
-            [*rows, *sweep, *others],
-            experiment.spec,
-            title=f"{experiment.network} on {experiment.name}: every size from one INR",
-            subtitle=f"Top-1 accuracy on the {num_images:,} images of the {split} split. The INR "
-            f"has {hyper.num_inr_params(params):,} parameters, the full-size network "
-            f"{experiment.spec.num_params:,}.",
-            **figures,
-            slices=slices,
-            latency=page.read_latency(workdir / page.LATENCY_FILE),
-            config=lab.read_config(workdir),
-            versions=lab.versions(),
-        )
-        page.write_page(out / "report.html", page_document)
-        print(f"wrote {out / 'report.html'}; open it in a browser")
-    return rows
+    print(f"wrote {out / 'sweep.json'}; sweep{drawn} and against_macs as .png and .csv")
 
 
-def evaluate_random_ratios(
-    workdir: pathlib.Path,
-    experiment: lab.Experiment,
-    evaluator: grid.Evaluator,
-    ratios: Sequence[float],
-) -> list[GridRow]:
-    """Evaluates `ratios`, increasing, as drawn by `draw_width_ratios`; writes random_ratios.json.
-
-    The file holds {"ratios", "accuracies" in [0, 1], "widths", "largest_dip" in [0, 1], "where"
-    (its ratio or null), "split", "num_samples", "data", "versions"}.
-    """
-    print(f"\n{len(ratios)} widths at random from the trained range, {evaluator.split} split")
-    rows = _evaluate(experiment, evaluator, ratios)
+def write_random_ratios(target: Target, ratios: Sequence[float]) -> None:
+    """Those of `draw_width_ratios`: random_ratios.json."""
+    target.announce(f"{len(ratios)} widths at random")
+    rows = target.table(ratios)
     accuracies = [row.accuracy for row in rows]
-    dip = grid.largest_dip(ratios, accuracies)
-    print(f"smallest accuracy {100 * min(accuracies):.2f} %; {_describe_dip(dip)}")
-    document = {
-        "ratios": list(ratios),
-        "accuracies": accuracies,
-        "widths": [row.widths for row in rows],
-        "largest_dip": dip.fall,
-        "where": dip.where,
-        "split": evaluator.split,
-        "num_samples": evaluator.options["num_samples"],
-        "data": experiment.fingerprint,
-        "versions": lab.versions(),
-    }
-    storage.write_json(workdir / "random_ratios.json", document)
-    print(f"wrote {workdir / 'random_ratios.json'}")
-    return rows
+    dip = largest_dip(ratios, accuracies)
+    print(f"smallest accuracy {100 * min(accuracies):.2f} %; {dip}")
+    found = {"largest_dip": dip.fall, "where": dip.where}
+    target.save("random_ratios", [row.to_dict() for row in rows], **found)
+    print(f"wrote {target.out / 'random_ratios.json'}")
 
 
-def _describe_dip(dip: grid.Dip) -> str:
-    if dip.where is None:
-        return "no width falls below the line through its neighbours"
-    return (
-        f"largest fall below the line through the neighbours: {100 * dip.fall:.2f} points at "
-        f"width ratio {dip.where:.3f}"
+def write_specs(target: Target, networks: Mapping[str, Widths]) -> None:
+    """Networks that files name, widths by file: specs.json and .csv."""
+    target.announce(target.experiment.name)
+    rows = target.facts(list(networks.values()), [{"spec": path} for path in networks])
+    print(f"{COUNTS_HEADER}    widths, file")
+    for row in rows:
+        counts = format_counts(row).ljust(len(COUNTS_HEADER) + 2)
+        print(f"{counts}  {','.join(map(str, row['widths']))}, {row['spec']}")
+    target.save("specs", rows)
+    target.save_csv("specs", rows)
+    print(f"wrote {target.out / 'specs.json'} and specs.csv")
+
+
+def _depth_rows(
+    target: Target, networks: Mapping[tuple[int, float], Widths]
+) -> list[dict[str, Any]]:
+    layers = target.experiment.hypernetwork.num_layers
+    beside = [
+        {"skipped_blocks": number, "num_layers": layers(widths), "width_ratio": ratio}
+        for (number, ratio), widths in networks.items()
+    ]
+    return target.facts(list(networks.values()), beside)
+
+
+def write_depths(target: Target, networks: Mapping[tuple[int, float], Widths]) -> None:
+    """Those of `depth_networks`: depths.json, .csv and a heat map."""
+    target.announce("width and depth")
+    rows = _depth_rows(target, networks)
+    print(f"{'skipped':>7}  {'layers':>6}  {'ratio':>6}  {COUNTS_HEADER}")
+    for row in rows:
+        cell = f"{row['skipped_blocks']:>7}  {row['num_layers']:>6}  {row['width_ratio']:6.3f}"
+        print(f"{cell}  {format_counts(row)}")
+    target.save("depths", rows)
+    title = f"{target.title}: top-1 accuracy (%)"
+    plotting.plot_depths(target.out / "depths.png", rows, title=title)
+    print(f"wrote {target.out / 'depths.json'}, depths.csv and depths.png")
+
+
+def above_uniform(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Accuracies minus those that uniform networks of as many multiply-adds have.
+
+    `rows` have "series", "num_macs" and "accuracy"; those of the series "uniform" are the points of
+    a curve that is straight between them, and get 0 where no two of them cost the same.
+    """
+    uniform = sorted(
+        (row["num_macs"], row["accuracy"]) for row in rows if row["series"] == "uniform"
     )
+    on_curve = np.interp([row["num_macs"] for row in rows], *np.transpose(uniform))
+    return np.array([row["accuracy"] for row in rows]) - on_curve
 
 
-def _teacher_accuracy(workdir, experiment, evaluator) -> float | None:
-    path = workdir / lab.BACKBONE_FILE
-    if not path.exists():
-        return None
-    params, _ = checkpoint.load_tree(path)
-    found = experiment.in_float32.accuracy(params, evaluator.images, evaluator.labels)
-    print(f"teacher (full size, not generated): {100 * found:.2f} %")
-    return found
+def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
+    """Those of `draw_networks` beside uniform ones: random_networks.json, .csv and .png."""
+    target.announce(f"{len(drawn)} networks with a random width in each block")
+    uniform = uniform_networks(target.experiment)
+    series = [{"series": "uniform"}] * len(uniform) + [{"series": "random"}] * len(drawn)
+    rows = target.facts([*uniform, *drawn], series)
+    differences = above_uniform(rows)
+    for row, difference in zip(rows, differences.tolist(), strict=True):
+        row["difference"] = difference
+    each = np.sort(differences[len(uniform) :])
+    found = {
+        "mean_difference": float(each.mean()),
+        "worst_difference": float(each[0]),
+        "best_tenth_difference": float(each[-max(1, round(len(each) / 10)) :].mean()),
+    }
+    mean, worst, best = (f"{100 * value:+.2f}" for value in found.values())
+    print(
+        f"against uniform networks of the same multiply-adds: mean {mean} points, worst {worst}, "
+        f"best tenth {best}"
+    )
+    target.save("random_networks", rows, **found)
+    path = target.out / "random_networks.png"
+    plotting.plot_random_networks(path, rows, title=f"{target.title}: widths at random")
+    print(f"wrote {path.with_suffix('.json')}, random_networks.csv and random_networks.png")
+
+
+def write_page(
+    target: Target,
+    width_ratios: Sequence[float],
+    sweep_ratios: Sequence[float],
+    depths: Mapping[tuple[int, float], Widths],
+    int8: bool,
+) -> None:
+    """report.html, a page to look at what the others evaluate."""
+    experiment, evaluator = target.experiment, target.evaluator
+    if not isinstance(experiment.spec, ResNetSpec):
+        print(f"no page of {experiment.network}; it is written for CIFAR ResNets")
+        return
+    rows = list((_with_int8(target, width_ratios)) if int8 else target.rows(width_ratios))
+    rows += target.rows(sweep_ratios)
+    rows += map(GridRow.from_dict, _depth_rows(target, depths))
+    document = page.page_document(
+        rows,
+        experiment.spec,
+        title=f"{experiment.network} on {experiment.name}: every size from one INR",
+        subtitle=f"Top-1 accuracy on the {len(evaluator.labels):,} images of the "
+        f"{evaluator.split} split. The INR has {hyper.num_inr_params(evaluator.params):,} "
+        f"parameters, the full-size network {experiment.spec.num_params:,}.",
+        trained_range=experiment.trained_range,
+        teacher_accuracy=target.teacher_accuracy,
+        slices=slices.weight_slices(experiment.hypernetwork, evaluator.params),
+        latency=page.read_latency(target.workdir / page.LATENCY_FILE),
+        config=lab.read_config(target.workdir),
+        versions=versions(),
+    )
+    page.write_page(target.out / "report.html", document)
+    print(f"wrote {target.out / 'report.html'}; open it in a browser")
+
+
+def evaluate_and_write(workdir, experiment, evaluator, *, width_ratios) -> None:
+    """The grid of a run, into its work directory."""
+    write_grid(Target(workdir, workdir, experiment, evaluator), width_ratios)

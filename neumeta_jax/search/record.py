@@ -23,7 +23,7 @@ class Record:
         path: its file.
         settings: what its networks and scores depend on.
         archive: the networks that were evaluated.
-        containers, strategy: of `grid.evaluate_grid`, shapes and how they were evaluated.
+        containers, strategy: of `Evaluator.plan`, shapes and how they were evaluated.
         facts: by widths, of some networks, "latency_ms" and, on the whole validation and test
             splits, "validation_accuracy", "validation_loss", "test_accuracy" and "test_loss".
         noise: by how many milliseconds two measurements of one network differed.

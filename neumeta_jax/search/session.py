@@ -17,8 +17,9 @@ import jax
 import numpy as np
 import optax
 
-from neumeta_jax.evaluation import grid
 from neumeta_jax.evaluation.buckets import container_macs, make_buckets
+from neumeta_jax.evaluation.evaluator import Evaluator
+from neumeta_jax.evaluation.programs import compilation_macs
 from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.search import latency
 from neumeta_jax.search.budgets import UNITS, Cost, Space, Widths, check_budgets, latency_cost
@@ -82,7 +83,7 @@ class Session:
     space: Space
     uniform: Sequence[Widths]
     costs: list[Cost]
-    evaluators: Mapping[str, grid.Evaluator]
+    evaluators: Mapping[str, Evaluator]
     options: Any
 
     def search(self) -> dict[str, Widths]:
@@ -164,21 +165,22 @@ class Session:
 
     def _evaluate(self, widths: Sequence[Widths]) -> list[Score]:
         record, number = self.record, len(self.evaluators["candidates"].labels)
-        worth = grid.compilation_macs(jax.default_backend()) / number
+        worth = compilation_macs(jax.default_backend()) / number
         record.containers = add_containers(self.space, record.containers, widths, worth)
         return self._scores("candidates", widths, containers=record.containers)
 
-    def _scores(self, name: str, widths: Sequence[Widths], **options: Any) -> list[Score]:
-        data = self.evaluators[name]
-        shared = {**data.options, "strategy": self.record.strategy, "mesh": grid.device_mesh()}
+    def _scores(
+        self, name: str, widths: Sequence[Widths], containers: Sequence[Widths] | None = None
+    ) -> list[Score]:
+        changes: dict[str, Any] = {"strategy": self.record.strategy}
         if jax.default_backend() == "cpu":
-            shared["batch_size"] = _CPU_BATCH_SIZE * jax.local_device_count()
-        network = data.hypernetwork, data.params, np.array(widths, np.int32)
-        images = data.images, data.labels, data.preprocessing
-        result = grid.evaluate_grid(*network, *images, per_image=_loss, **shared, **options)
-        self.record.strategy = result.strategy
-        losses = result.per_image.mean(axis=1, dtype=np.float64).round(6)
-        return list(map(Score, result.accuracy.tolist(), losses.tolist()))
+            changes["batch_size"] = _CPU_BATCH_SIZE * jax.local_device_count()
+        evaluator = dataclasses.replace(self.evaluators[name], **changes)
+        plan = evaluator.plan(widths, per_image=_loss, containers=containers)
+        correct, losses = evaluator.score(plan)
+        self.record.strategy = plan.strategy
+        losses = losses.mean(axis=1, dtype=np.float64).round(6)
+        return list(map(Score, (correct / len(evaluator.labels)).tolist(), losses.tolist()))
 
     def _complete(self, widths: Iterable[Widths], split: str) -> None:
         """Finds out the scores of `widths` on an entire split."""
