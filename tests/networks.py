@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
 from neumeta_jax.export import formats
@@ -161,6 +161,7 @@ def call(module, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *map(str, args)])
         patch.setattr(lab, "quiet_logging", lambda: None)
+        patch.setattr(setup, "quiet_logging", lambda: None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 command_line.run(module.main)

@@ -25,7 +25,7 @@ from neumeta_jax.data import datasets
 from neumeta_jax.files import storage, torch_files, trees
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs import checkpoint, progress
+from neumeta_jax.runs import checkpoint, logs
 from neumeta_jax.runs.checkpoint import Checkpoints
 
 RAMP = np.arange(24, dtype="float32").reshape(2, 3, 4)
@@ -405,7 +405,7 @@ def test_a_tree_on_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(pa
 
 
 def test_a_line_of_metrics_on_a_full_disk_is_one_sentence(tmp_path):
-    metrics = progress.MetricsFile(tmp_path / "metrics.jsonl")
+    metrics = logs.Metrics(tmp_path)
     metrics.write("inr", 1, {"loss": 0.5})
     with no_file_beyond(60), refused("metrics.jsonl", error=storage.StorageError):
         metrics.write("inr", 2, {"loss": 0.25, "text": "x" * 100})

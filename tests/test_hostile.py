@@ -40,7 +40,7 @@ from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.files import torch_files, trees
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs import checkpoint, experiment as lab, progress
+from neumeta_jax.runs import checkpoint, experiment as lab, logs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
@@ -352,7 +352,7 @@ def test_damaged_metrics_are_continued_from_the_lines_that_are_intact(tmp_path):
     for content in [*damaged(good, 60, seed=8), b"1\n[]\nnull\n" + good + b'{"part": "inr", "st']:
         path.write_bytes(content)
         NUM_CASES["metrics"] += 1
-        progress.MetricsFile(path).rewind("inr", 3)
+        logs.Metrics(tmp_path).rewind("inr", 3)
         kept = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(line["part"] != "inr" or line["step"] <= 3 for line in kept)
     assert [line["step"] for line in kept] == [1, 2, 3]

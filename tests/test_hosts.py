@@ -14,7 +14,7 @@ import pytest
 import test_recipe as recipe
 from absl import flags
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, train
 from neumeta_jax.errors import UsageError
 from neumeta_jax.runs import checkpoint, hosts
 
@@ -206,9 +206,9 @@ def test_a_run_begun_on_one_device_is_continued_on_two(config, reference, tmp_pa
 
 def options(*args):
     values = flags.FlagValues()
-    command_line.define(values, hosts.FLAGS)
+    command_line.define(values, train.HOSTS)
     values(["train.py", *args])
-    return values
+    return {name: values[name].value for name in train.HOSTS}
 
 
 def test_a_run_on_one_host_starts_nothing(monkeypatch):
@@ -216,7 +216,7 @@ def test_a_run_on_one_host_starts_nothing(monkeypatch):
         raise AssertionError("it asks for other hosts")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with hosts.joined(options()):
+    with hosts.joined(**options()):
         assert hosts.is_first()
         assert not hosts.any_process(False) and hosts.any_process(True)
         assert hosts.from_first(lambda: 3, None) == 3
@@ -233,7 +233,7 @@ def test_a_run_on_one_host_starts_nothing(monkeypatch):
 )
 def test_flags_that_do_not_fit_together_are_refused(args, given, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    with pytest.raises(UsageError) as error, hosts.joined(options(*args)):
+    with pytest.raises(UsageError) as error, hosts.joined(**options(*args)):
         pass
     assert given in str(error.value)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
@@ -244,7 +244,7 @@ def test_hosts_that_do_not_come_are_named_with_what_to_do(monkeypatch, capsys):
         raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(UsageError) as error, hosts.joined(options("--distributed")):
+    with pytest.raises(UsageError) as error, hosts.joined(**options("--distributed")):
         pass
     assert "the other workers did not come together (DEADLINE_EXCEEDED" in str(error.value)
     assert "start the same command on every host" in capsys.readouterr().out

@@ -35,7 +35,7 @@ from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
-from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, training
+from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, logs, plan, training
 
 ROOT = networks.ROOT
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
@@ -296,7 +296,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 ):
     reference, workdir = finished[0], tmp_path / "run"
     # What does not belong to training, and is tested elsewhere, takes most of the time.
-    monkeypatch.setattr(lab, "describe", lambda *args, **options: "")
+    monkeypatch.setattr(plan, "describe", lambda *args, **options: "")
     monkeypatch.setattr(evaluations, "evaluate_and_write", lambda *args, **options: [])
     if part == "inr":  # the teacher's part is tested above
         workdir.mkdir()
@@ -914,11 +914,11 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
         raise AssertionError("it measures moments again")
 
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
-    monkeypatch.setattr(lab, "measure_moments", refuse)
-    params = lab.train_inr(lab.Workdir(tmp_path), experiment, splits, backbone)
+    monkeypatch.setattr("neumeta_jax.runs.backbone.measure_moments", refuse)
+    params = lab.train_inr(lab.Workdir(tmp_path, logs.Metrics(None)), experiment, splits, backbone)
     assert params is found[0].params
 
 
 def test_importing_the_library_leaves_orbax_for_the_first_checkpoint():
-    program = "import sys, neumeta_jax.experiment; assert 'orbax.checkpoint' not in sys.modules"
+    program = "import sys, neumeta_jax.commands.train; assert 'orbax.checkpoint' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -8,7 +8,6 @@ import importlib.util
 import inspect
 import os
 import pathlib
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from neumeta_jax.errors import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError, sentence
+from neumeta_jax.files.storage import local
 
 # A flag by name: its type (a tuple: one of these words), its default, and what --help says.
 Flags = Mapping[str, tuple[type | tuple[str, ...], Any, str]]
@@ -179,26 +179,6 @@ def parse(
             raise UsageError(f"--{name} takes values with commas between, got none; leave it out.")
         values[name].value = local(values[name].value, f"--{name}")
     return (local(values.config.to_dict(), "--config") if path is not None else {}), values
-
-
-def local(value: Any, name: str) -> Any:
-    """`value`, which `name` was given, with home folders in place of `~`, at any depth.
-
-    Raises:
-        UsageError: for the address of an object store or a server, of which a folder would be made.
-    """
-    if isinstance(value, Mapping):
-        return {key: local(entry, f"{name}.{key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(local(entry, name) for entry in value)
-    if not isinstance(value, str):
-        return value
-    if re.match(r"[A-Za-z][\w+.-]+:/", value):
-        raise UsageError(
-            f"{name} must be a path of this machine's file system, got {value!r}; copy the data to "
-            "a folder here, or mount the bucket and give that folder."
-        )
-    return os.path.expanduser(value)
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[str]]:

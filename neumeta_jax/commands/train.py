@@ -3,6 +3,7 @@
     neumeta train --config=digits --workdir=/tmp/digits
     neumeta train --config=resnet20:depth --workdir=/tmp/resnet20 --config.train.epochs=2
     neumeta train --config=FILE.py --dry_run
+    neumeta train --config=digits --workdir=/tmp/digits --tensorboard --profile=100:110
 
 The same command continues an interrupted run. `--config=RECIPE:PRESET` or `--config=FILE.py:PRESET`
 says what is trained, `--config.field=value` overrides a field, `--dry_run` says what would happen.
@@ -10,18 +11,52 @@ Several hosts train together with `--distributed` or `--coordinator_address`, se
 """
 
 import json
-import pathlib
 import time
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.errors import check
-from neumeta_jax.files.provenance import format_seconds
-from neumeta_jax.runs import diagnosis, evaluations, experiment as lab, hosts
+from neumeta_jax.files import provenance
+from neumeta_jax.runs import (
+    backbone as backbones,
+    config as configs,
+    diagnosis,
+    evaluations,
+    hosts,
+    inr,
+    logs,
+    part,
+    plan,
+    workdir,
+)
 
+HOSTS: command_line.Flags = {
+    "distributed": (
+        bool,
+        False,
+        "This is one of several processes, on every worker of a TPU pod or under Slurm or MPI.",
+    ),
+    "coordinator_address": (
+        str,
+        None,
+        "HOST:PORT of the first process, elsewhere than on a TPU pod.",
+    ),
+    "num_processes": (int, None, "How many there are."),
+    "process_id": (int, None, "Which one this is, from 0."),
+}
 FLAGS: command_line.Flags = {
     "workdir": (str, "", "Where the run lives; created if absent."),
     "dry_run": (bool, False, "Describe the run and exit."),
-    **hosts.FLAGS,
+    "tensorboard": (
+        bool,
+        False,
+        "Write all metrics to DIR/tensorboard too, for tensorboard --logdir=DIR/tensorboard.",
+    ),
+    "profile": (
+        str,
+        "",
+        "START:STOP, steps of the INR's training of which DIR/profile gets a trace for a browser.",
+    ),
+    **HOSTS,
 }
 
 
@@ -36,42 +71,48 @@ def main(argv):
         options.workdir or options.dry_run,
         "--workdir=DIR is required; the run is kept and resumed there.",
     )
-    lab.quiet_logging()
-    lab.configure_jax()
-    with hosts.joined(options):
+    if options.tensorboard:
+        logs.check_tensorboard()
+    setup.quiet_logging()
+    setup.configure_jax()
+    with hosts.joined(**{name: getattr(options, name) for name in HOSTS}):
         run(config, options)
 
 
 def run(config, options):
     started = time.perf_counter()
-    print("  ".join(f"{name} {version}" for name, version in lab.versions().items()))
+    print("  ".join(f"{name} {version}" for name, version in provenance.versions().items()))
 
-    dataset, splits = lab.load_data(config)
-    experiment = lab.from_config(config, dataset)
+    dataset, splits = configs.load_data(config)
+    experiment = configs.from_config(config, dataset)
     if options.workdir:
-        lab.check_claim(options.workdir, config)
-    given = lab.check_start(experiment, splits, options.workdir)
+        workdir.check_claim(options.workdir, config)
+    given = plan.check_start(experiment, splits, options.workdir)
+    profile = None
+    if options.profile:
+        num_steps = inr.phases(experiment, splits)[-1].stop
+        profile = part.Profile.parse(options.profile, num_steps)
     if options.dry_run:
         print(json.dumps(config, indent=1))
-        print(lab.describe(experiment, dataset, splits, estimate_time=True))
+    print(plan.describe(experiment, dataset, splits, estimate_time=options.dry_run), flush=True)
+    if options.dry_run:
         return
-    print(lab.describe(experiment, dataset, splits), flush=True)
 
-    with lab.open_workdir(options.workdir, config, experiment.fingerprint) as workdir:
+    with workdir.open_workdir(
+        options.workdir, config, experiment.fingerprint, tensorboard=options.tensorboard
+    ) as opened:
         # Import or train the teacher, fold its batch norm, put its channels in order.
-        backbone = lab.prepare_backbone(workdir, experiment, splits)
+        backbone = backbones.prepare(opened, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.
-        params = lab.train_inr(workdir, experiment, splits, backbone, given)
-        path = lab.save_result(workdir, experiment, params)
+        params = inr.train(opened, experiment, splits, backbone, given, profile)
+        path = inr.save(opened, experiment, params)
     if not hosts.is_first():
         return
-    print(f"wrote {path} (sha256 {lab.file_digest(path)[:16]})")
-    idle = lab.find_idle(experiment, params, splits)
+    print(f"wrote {path} (sha256 {provenance.file_digest(path)[:16]})")
+    idle = inr.find_idle(experiment, params, splits)
     for line in diagnosis.describe_idle(experiment.hypernetwork, idle):
         print(line)
     evaluator = evaluations.make_evaluator(experiment, params, splits)
     ratios = experiment.evaluation.width_ratios
-    evaluations.evaluate_and_write(
-        pathlib.Path(options.workdir), experiment, evaluator, width_ratios=ratios
-    )
-    print(f"done in {format_seconds(time.perf_counter() - started)}")
+    evaluations.evaluate_and_write(path.parent, experiment, evaluator, width_ratios=ratios)
+    print(f"done in {provenance.format_seconds(time.perf_counter() - started)}")

@@ -22,6 +22,7 @@ from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Network, Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.runs import experiment as lab, training
+from neumeta_jax.runs.part import Part, Phase
 from neumeta_jax.runs.training import TrainState
 
 _SEED_OF_TRAINING, SEED_OF_ORDER = 4, 5  # parts of a run, see `experiment.phase_key`
@@ -164,7 +165,7 @@ class Run:
         and for random numbers.
         """
         baseline, experiment, splits = self.baseline, self.experiment, self.splits
-        images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
+        images = Images.of(splits.train_images, splits.train_labels)
         fields = ("batch_size", "learning_rate", "momentum", "weight_decay")
         recipe = training.TeacherRecipe(**{field: getattr(baseline, field) for field in fields})
         optimizer = training.teacher_optimizer(recipe, baseline.num_steps)
@@ -190,16 +191,19 @@ class Run:
             return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
 
         key = jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number)
-        part = lab.Part(self.workdir, experiment.run, name, name, key, images, baseline.num_steps)
-        state = part.train(
-            update,
-            fresh,
-            images_per_step=baseline.batch_size,
-            shown=("loss", "full_accuracy", "accuracy"),
-            rest=(network.fold(self.teacher) if distilled else {},),
+        part = Part(self.workdir, experiment.run, name, name, key, images, baseline.num_steps)
+        phase = Phase(
+            name,
+            0,
+            baseline.num_steps,
+            part.chunked(update, baseline.batch_size),
+            baseline.batch_size,
+            begin=lambda _: fresh(),
             locate=lambda state, step: "",
+            rest=(network.fold(self.teacher) if distilled else {},),
+            shown=("loss", "full_accuracy", "accuracy"),
         )
-        return state.params
+        return part.train([phase], jax.eval_shape(fresh))
 
 
 def joint_loss(

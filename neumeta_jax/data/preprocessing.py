@@ -6,7 +6,7 @@ run inside `jax.jit`, so that resuming needs no iterator state.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,10 @@ class Images(NamedTuple):
 
     images: jax.Array
     labels: jax.Array
+
+    @classmethod
+    def of(cls, images: Any, labels: Any) -> "Images":
+        return cls(jnp.asarray(images), jnp.asarray(labels))
 
 
 @dataclasses.dataclass(frozen=True)

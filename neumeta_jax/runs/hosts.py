@@ -19,30 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
-from neumeta_jax.commands.command_line import Flags
-from neumeta_jax.errors import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError
+from neumeta_jax.errors import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError, check
 
 START_SECONDS = 300  # how long a process waits for the others
 END_SECONDS = 24 * 3600  # the others wait while the first one evaluates
-
-
-FLAGS: Flags = {
-    "distributed": (
-        bool,
-        False,
-        "This is one of several processes, on every worker of a TPU pod or under Slurm or MPI.",
-    ),
-    "coordinator_address": (
-        str,
-        None,
-        "HOST:PORT of the first process, elsewhere than on a TPU pod.",
-    ),
-    "num_processes": (int, None, "How many there are."),
-    "process_id": (int, None, "Which one this is, from 0."),
-}
 
 
 def is_first() -> bool:
@@ -51,8 +33,14 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined(options: flags.FlagValues) -> Iterator[None]:
-    """Joins the other processes if `options` ask for it; the body is what they do together.
+def joined(
+    *,
+    distributed: bool = False,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Iterator[None]:
+    """Joins the other processes if a flag asks for it; the body is what they do together.
 
     A process that loses another, which is only noticed in the next step that they share, ends with
     one sentence and status 75: the same command on every host continues.
@@ -61,8 +49,8 @@ def joined(options: flags.FlagValues) -> Iterator[None]:
         UsageError: if the flags do not fit together, or the others do not come in time.
         Interrupted: if another process is gone.
     """
-    named = (options.coordinator_address, options.num_processes, options.process_id)
-    if not options.distributed and named == (None, None, None):
+    named = (coordinator_address, num_processes, process_id)
+    if not distributed and named == (None, None, None):
         yield
         return
     _start(*named)
@@ -87,19 +75,22 @@ def joined(options: flags.FlagValues) -> Iterator[None]:
 
 
 def _start(address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if address is None and (num_processes, process_id) != (None, None):
-        raise UsageError("--num_processes and --process_id need --coordinator_address=HOST:PORT.")
-    if address is not None:
-        if num_processes is None or process_id is None or ":" not in address:
-            raise UsageError(
-                "--coordinator_address=HOST:PORT needs --num_processes and --process_id, got "
-                f"{address}, {num_processes} and {process_id}."
-            )
-        if not 0 <= process_id < num_processes:
-            raise UsageError(
-                f"--process_id counts from 0 to {num_processes - 1}, got {process_id}; start the "
-                "processes with different ones."
-            )
+    if address is None:
+        check(
+            num_processes is None and process_id is None,
+            "--num_processes and --process_id need --coordinator_address=HOST:PORT.",
+        )
+    elif num_processes is None or process_id is None or ":" not in address:
+        raise UsageError(
+            "--coordinator_address=HOST:PORT needs --num_processes and --process_id, got "
+            f"{address}, {num_processes} and {process_id}."
+        )
+    else:
+        check(
+            0 <= process_id < num_processes,
+            f"--process_id counts from 0 to {num_processes - 1}, got {process_id}; start the "
+            "processes with different ones.",
+        )
     where = f"{num_processes} processes at {address}" if address else "the other workers"
     hint = f"start the same command on every host within {START_SECONDS} s"
     print(f"waiting for {where}; {hint}", flush=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from neumeta_jax.core.inr import describe_inr, make_inr
-from neumeta_jax.errors import UsageError
+from neumeta_jax.errors import check
 from neumeta_jax.runs.training import InrRecipe, TeacherRecipe
 
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
@@ -47,12 +47,11 @@ class Run:
     checkpoint_every: int = 500
 
     def __post_init__(self):
-        if self.channel_order not in CHANNEL_ORDERS:
-            raise UsageError(
-                f"channel_order must be one of {CHANNEL_ORDERS}, got {self.channel_order!r}."
-            )
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype must be float32 or bfloat16, got {self.dtype!r}.")
+        check(
+            self.channel_order in CHANNEL_ORDERS,
+            f"channel_order must be one of {CHANNEL_ORDERS}, got {self.channel_order!r}.",
+        )
+        check(self.dtype in DTYPES, f"dtype must be float32 or bfloat16, got {self.dtype!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +116,12 @@ class Evaluation:
     num_samples: int = 1
 
     def __post_init__(self):
-        if self.split not in SPLITS:
-            raise UsageError(f"eval.split must be test or validation, got {self.split!r}.")
-        if self.batch_size < 1 or self.num_samples < 1:
-            raise UsageError(
-                "eval.batch_size and eval.num_samples must be at least 1, got "
-                f"{self.batch_size} and {self.num_samples}."
-            )
+        check(self.split in SPLITS, f"eval.split must be test or validation, got {self.split!r}.")
+        check(
+            self.batch_size >= 1 and self.num_samples >= 1,
+            "eval.batch_size and eval.num_samples must be at least 1, got "
+            f"{self.batch_size} and {self.num_samples}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +146,7 @@ SECTIONS = {
     "eval": Evaluation,
 }
 # Options that earlier versions had, and the values with which nothing differed without them.
-_REMOVED = {"stream_weight": (0.0,), "skip_order": ("last",)}
+_REMOVED = {"stream_weight": 0.0, "skip_order": "last"}
 
 T = TypeVar("T")
 
@@ -180,15 +178,36 @@ def from_fields(cls: type[T], fields: Mapping[str, Any], name: str) -> T:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     where = f"The config section {name!r}" if name else "The config"
     for field, value in fields.items():
-        if field not in known:
-            close = difflib.get_close_matches(field, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {list(known)}."
-            raise UsageError(f"{where} has no field {field!r}; {hint}")
+        close = difflib.get_close_matches(field, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {list(known)}."
+        check(field in known, f"{where} has no field {field!r}; {hint}")
         wanted, given = (int if type(v) is float else type(v) for v in (known[field], value))
-        if wanted is not given:
-            shown = ascii(value)[:80]
-            raise UsageError(f"{where} must have {field} like {known[field]!r}, got {shown}.")
+        shown = ascii(value)[:80]
+        check(wanted is given, f"{where} must have {field} like {known[field]!r}, got {shown}.")
     return cls(**fields)
+
+
+def sections(config: Mapping[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """(what lies in no section, the values of `SECTIONS` by name) of a config.
+
+    Raises:
+        UsageError: for a section that no run reads, one that is none, and as `from_fields`.
+    """
+    unread = {name for name, value in config.items() if isinstance(value, Mapping)}
+    unread -= {*SECTIONS, "inr", "baseline"}
+    check(
+        not unread,
+        f"The config must have the sections {', '.join(SECTIONS)} and inr, got "
+        f"{', '.join(sorted(map(ascii, unread)))} too; leave out what no run reads.",
+    )
+    for name in (*SECTIONS, "inr"):
+        check(
+            isinstance(config[name], Mapping),
+            f"The config's {name} must be a section with fields, got {config[name]!r:.80}.",
+        )
+    alone = {name: value for name, value in config.items() if not isinstance(value, Mapping)}
+    found = {name: from_fields(cls, config[name], name) for name, cls in SECTIONS.items()}
+    return from_fields(Run, alone, ""), found
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,13 +226,13 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     train = result.get("train")
     if isinstance(train, dict):
         for field, neutral in _REMOVED.items():
-            value = train.pop(field, neutral[0])
+            value = train.pop(field, neutral)
             skips = field != "skip_order" or train["skip_blocks"]
-            if skips and value not in neutral:
-                raise UsageError(
-                    f"train.{field} must be {neutral[0]!r}, as this version has no other, got "
-                    f"{value!r}; use the version that the run was made with."
-                )
+            check(
+                value == neutral or not skips,
+                f"train.{field} must be {neutral!r}, as this version has no other, got "
+                f"{value!r}; use the version that the run was made with.",
+            )
     if isinstance(config.get("inr"), Mapping) and "kind" in config["inr"]:
         result["inr"] = describe_inr(make_inr(**config["inr"]))
     return result
