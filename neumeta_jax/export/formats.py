@@ -3,18 +3,12 @@
     network = Network(*draw(family, params, widths), Normalization(mean, std))
     equivalence = export("half.onnx", network, images, format="onnx")
 
-| format | content | images |
-|---|---|---|
-| safetensors | the folded tree; in the header its spec, mean and std (`safetensors.load`) | |
-| torch | a state_dict for a CIFAR ResNet whose blocks take hidden widths (`torch_state`) | NCHW |
-| onnx | a float32 graph of opset 13 with its spec, mean and std as metadata | NCHW |
-| stablehlo | one `jax.export` artefact for cpu, cuda and tpu | NHWC |
-| litert | a LiteRT (TensorFlow Lite) file with the metadata of onnx | NHWC |
+Each format is a module, and a line of `FORMATS`, by which `write` takes the arguments in brackets:
 
-Batches are of any size. Neither PyTorch nor TensorFlow is needed. Each format is a module with
-
-    write(path, network)     and, by its line in `FORMATS`, normalize=True and calibration=images
+    write(path, network[, normalize=True][, calibration=images])
     read(path)               images NHWC, as the file takes them -> logits
+
+Batches are of any size. Neither PyTorch nor TensorFlow is needed.
 """
 
 import importlib.util
@@ -79,12 +73,7 @@ FULL_INT8_TOLERANCE = 0.5
 NUM_CALIBRATION_IMAGES = 512
 
 
-def names(condition: Callable[[Format], Any]) -> str:
-    """The formats that `condition` holds for, for a message.
-
-    >>> names(lambda format: format.any_network)
-    'safetensors, stablehlo'
-    """
+def _names(condition: Callable[[Format], Any]) -> str:
     return ", ".join(name for name, format in FORMATS.items() if condition(format))
 
 
@@ -143,20 +132,20 @@ def check_format(
     # Nor into the weights: the first convolution pads normalised images with zeros, no pixels.
     check(
         format.graph or not normalize,
-        f"--normalize is for {names(lambda f: f.graph)}, got {name}, which holds weights and no "
+        f"--normalize is for {_names(lambda f: f.graph)}, got {name}, which holds weights and no "
         "computation; normalise images before the network.",
     )
     check(int8 in (None, *INT8), f"--int8 is one of {', '.join(INT8)} or absent, got {int8!r}.")
     check(
         int8 is None or int8 in format.int8,
-        f"--int8={int8} is for {names(lambda f: int8 in f.int8)}, got {name}; choose another "
+        f"--int8={int8} is for {_names(lambda f: int8 in f.int8)}, got {name}; choose another "
         "--format.",
     )
     if spec is not None and not isinstance(spec, ResNetSpec):
         check(
             format.any_network,
             f"--format={name} is written for CIFAR ResNets; a {spec.title} is exported as one of "
-            f"{names(lambda f: f.any_network)}.",
+            f"{_names(lambda f: f.any_network)}.",
         )
     return format
 
@@ -164,10 +153,8 @@ def check_format(
 def check_writable(path: str | os.PathLike) -> None:
     """Raises unless a file can be put at `path`, which --out gave."""
     path = pathlib.Path(path)
-    check(
-        path.is_file() or not path.exists(),
-        f"--out must name a file, but {path} is something else; choose another.",
-    )
+    known = path.is_file() or not path.exists()
+    check(known, f"--out must name a file, but {path} is something else; choose another.")
     probe = path.with_name(f"{path.name}.partial")
     with storage.writing(path):
         probe.touch()
@@ -181,12 +168,9 @@ def logits_of_file(
     format: str,
     normalization: Normalization | None = None,
 ) -> np.ndarray:
-    """Logits float32[images, classes] of an exported file, by its format's own reader.
+    """Logits float32[images, classes] of a file on uint8 images NHWC, by its format's own reader.
 
-    Args:
-        images: uint8[images, size, size, channels].
-        format: of the file.
-        normalization: of the images, unless the file normalises by itself.
+    `normalization` is that of the images, unless the file normalises by itself.
     """
     return run(FORMATS[format].module.read(path), images, normalization)
 

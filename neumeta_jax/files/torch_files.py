@@ -58,15 +58,11 @@ class _RefusalError(Exception):
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a network file under their names, as NumPy arrays.
+    """The tensors of a `.pt`, `.pth`, `.th`, `.safetensors` or `.npz` file under their names.
 
-    A state_dict that lies in a checkpoint under one of the usual names ("state_dict", "model",
-    "net", "model_ema", "ema", ...) is found there; whatever is no tensor (epoch, accuracy, ...) and
-    the counter of an averaged model are left out; the prefixes of wrappers ("module.", ...) are
-    stripped where all names share them.
-
-    Args:
-        path: a `.pt`, `.pth` or `.th` file (both formats of torch.save), `.safetensors` or `.npz`.
+    A state_dict in a checkpoint is found under the usual names ("state_dict", "model", "net",
+    "model_ema", ...); what is no tensor (epoch, accuracy, ...) and the counter of an averaged model
+    are left out; prefixes of wrappers ("module.", ...) are stripped where all names share them.
 
     Returns:
         Contiguous arrays in the stored types, but float16 and bfloat16 as float32.
@@ -211,8 +207,7 @@ class _Tensor(NamedTuple):
         record = read_record(key)
         if len(record) != record_size * dtype.itemsize:
             raise ValueError(
-                f"the storage {show(key)} has {len(record)} bytes for {record_size} elements of "
-                f"{dtype.itemsize} bytes"
+                f"the storage {show(key)} has {len(record)} bytes for {record_size} of {dtype}"
             )
         if 0 in self.shape:
             return _native(np.empty(self.shape, dtype))
@@ -354,13 +349,10 @@ def _load_legacy(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
         raise _RefusalError(
             "is a pickle, but not a PyTorch checkpoint; pass a file that torch.save wrote."
         )
-    protocol, _ = _unpickle(stream)
-    if protocol != _LEGACY_PROTOCOL:
-        # The type alone of a container, whose printing may take for ever.
-        simple = isinstance(protocol, int | float | str)
+    if _unpickle(stream)[0] != _LEGACY_PROTOCOL:  # not shown: to print it may take for ever
         raise _RefusalError(
-            f"has version {show(protocol) if simple else type(protocol).__name__} of PyTorch's old "
-            f"format, where {_LEGACY_PROTOCOL} is read; save it again with a current PyTorch."
+            f"has another version of PyTorch's old format than {_LEGACY_PROTOCOL}, which is read; "
+            "save it again with a current PyTorch."
         )
     system, _ = _unpickle(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -375,12 +367,11 @@ def _load_legacy(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
         (size,) = struct.unpack_from("<q", content, position)
         begin = position + 8
         position = begin + storage.record_size * storage.dtype.itemsize
-        if size != storage.record_size or position > len(content):
+        if size != storage.record_size:
             raise ValueError(
-                f"the storage {show(key)} has {size} elements of {storage.record_size}, and "
-                f"{len(content) - begin} bytes are left"
+                f"the storage {show(key)} of {size} for {storage.record_size} elements"
             )
-        records[key] = content[begin:position]
+        records[key] = content[begin:position]  # shorter at the end of the file, as `read` will see
     return loaded, records.__getitem__
 
 
