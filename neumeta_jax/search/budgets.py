@@ -31,7 +31,7 @@ class Space:
     choices: tuple[Widths, ...]
 
     def widths(self, genes: Sequence[int]) -> Widths:
-        return tuple(self.choices[b][gene] for b, gene in enumerate(genes))
+        return tuple(map(tuple.__getitem__, self.choices, genes))
 
     def genes(self, widths: Sequence[int]) -> list[int]:
         return list(map(tuple.index, self.choices, widths))

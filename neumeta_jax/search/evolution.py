@@ -2,13 +2,11 @@
 
 As in Once-for-all (Cai et al. 2020, arXiv 1908.09791, section 3.4) the best quarter of a
 population's size are parents, half of the children are mutated and half crossed, and none breaks a
-budget. It differs in two ways. Accuracies are measured, not predicted, since a network is generated
-in a fraction of its forward pass and needs no calibration; and what a child breaks is repaired by
-narrowing, what it leaves of the budget is used up in half of the cases, so that few children are
-thrown away and the edge of the budget, where the best ones lie, is searched (a fifth of the
-children come from anywhere on the front, for the sake of the table). Age plays no role as it does
-in regularised evolution (Real et al. 2019): it guards against lucky evaluations, but here a network
-gets the same accuracy whenever it is evaluated.
+budget. But accuracies are measured, not predicted, since a network is generated in a fraction of
+its forward pass and needs no calibration; a child beyond a budget is narrowed, half of the others
+use it up, so that its edge is searched, where the best ones lie; and a fifth of the children come
+from anywhere on the front, for the sake of the table. Age plays no role, unlike in regularised
+evolution (Real et al. 2019): a network gets the same accuracy whenever it is evaluated.
 """
 
 import dataclasses
@@ -46,11 +44,7 @@ class Candidate(NamedTuple):
 
 
 def rank(family: Family, widths: Widths, score: Score) -> tuple:
-    """The better one of two networks has the smaller rank.
-
-    Equal accuracies, of which 2,000 images allow 2,001, are decided by the smaller loss, and equal
-    losses by fewer multiply-adds.
-    """
+    """Of the better network it is smaller: by accuracy, loss, and then multiply-adds."""
     return -score.accuracy, score.loss, family.num_macs(widths)
 
 

@@ -44,21 +44,17 @@ def milliseconds(family: Family, widths: Sequence[int], *, batch: int, dtype: st
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """{"p50_ms", "p90_ms", "calls"} of the times of single calls.
+    """Of the times of single calls.
 
     >>> percentiles([0.001, 0.002, 0.003])
     {'p50_ms': 2.0, 'p90_ms': 2.8, 'calls': 3}
     """
-    p50, p90 = np.percentile(seconds, (50, 90))
-    rounded = {"p50_ms": round(1e3 * float(p50), 4), "p90_ms": round(1e3 * float(p90), 4)}
-    return {**rounded, "calls": len(seconds)}
+    p50, p90 = (1e3 * np.percentile(seconds, (50, 90))).round(4).tolist()
+    return {"p50_ms": p50, "p90_ms": p90, "calls": len(seconds)}
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that XLA reserves for one call: weights, images, logits and temporary buffers.
-
-    None where the backend does not say. The program itself and the runtime are not in it.
-    """
+    """Bytes that XLA reserves for one call, its program left out; None if it does not say."""
     found = compiled.memory_analysis()
     if found is None:
         return None
@@ -84,18 +80,15 @@ def measure(
         networks: what to measure.
         batch_sizes: images per call.
         rounds: calls of each network, batch size and runtime.
-        writers: of the formats whose files are measured; what "onnx" writes is also run, in
-            onnxruntime on the CPU.
+        writers: of the formats whose files are measured; what "onnx" writes is also run on the CPU.
         key, num_samples: of the noise that the networks are generated with.
 
     Returns:
-        {"name", "width_ratio", "widths", "num_params", "num_macs",
-         "latency": {"jax" or "onnxruntime": {batch: `percentiles`}},
-         "memory_bytes": {batch: `peak_memory` in JAX},
-         "file_bytes": by format,
-         "switch_ms": what a change to this network costs: "generate" (by a program that serves all
-            sizes, and the cut to this one), then "compile" (JAX, the smallest batch) or
-            "onnxruntime" (writing the graph and loading it)}.
+        The fields of `Network`, "num_params", "num_macs", "latency" ({"jax" or "onnxruntime":
+        {batch: `percentiles`}}), "memory_bytes" ({batch: `peak_memory` in JAX}), "file_bytes" by
+        format, and "switch_ms", what a change to this network costs: "generate" (by a program that
+        serves all sizes, and the cut to this one), then "compile" (JAX, the smallest batch) or
+        "onnxruntime" (writing the graph and loading it).
     """
     largest = np.max([family.full_widths, *(n.widths for n in networks)], axis=0).tolist()
     options = {"sizes": largest, "key": key, "num_samples": num_samples}
@@ -151,19 +144,15 @@ def _write(name: str, write: Writer, size: Size, params: Params) -> tuple[bytes,
 
 def table_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each network, runtime and batch size."""
-    kept = ("name", "width_ratio", "num_params", "num_macs", "widths")
-    return [
-        {
-            **{name: row[name] for name in kept},
-            "runtime": runtime,
-            "batch": batch,
-            **found,
-            "memory_bytes": row["memory_bytes"].get(batch) if runtime == "jax" else None,
-        }
-        for row in rows
-        for runtime, batches in row["latency"].items()
-        for batch, found in batches.items()
-    ]
+    table = []
+    for row in rows:
+        kept = {n: row[n] for n in ("name", "width_ratio", "num_params", "num_macs", "widths")}
+        for runtime, batches in row["latency"].items():
+            memory = row["memory_bytes"] if runtime == "jax" else {}
+            for batch, found in batches.items():
+                called = {"runtime": runtime, "batch": batch, **found}
+                table.append({**kept, **called, "memory_bytes": memory.get(batch)})
+    return table
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
