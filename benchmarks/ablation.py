@@ -12,7 +12,6 @@ seed of the chosen rows that DIR has; the table has their means.
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import pathlib
@@ -24,8 +23,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neumeta_jax.commands import command_line
-from neumeta_jax.errors import UsageError
+from neumeta_jax.errors import check
 from neumeta_jax.files import storage
+from neumeta_jax.report.tables import table
 from neumeta_jax.runs import experiment as lab
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -51,11 +51,11 @@ def plan(
         UsageError: for arguments that no row takes, or a folder made with others.
     """
     for arg in overrides:
-        if re.match(r"--?(config(=|$)|config\.seed\b|workdir\b|dry_run\b)", arg):
-            raise UsageError(
-                f"After -- come overrides --config.field=value, got {arg!r}; configs, seeds and "
-                "work directories of the rows are set here."
-            )
+        check(
+            not re.match(r"--?(config(=|$)|config\.seed\b|workdir\b|dry_run\b)", arg),
+            f"After -- come overrides --config.field=value, got {arg!r}; configs, seeds and work "
+            "directories of the rows are set here.",
+        )
     commands = {}
     for seed in seeds:
         for row in rows:
@@ -106,17 +106,20 @@ def collect(workdir: pathlib.Path, rows: Mapping[str, str]) -> list[dict[str, An
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table: means over the seeds of a row, accuracies in percent."""
-    columns = [name for name in lines[0] if name.startswith("accuracy_")]
-    header = ["row", "", *(name.removeprefix("accuracy_") for name in columns)]
-    header += ["INR parameters", "seeds"]
-    table = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    columns, cells = [name for name in lines[0] if name.startswith("accuracy_")], []
     for row in dict.fromkeys(line["row"] for line in lines):
         runs = [line for line in lines if line["row"] == row]
-        means = [f"{100 * statistics.mean(run[name] for run in runs):.1f}" for name in columns]
-        seeds = ", ".join(str(run["seed"]) for run in runs)
-        size = f"{runs[0]['num_inr_params']:,}"
-        table.append([row, runs[0]["description"], *means, size, seeds])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+        means = {name: statistics.mean(run[name] for run in runs) for name in columns}
+        cells.append(
+            {
+                "row": row,
+                "": runs[0]["description"],
+                **{name.removeprefix("accuracy_"): f"{100 * means[name]:.1f}" for name in columns},
+                "INR parameters": f"{runs[0]['num_inr_params']:,}",
+                "seeds": ", ".join(str(run["seed"]) for run in runs),
+            }
+        )
+    return table(cells, left=2)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,24 +135,21 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(arguments[:place])
 
     known = load_rows()
-    rows = [row.strip() for row in args.rows.split(",") if row.strip()] or list(known)
+    rows = list(dict.fromkeys(args.rows.split(","))) if args.rows else list(known)
     unknown = [row for row in rows if row not in known]
-    if unknown:
-        raise UsageError(f"--rows must be among {', '.join(known)}, got {', '.join(unknown)}.")
-    seeds = args.seeds.split(",")
-    if not all(seed.strip().isdigit() for seed in seeds):
-        raise UsageError(f"--seeds takes whole numbers with commas between, got {args.seeds!r}.")
-    rows = list(dict.fromkeys(rows))
-    seeds = list(dict.fromkeys(map(int, seeds)))
+    check(not unknown, f"--rows must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    seeds = list(dict.fromkeys(args.seeds.split(",")))
+    check(
+        all(map(str.isdigit, seeds)),
+        f"--seeds takes whole numbers with commas between, got {args.seeds!r}.",
+    )
+    seeds = list(map(int, seeds))
     failed = run_all(plan(args.workdir, rows, seeds, arguments[place + 1 :]))
 
     lines = collect(args.workdir, {row: known[row][0] for row in rows})
     if lines:
         path = args.workdir / "ablation.csv"
-        with storage.replacing(path) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+        storage.write_csv(path, storage.as_table(lines))
         print(f"\ntop-1 in % on the {lines[0]['split']} split by width ratio, means over seeds\n")
         print(markdown(lines))
         print(f"\nwrote {path}", flush=True)

@@ -16,10 +16,9 @@ Writes inr_kinds_resnet<depth>.json and .md to --out.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,11 +28,12 @@ import numpy as np
 from neumeta_jax.commands.command_line import run
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
-from neumeta_jax.errors import UsageError
+from neumeta_jax.errors import check
 from neumeta_jax.evaluation import timing
+from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import versions
 from neumeta_jax.networks import cifar_resnet, cifar_spec
-from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.report.tables import table
 
 NUM_IMAGES = 10_000
 KINDS: dict[str, tuple[str, INR]] = {
@@ -46,10 +46,7 @@ KINDS: dict[str, tuple[str, INR]] = {
         PerTensorMLP(hidden_width=256, num_layers=4, num_frequencies=16, activation="relu"),
     ),
     "grid_cell": ("values averaged over cells, linear in the width", Grid(num_terms=2)),
-    "grid_nested": (
-        "the first channels of learned values",
-        Grid(num_terms=1, resampling="nested"),
-    ),
+    "grid_nested": ("the first channels of learned values", Grid(1, resampling="nested")),
     "projection": ("learned values, projected", Projection()),
     "projection_modulated": (
         "learned values, projected, a factor of each kernel linear in the width",
@@ -58,133 +55,96 @@ KINDS: dict[str, tuple[str, INR]] = {
 }
 
 
-def measure(
-    name: str,
-    family: ResNetHypernetwork,
-    backbone: Any,
-    forward: Callable[[], Any],
-    *,
-    batch_size: int,
-    repeats: int,
-) -> dict[str, Any]:
-    """One line of the table; `forward` runs one batch."""
+def measure(name: str, spec: Any, backbone: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a kind."""
+    description, inr = KINDS[name]
+    blocks = cifar_spec.generated_blocks(spec, "inner")
+    family = cifar_resnet.hypernetwork(spec, blocks, inr)
     params = jax.jit(hyper.init, static_argnums=1)(jax.random.key(0), family, backbone)
-    full = np.array(family.full_widths)
+    images = jax.random.normal(jax.random.key(1), (args.batch_size, *spec.input_shape))
+    _, network = timing.compiled(lambda p, x: cifar_resnet.apply(spec, p, x), backbone, images)
     rng = np.random.default_rng(0)
 
     def random_widths():
-        ratio = rng.uniform(0.5, 1.0)
-        return jnp.asarray(np.maximum(1, np.floor(ratio * full + 0.5)), jnp.int32)
+        return jnp.asarray(family.widths(rng.uniform(0.5, 1.0)))
 
     compile_seconds, generate = timing.compiled(
-        lambda p, w: hyper.generate(family, p, w), params, random_widths()
+        lambda params, widths: hyper.generate(family, params, widths), params, random_widths()
     )
-    calls = {"generation": lambda: generate(params, random_widths()), "forward": forward}
-    times = timing.in_turns(calls, repeats)
+    times = timing.in_turns(
+        {
+            "generation": lambda: generate(params, random_widths()),
+            "forward": lambda: network(backbone, images),
+        },
+        args.repeats,
+    )
     generation = statistics.median(times["generation"])
-    forward_pass = statistics.median(times["forward"]) * NUM_IMAGES / batch_size
+    forward = statistics.median(times["forward"]) * NUM_IMAGES / args.batch_size
     num_inr = hyper.num_inr_params(params)
     return {
         "name": name,
-        "description": KINDS[name][0],
-        "inr": describe_inr(family.inr),
+        "description": description,
+        "inr": describe_inr(inr),
         "num_inr_params": num_inr,
-        "networks": num_inr / family.spec.num_params,
+        "networks": num_inr / spec.num_params,
         "generation_seconds": generation,
-        "forward_seconds": forward_pass,
-        "generation_to_forward": generation / forward_pass,
+        "forward_seconds": forward,
+        "generation_to_forward": generation / forward,
         "compile_seconds": compile_seconds,
-        "repeats": repeats,
     }
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    header = (
-        "INR",
-        "",
-        "parameters",
-        "networks",
-        "generation s",
-        f"generation / forward pass of {NUM_IMAGES:,} images",
-        "compilation s",
-    )
-    lines = [header, ("---", "---", *("---:",) * 5)]
-    for row in rows:
-        lines.append(
-            (
-                row["name"],
-                row["description"],
-                f"{row['num_inr_params']:,}",
-                f"{row['networks']:.2f}",
-                f"{row['generation_seconds']:.3g}",
-                f"{row['generation_to_forward']:.2g}",
-                f"{row['compile_seconds']:.1f}",
-            )
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    ratio = f"generation / forward pass of {NUM_IMAGES:,} images"
+    cells = [
+        {
+            "INR": row["name"],
+            "": row["description"],
+            "parameters": f"{row['num_inr_params']:,}",
+            "networks": f"{row['networks']:.2f}",
+            "generation s": f"{row['generation_seconds']:.3g}",
+            ratio: f"{row['generation_to_forward']:.2g}",
+            "compilation s": f"{row['compile_seconds']:.1f}",
+        }
+        for row in rows
+    ]
+    return table(cells, left=2)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6n + 2")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the results")
-    parser.add_argument("--kinds", default="", help="names with commas between; default all")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="names with commas between")
     parser.add_argument("--repeats", type=int, default=20, help="generations of a kind")
     parser.add_argument("--batch_size", type=int, default=500, help="of the forward pass")
     args = parser.parse_args(list(argv[1:]))
-    names = [name.strip() for name in args.kinds.split(",") if name.strip()] or list(KINDS)
+    names = args.kinds.split(",")
     unknown = [name for name in names if name not in KINDS]
-    if unknown:
-        raise UsageError(f"--kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}.")
-    if min(args.repeats, args.batch_size) < 1:
-        raise UsageError(
-            f"--repeats and --batch_size must be at least 1, got {args.repeats} and "
-            f"{args.batch_size}."
-        )
-    args.out.mkdir(parents=True, exist_ok=True)
+    check(not unknown, f"--kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}.")
+    for name in ("repeats", "batch_size"):
+        check(getattr(args, name) >= 1, f"--{name} must be at least 1, got {getattr(args, name)}.")
     # A compilation that is read from a cache would be timed as one.
     jax.config.update("jax_enable_compilation_cache", False)
 
-    spec = cifar_spec.resnet_spec(args.depth, num_classes=100)
-    blocks = cifar_spec.generated_blocks(spec, "inner")
+    spec, rows = cifar_spec.resnet_spec(args.depth, num_classes=100), []
     backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(jax.random.key(0), spec)
-    shape = (args.batch_size, spec.image_size, spec.image_size, spec.channels)
-    images = jax.random.normal(jax.random.key(1), shape)
-    _, network = timing.compiled(lambda p, x: cifar_resnet.apply(spec, p, x), backbone, images)
-
-    rows = []
     for name in names:
-        rows.append(
-            measure(
-                name,
-                cifar_resnet.hypernetwork(spec, blocks, inr=KINDS[name][1]),
-                backbone,
-                lambda: network(backbone, images),
-                batch_size=args.batch_size,
-                repeats=args.repeats,
-            )
-        )
+        rows.append(measure(name, spec, backbone, args))
         print(f"{name}: {rows[-1]['generation_seconds']:.3g} s", flush=True)
 
-    versions = lab.versions()
-    document = {
-        "depth": args.depth,
-        "num_params": spec.num_params,
-        "num_blocks": len(blocks),
-        "batch_size": args.batch_size,
-        "rows": rows,
-        "versions": versions,
-    }
-    note = (
-        f"ResNet{args.depth}, 100 classes, {spec.num_params:,} parameters, {len(blocks)} generated "
-        f"blocks; {versions['devices']}. Medians of {args.repeats} generations at random "
+    document = {"depth": args.depth, "num_params": spec.num_params, "versions": versions()}
+    document |= {"batch_size": args.batch_size, "repeats": args.repeats, "rows": rows}
+    text = (
+        f"{markdown(rows)}\n\nResNet{args.depth}, 100 classes, {spec.num_params:,} parameters; "
+        f"{document['versions']['devices']}. Medians of {args.repeats} generations at random "
         f"widths, after compilation, and of as many forward passes of {args.batch_size} images, "
-        f"which took turns; the latter are scaled to {NUM_IMAGES:,} images."
+        f"which took turns; the latter are scaled to {NUM_IMAGES:,} images.\n"
     )
-    text = f"{markdown(rows)}\n\n{note}\n"
     path = args.out / f"inr_kinds_resnet{args.depth}"
-    path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
+    args.out.mkdir(parents=True, exist_ok=True)
+    storage.write_json(path.with_suffix(".json"), document)
+    storage.write_text(path.with_suffix(".md"), text)
     print(f"\n{text}\nwrote {path}.json and .md")
 
 

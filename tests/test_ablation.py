@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Fails where it is told to.
 STUB = """
 import json, pathlib, sys
-from neumeta_jax import command_line
+from neumeta_jax.commands import command_line
 flags = {"workdir": (str, "", "")}
 config, options = command_line.parse(sys.argv, flags, config_required=True)
 workdir = pathlib.Path(options.workdir)
