@@ -16,7 +16,6 @@ with status 0 if all is the same, else with 1; writes interruptions.json to DIR.
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import pathlib
 import shutil
@@ -24,10 +23,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import file_digest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.001
@@ -38,8 +40,7 @@ class Run:
     """train.py as a process of its own; what it prints is appended to a log."""
 
     def __init__(self, workdir: pathlib.Path, arguments: Sequence[str]):
-        self.workdir = workdir
-        self.started = time.monotonic()
+        self.workdir, self.started = workdir, time.monotonic()
         self.log = workdir.with_name(f"{workdir.name}.log")
         # The lock file tells when the run has opened its directory; an old one would not.
         (workdir / "lock").unlink(missing_ok=True)
@@ -71,65 +72,32 @@ class Run:
         """Checkpoints that this process is writing at this moment, or was when it was killed."""
         return self._partial_checkpoints() - self.left_over
 
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+    def kill(self, ready: Callable[[], bool]) -> str:
+        """Kills it once it is `ready`, and returns where it was; "" if it ended before."""
+        if not self.wait_until(ready):
+            return ""
+        self.process.kill()
+        if self.process.wait() != -signal.SIGKILL:
+            return ""
+        return self.position() + (", inside a save" if self.saves() else "")
 
-    def finish(self) -> float:
-        """Seconds from the start to the end, which must be a good one."""
+    def position(self) -> str:
+        """Part and step of the last line of metrics.jsonl."""
+        try:
+            line = json.loads((self.workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        except (FileNotFoundError, IndexError, ValueError):
+            return "before the first line of metrics"
+        return f"after the line of {line['part']} step {line['step']}"
+
+    def finish(self) -> None:
+        """Waits for its end, which must be a good one."""
         if self.process.wait():
             raise SystemExit(f"train.py failed with {self.process.returncode}; see {self.log}.")
-        return time.monotonic() - self.started
-
-
-def position(workdir: pathlib.Path) -> str:
-    """Part and step of the last line of metrics.jsonl."""
-    try:
-        line = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    except (FileNotFoundError, IndexError, ValueError):
-        return "before the first line of metrics"
-    return f"after the line of {line['part']} step {line['step']}"
-
-
-def kill_at_random(run: Run, rng: np.random.Generator, seconds: float, *, in_save: bool) -> str:
-    """Kills `run` and returns where it was; "" if it ended before.
-
-    Args:
-        run: just started.
-        rng: chooses the moment.
-        seconds: how long such a run lasts once it has opened its directory.
-        in_save: whether to kill it inside one of its next saves.
-    """
-    if in_save:
-        seen: set[tuple[str, int]] = set()
-        pending = int(rng.integers(1, 4))
-
-        def in_the_chosen_save():
-            nonlocal pending
-            new = run.saves() - seen
-            seen.update(new)
-            pending -= len(new)
-            return pending <= 0
-
-        if not run.wait_until(in_the_chosen_save):
-            return ""
-    else:
-        run.wait_until(run.opened)
-        stop = time.monotonic() + rng.uniform(0, seconds)
-        if not run.wait_until(lambda: time.monotonic() >= stop):
-            return ""
-    run.kill()
-    if run.process.returncode != -signal.SIGKILL:
-        return ""
-    saving = ", inside a save" if run.saves() else ""
-    return position(run.workdir) + saving
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any]:
     """All of a finished run that no interruption may change."""
-    found: dict[str, Any] = {}
-    for name in FILES:
-        found[name] = hashlib.sha256((workdir / name).read_bytes()).hexdigest()
+    found: dict[str, Any] = {name: file_digest(workdir / name) for name in FILES}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in x.items() if k != "images_per_second"} for x in lines]
     found["grid"] = json.loads((workdir / "grid.json").read_text())["rows"]
@@ -146,44 +114,54 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return differing
 
 
+def moment(run: Run, rng: np.random.Generator, seconds: float, in_save: bool) -> Callable[[], bool]:
+    """Whether a moment drawn at random has come: within `seconds`, or inside one of three saves."""
+    if in_save:
+        seen: set[tuple[str, int]] = set()
+        number = int(rng.integers(1, 4))
+
+        def inside():
+            seen.update(run.saves())
+            return len(seen) >= number
+
+        return inside
+    run.wait_until(run.opened)
+    stop = time.monotonic() + rng.uniform(0, seconds)
+    return lambda: time.monotonic() >= stop
+
+
 def interrupt(
     workdir: pathlib.Path,
     arguments: Sequence[str],
     *,
-    kills: int,
-    saves: int,
+    kills: Sequence[bool],
     seconds: float,
-    seed: int = 0,
-    on_end: Callable[[pathlib.Path], None],
-) -> list[str]:
-    """Kills a run `kills` times, then lets it end; returns where it was each time.
+    seed: int,
+) -> Iterator[str]:
+    """Kills a run at random, then lets it end; yields where it was, "" whenever it has ended.
 
     Args:
         workdir: of the run; deleted before it is begun and each time that it has ended.
         arguments: of train.py, beside --workdir.
-        kills: how often; `saves` of them inside a save, at random places of the sequence.
-        seconds: see `kill_at_random`.
+        kills: which are to be inside a save, in an order that is drawn.
+        seconds: how long such a run lasts once it has opened its directory.
         seed: of all that is random.
-        on_end: called with the directory of each run that has ended.
     """
     rng = np.random.default_rng(seed)
-    in_saves = rng.permutation(np.arange(kills) < saves)
-    places: list[str] = []
+    waiting = rng.permutation(kills).tolist()
     shutil.rmtree(workdir, ignore_errors=True)
     while True:
         run = Run(workdir, arguments)
-        if len(places) == kills:
-            run.finish()
-            on_end(workdir)
-            return places
-        place = kill_at_random(run, rng, seconds, in_save=bool(in_saves[len(places)]))
+        place = run.kill(moment(run, rng, seconds, waiting[0])) if waiting else ""
         if place:
-            places.append(place)
-            print(f"kill {len(places)} of {kills}: {place}", flush=True)
-        else:
-            run.finish()
-            on_end(workdir)
-            shutil.rmtree(workdir)
+            waiting.pop(0)
+            yield place
+            continue
+        run.finish()
+        yield ""
+        if not waiting:
+            return
+        shutil.rmtree(workdir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,25 +189,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.wait_until(run.opened)
     opened = time.monotonic()
     run.finish()
-    seconds = time.monotonic() - opened
-    wanted = result(out / "reference")
+    seconds, wanted = time.monotonic() - opened, result(out / "reference")
     print(f"reference: {seconds:.1f} s after it opened its directory", flush=True)
 
-    compared: list[list[str]] = []
-
-    def compare(workdir):
-        compared.append(differences(result(workdir), wanted))
-        print(f"run {len(compared)} ended; different: {compared[-1] or 'nothing'}", flush=True)
-
-    places = interrupt(
-        out / "interrupted",
-        arguments,
-        kills=args.kills,
-        saves=saves,
-        seconds=seconds,
-        seed=args.seed,
-        on_end=compare,
-    )
+    places, compared = [], []
+    kills = [number < saves for number in range(args.kills)]
+    options = {"kills": kills, "seconds": seconds, "seed": args.seed}
+    for place in interrupt(out / "interrupted", arguments, **options):
+        if place:
+            places.append(place)
+            print(f"kill {len(places)} of {args.kills}: {place}", flush=True)
+        else:
+            compared.append(differences(result(out / "interrupted"), wanted))
+            print(f"run {len(compared)} ended; different: {compared[-1] or 'nothing'}", flush=True)
     same = not any(compared)
     document = {
         "date": datetime.date.today().isoformat(),
@@ -242,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.monotonic() - began, 1),
         "versions": json.loads((out / "reference" / "versions.json").read_text()),
     }
-    (out / "interruptions.json").write_text(json.dumps(document, indent=1) + "\n")
+    storage.write_json(out / "interruptions.json", document)
     inside = sum(place.endswith("save") for place in places)
     verdict = "all runs ended with the same bits" if same else f"runs differ: {compared}"
     print(f"{len(places)} kills, {inside} of them inside a save, {len(compared)} runs: {verdict}")
