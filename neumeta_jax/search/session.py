@@ -10,7 +10,7 @@ winner and the best uniform network only.
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,6 @@ from neumeta_jax.search.record import Record
 NUM_FINALISTS = 20
 NUM_UNIFORM_FINALISTS = 5
 MAX_CONTAINERS = 16
-_COUNTS = ("num_params", "num_macs")
-_CPU_BATCH_SIZE = 50  # what the layers pass on stays in the cache; 500 took 1.2 times as long
 
 
 def add_containers(
@@ -83,7 +81,7 @@ class Session:
     space: Space
     uniform: Sequence[Widths]
     costs: list[Cost]
-    evaluators: Mapping[str, Evaluator]
+    evaluators: dict[str, Evaluator]
     options: Any
 
     def search(self) -> dict[str, Widths]:
@@ -92,21 +90,17 @@ class Session:
         archive, facts, uniform = self.record.archive, self.record.facts, set(self.uniform)
         # The estimate of a latency may be too low for all, but the smallest network was measured.
         finalists = self._finalists(archive, NUM_FINALISTS) or [self.space.ends[0]]
-        even = self._finalists(
-            (candidate for candidate in archive if candidate.widths in uniform),
-            NUM_UNIFORM_FINALISTS,
-        )
-        together = list(dict.fromkeys([*finalists, *even]))
-        self._complete(together, "validation")
+        even = [candidate for candidate in archive if candidate.widths in uniform]
+        even = self._finalists(even, NUM_UNIFORM_FINALISTS)
+        self._complete([*finalists, *even], "validation")
 
-        def best(some: Iterable[Widths]) -> Widths:
-            scores = {
-                row: Score(facts[row]["validation_accuracy"], facts[row]["validation_loss"])
-                for row in some
-            }
-            return min(scores, key=lambda row: (*rank(self.space.family, row, scores[row]), row))
+        def order(row: Widths) -> tuple:
+            score = Score(*(facts[row][f"validation_{name}"] for name in Score._fields))
+            return *rank(self.space.family, row, score), row
 
-        winners = {"searched": best(together)} | ({"best uniform": best(even)} if even else {})
+        winners = {"searched": min([*finalists, *even], key=order)}
+        if even:
+            winners["best uniform"] = min(even, key=order)
         if "test" in self.evaluators:
             self._complete(winners.values(), "test")
         return winners
@@ -120,11 +114,10 @@ class Session:
             again = [abs(self._measure(row) - self._latency(row)) for row in self.space.ends]
             record.noise = max(again)
         print(f"two measurements of one network differ by {record.noise:.3f} ms")
-        notes = check_budgets(self.space, [cost], record.noise)
         record.write()
         self.costs.append(cost)
         self.costs.sort(key=lambda cost: cost.limit is None)
-        return notes
+        return check_budgets(self.space, [cost], record.noise)
 
     def _latency(self, widths: Widths) -> float:
         """Milliseconds, measured once."""
@@ -169,18 +162,16 @@ class Session:
         record.containers = add_containers(self.space, record.containers, widths, worth)
         return self._scores("candidates", widths, containers=record.containers)
 
-    def _scores(
-        self, name: str, widths: Sequence[Widths], containers: Sequence[Widths] | None = None
-    ) -> list[Score]:
-        changes: dict[str, Any] = {"strategy": self.record.strategy}
-        if jax.default_backend() == "cpu":
-            changes["batch_size"] = _CPU_BATCH_SIZE * jax.local_device_count()
-        evaluator = dataclasses.replace(self.evaluators[name], **changes)
-        plan = evaluator.plan(widths, per_image=_loss, containers=containers)
+    def _scores(self, name: str, widths: Sequence[Widths], **containers: Any) -> list[Score]:
+        evaluator, record = self.evaluators[name], self.record
+        if evaluator.strategy == "auto" != record.strategy:
+            evaluator = dataclasses.replace(evaluator, strategy=record.strategy)
+            self.evaluators[name] = evaluator
+        plan = evaluator.plan(widths, per_image=_loss, **containers)
         correct, losses = evaluator.score(plan)
-        self.record.strategy = plan.strategy
+        record.strategy, accuracies = plan.strategy, correct / len(evaluator.labels)
         losses = losses.mean(axis=1, dtype=np.float64).round(6)
-        return list(map(Score, (correct / len(evaluator.labels)).tolist(), losses.tolist()))
+        return list(map(Score, accuracies.tolist(), losses.tolist()))
 
     def _complete(self, widths: Iterable[Widths], split: str) -> None:
         """Finds out the scores of `widths` on an entire split."""
@@ -189,7 +180,7 @@ class Session:
         if missing:
             print(f"{len(missing)} networks on all {number} {split} images", flush=True)
             for row, score in zip(missing, self._scores(split, missing), strict=True):
-                facts[row] |= {f"{split}_accuracy": score.accuracy, f"{split}_loss": score.loss}
+                facts[row] |= {f"{split}_{name}": x for name, x in score._asdict().items()}
             self.record.write()
 
     def _finalists(self, some: Iterable[Candidate], number: int) -> list[Widths]:
@@ -208,12 +199,13 @@ class Session:
             row: dict[str, Any] = {"widths": list(widths)}
             row |= {cost.column: round(cost.total(widths), 4) for cost in self.costs}
             row |= score._asdict()
-            row |= {name: facts.get(name) for name in ("validation_accuracy", "validation_loss")}
+            row |= {f"validation_{n}": facts.get(f"validation_{n}") for n in Score._fields}
             row |= {"generation": generation, "uniform": widths in uniform, "front": on_front}
             rows.append(row)
         return rows
 
     def describe(self, widths: Widths) -> dict[str, Any]:
         """What is known of a network that was chosen."""
-        counts = {name: getattr(self.space.family, name)(widths) for name in _COUNTS}
-        return {"widths": list(widths), **counts, **self.record.facts[widths]}
+        family, facts = self.space.family, self.record.facts[widths]
+        counts = {"num_params": family.num_params(widths), "num_macs": family.num_macs(widths)}
+        return {"widths": list(widths), **counts, **facts}
