@@ -68,11 +68,6 @@ def test_compressed_networks_have_the_totals_of_the_papers(gamma, thousand_param
     assert round(small.num_macs / 1e6, 1) == million_macs
 
 
-def test_a_resnet56_has_the_parameters_and_multiply_adds_of_the_papers():
-    assert (RESNET56.num_params, round(RESNET56.num_macs / 1e6, 2)) == (859_492, 125.75)
-    assert resnet_spec(56, num_classes=10).num_params == 853_642
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_a_spec_counts_its_parameters_and_multiply_adds_and_survives_json(seed):
     spec = random_spec(seed)
@@ -82,15 +77,6 @@ def test_a_spec_counts_its_parameters_and_multiply_adds_and_survives_json(seed):
     assert spec.num_macs == count_macs(jaxpr.jaxpr)
     restored = ResNetSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert restored == spec and hash(restored) == hash(spec)
-
-
-def test_skipping_a_block_removes_exactly_its_parameters_and_multiply_adds():
-    spec = resnet_spec(20, num_classes=5)
-    for n in generated_blocks(spec):
-        small, block = morph(spec, [n], [0]), spec.blocks[n]
-        assert spec.num_params - small.num_params == block.num_params
-        assert spec.num_macs - small.num_macs == block.num_macs
-        assert small.depth == spec.depth  # positions of blocks do not move
 
 
 def test_the_inner_blocks_of_a_resnet56_are_23_of_27():

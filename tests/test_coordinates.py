@@ -12,7 +12,7 @@ from neumeta_jax.core import coordinates
 from neumeta_jax.core.coordinates import Coordinates
 from neumeta_jax.core.inr import Grid
 from neumeta_jax.networks import cifar_resnet
-from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 
 SPEC = resnet_spec(20, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 BLOCKS = generated_blocks(SPEC)
@@ -70,14 +70,6 @@ def test_every_tensor_has_its_own_index_in_training_order_and_its_shape(stage_wi
         assert stack.shape[1:] == wanted
         elastic = layer == "conv1", (layer, kind) == ("conv2", "kernel")
         assert (stack.rows.elastic, stack.columns.elastic) == elastic
-
-
-def test_a_tensor_keeps_its_index_at_every_width():
-    full, narrow = (
-        [(stack.name, stack.owners, stack.indices) for stack in stacks_of(spec)]
-        for spec in (SPEC, morph(SPEC, BLOCKS, np.maximum(WIDTHS, 2)))
-    )
-    assert full == narrow
 
 
 def normalized_grids(stacks, widths):
@@ -145,11 +137,8 @@ def test_noise_per_channel_moves_each_channel_as_a_whole():
         moved = np.abs(np.asarray(entry) - original)
         assert moved.max() <= 0.4901
         assert len(np.unique(moved)) > 0.85 * moved.size  # few are clipped, none shared
-
-
-def test_unknown_noise_is_refused():
     with refused("'tensor'"):
-        coordinates.add_noise(jax.random.key(0), large_grid(), per="tensor")
+        coordinates.add_noise(jax.random.key(0), coords, per="tensor")
 
 
 def reference_features(x, num_frequencies):
@@ -165,14 +154,7 @@ def test_fourier_features_are_those_of_float64(transform):
     x = [np.arange(-width, 2 * width) / width for width in (3, 37, 48, 64, 92)]
     x = np.concatenate(x).astype(np.float32)
     np.testing.assert_allclose(features(x), reference_features(x, 16), rtol=0, atol=5e-7)
-
-
-def test_fourier_features_have_the_phases_of_the_rational_they_encode():
-    """Up to f = 15 the rounding of x = o/C to float32 moves a phase by at most 2^-9 turns."""
-    exact = np.arange(48) / 48
-    features = coordinates.fourier_features(jnp.asarray(exact, jnp.float32), 16)
-    error = np.abs(features - reference_features(exact, 16)).reshape(48, -1)[:, 1:].max(0)
-    assert (error < np.pi * 2.0 ** (np.tile(np.arange(16), 2) - 25) + 5e-7).all()
+    assert coordinates.fourier_features(x[:, None], 0).shape == (*x.shape, 1, 1)
 
 
 def test_fourier_features_of_dyadic_coordinates_vanish_exactly_at_all_high_frequencies():
@@ -181,11 +163,3 @@ def test_fourier_features_of_dyadic_coordinates_vanish_exactly_at_all_high_frequ
     np.testing.assert_array_equal(features[:, 1 + 7 : 33], 0.0)  # whole turns
     np.testing.assert_array_equal(features[:, 33 + 7 :], 1.0)
     np.testing.assert_allclose(features, reference_features(x, 32), rtol=0, atol=5e-7)
-
-
-def test_fourier_features_keep_the_coordinate_itself_and_the_shape():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 1)), jnp.float32)
-    assert coordinates.fourier_features(x, 0).shape == (2, 3, 1, 1)
-    features = coordinates.fourier_features(x, 5)
-    assert features.shape == (2, 3, 1, 11)
-    np.testing.assert_array_equal(features[..., 0], x)

@@ -24,7 +24,6 @@ from neumeta_jax.core.inr import (
 )
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import (
-    SHORTCUTS,
     generated_blocks,
     morph,
     resnet_spec,
@@ -323,16 +322,6 @@ def test_networks_larger_than_the_full_one_follow_the_same_equations(inr):
     for widths in (sizes, (5,), (0,), family.full_widths):
         tree = generate(family, params, widths, sizes=sizes)
         assert_same_tree(tree, padded(reference_dense(family, params, widths), larger))
-
-
-@one_of_each_class
-def test_generation_maps_over_widths(inr):
-    family, params = case(inr)
-    batch = np.array(list(WIDTHS.values()))
-    trees = jax.jit(jax.vmap(lambda w: hyper.generate(family, params, w)))(batch)
-    for number, widths in enumerate(batch):
-        tree = jax.tree.map(lambda x, n=number: x[n], trees)
-        assert_same_tree(tree, generate(family, params, widths))
 
 
 @one_of_each_class
@@ -766,15 +755,6 @@ def test_samples_without_a_key_and_types_without_fractions_are_refused(options, 
     family, params = case(INRS["cell grid"])
     with refused(words):
         hyper.generate(family, params, family.widths(1.0), **options)
-
-
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_a_block_that_changes_the_shape_cannot_be_skipped(shortcut):
-    spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), shortcut=shortcut)
-    family = cifar_resnet.hypernetwork(spec, (0, 1, 2), Grid())
-    assert family.lowest == (0, 1, 1)
-    with refused("stage2_block0/conv1 takes widths from 1 to 6, got 0"):
-        hyper.generate(family, {}, (0, 0, 8))
 
 
 def test_a_group_of_one_channel_cannot_vary_and_leaves_with_its_block():

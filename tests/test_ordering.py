@@ -67,18 +67,6 @@ def test_every_channel_axis_is_in_exactly_one_group():
     assert sorted(members) == sorted(expected)
 
 
-@both_shortcuts
-def test_hidden_channels_are_written_and_read_by_one_layer_each(spec):
-    groups = cifar_resnet.family(spec).groups
-    for block in spec.blocks:
-        members = {(m.path, m.axis, m.role) for m in groups[f"{block.name}/conv1"].members}
-        assert members == {
-            (f"{block.name}/conv1/kernel", 3, "write"),
-            (f"{block.name}/conv1/bias", 0, "elementwise"),
-            (f"{block.name}/conv2/kernel", 2, "read"),
-        }
-
-
 def test_skipped_blocks_have_no_group_and_are_in_no_stream():
     skipped = morph(SPEC, (1, 5), (0, 0))
     groups = cifar_resnet.family(skipped).groups

@@ -15,6 +15,7 @@ from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, morph, resnet_spec
 
 NUM_IMAGES = 3
+LAYERS, KINDS = ("conv1", "conv2"), ("kernel", "bias")
 apply = jax.jit(cifar_resnet.apply, static_argnums=0)
 
 
@@ -83,21 +84,6 @@ def test_the_network_computes_what_pytorch_computes(shortcut, image_size):
     assert_close(apply(spec, params, images), reference_logits(spec, params, images))
 
 
-def test_networks_of_uneven_blocks_compute_what_pytorch_computes():
-    spec = morph(small_spec(channels=1), range(6), (0, 2, 9, 0, 1, 5))
-    params, images = random_params(spec), random_images(spec)
-    assert_close(apply(spec, params, images), reference_logits(spec, params, images))
-
-
-@pytest.mark.parametrize("size", [6, 7])
-def test_a_strided_convolution_pads_as_pytorch_does(size):
-    rng = np.random.default_rng(0)
-    layer = {"kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32), "bias": np.zeros(4)}
-    x = rng.normal(size=(2, size, size, 2)).astype(np.float32)
-    ours = cifar_resnet._conv(jnp.asarray(x), jnp.asarray(layer["kernel"]), 2)
-    assert_close(ours, reference_conv(x, layer, 2), 1e-6)
-
-
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_folding_batch_norm_preserves_the_function(shortcut):
     spec = small_spec(shortcut=shortcut)
@@ -156,12 +142,6 @@ def test_hidden_moments_are_those_of_the_activations_and_a_constant():
         assert_close(moments[name], expected)
 
 
-def test_initial_parameters_have_the_shapes_of_the_spec():
-    spec = morph(small_spec(), (1, 3), (0, 2))
-    params = jax.eval_shape(lambda key: cifar_resnet.init_params(key, spec), jax.random.key(0))
-    assert jax.tree.map(lambda x: x.shape, params) == cifar_resnet.param_shapes(spec)
-
-
 @pytest.mark.parametrize("which", ["inner", "not_first", "all"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
@@ -215,41 +195,29 @@ def cell_means(x, axis, width):
     return np.moveaxis(fine.reshape(width, x.shape[axis], *fine.shape[1:]).mean(1), 0, axis)
 
 
-RESAMPLED = cifar_resnet.hypernetwork(small_spec(), (3,), Grid())
-BLOCK = {
-    path.removeprefix("stage2_block1/"): leaf
-    for path, leaf in hyper.flat(random_params(small_spec())).items()
-    if path.startswith("stage2_block1/")
-}
-
-
-@jax.jit
-def resample(width):
-    values = {f"stage2_block1/{path}": leaf for path, leaf in BLOCK.items()}
-    tensors = hyper.resampled(RESAMPLED, values, width[None])
-    return {path.removeprefix("stage2_block1/"): leaf for path, leaf in tensors.items()}
-
-
-@pytest.mark.parametrize("width", range(1, 7))
-def test_resampling_averages_over_cells(width):
-    resampled = {path: np.asarray(x) for path, x in resample(np.array(width)).items()}
-    scale = dict.fromkeys(BLOCK, 1.0) | {"conv2/kernel": 6 / width}
-    for path, axis in (("conv1/kernel", 3), ("conv1/bias", 0), ("conv2/kernel", 2)):
-        mean = scale[path] * cell_means(BLOCK[path], axis, width)
-        kept, beyond = np.split(np.moveaxis(resampled[path], axis, 0), [width])
-        assert_close(np.moveaxis(kept, 0, axis), mean, 3e-6)
-        assert not beyond.any()
-    # Hidden channels that all carry one value are summed to the same result.
-    assert_close(resampled["conv2/kernel"].sum(2), BLOCK["conv2/kernel"].sum(2), 3e-6)
-    np.testing.assert_array_equal(resampled["conv2/bias"], BLOCK["conv2/bias"])
-    if width == 6:
-        for path, leaf in BLOCK.items():
-            assert_close(resampled[path], leaf, 1e-6)
+def test_resampling_averages_over_cells():
+    spec, axes = small_spec(), {"conv1/kernel": 3, "conv1/bias": 0, "conv2/kernel": 2}
+    family = cifar_resnet.hypernetwork(spec, (3,), Grid())
+    tensors = hyper.flat(random_params(spec))
+    names = [f"stage2_block1/{layer}/{kind}" for layer in LAYERS for kind in KINDS]
+    values = {name: tensors[name] for name in names}
+    resample = jax.jit(lambda width: hyper.resampled(family, values, width[None]))
+    for width in range(7):
+        resampled = {name: np.asarray(x) for name, x in resample(np.array(width)).items()}
+        if width == 0:
+            assert not any(x.any() for x in resampled.values())
+            continue
+        for path, axis in axes.items():
+            name = f"stage2_block1/{path}"
+            # Hidden channels that all carry one value are summed to the same result.
+            scale = 6 / width if path == "conv2/kernel" else 1
+            kept, beyond = np.split(np.moveaxis(resampled[name], axis, 0), [width])
+            wanted = scale * cell_means(values[name], axis, width)
+            assert_close(np.moveaxis(kept, 0, axis), wanted, 3e-6)
+            assert not beyond.any()
+        bias = "stage2_block1/conv2/bias"
+        np.testing.assert_array_equal(resampled[bias], values[bias])
     assert resample._cache_size() == 1
-
-
-def test_resampling_to_width_zero_leaves_the_identity():
-    assert not any(np.asarray(x).any() for x in resample(np.array(0)).values())
 
 
 def test_bfloat16_images_give_float32_logits_close_to_those_of_float32_images():
@@ -260,15 +228,6 @@ def test_bfloat16_images_give_float32_logits_close_to_those_of_float32_images():
     assert logits.dtype == exact.dtype == jnp.float32
     assert_close(logits, exact, 0.05)
     assert not np.allclose(logits, exact, rtol=1e-4, atol=0)  # it did run in bfloat16
-
-
-def test_apply_can_be_mapped_over_parameters():
-    spec = small_spec()
-    trees, images = [random_params(spec, seed) for seed in range(3)], random_images(spec)
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-    logits = jax.jit(jax.vmap(lambda params: cifar_resnet.apply(spec, params, images)))(stacked)
-    for tree, result in zip(trees, logits, strict=True):
-        assert_close(result, reference_logits(spec, tree, images))
 
 
 def test_gradients_in_bfloat16_are_close_to_those_in_float32_for_biases_too():
