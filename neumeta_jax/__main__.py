@@ -18,18 +18,10 @@ from neumeta_jax.errors import check
 # In the order of use. Each is a module of `commands` with a docstring, FLAGS and main(argv).
 COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare", "fetch")
 
-# Commands that are still in the room of what they do.
-_ELSEWHERE = {
-    "report": "report.tables",
-}
-
 
 def module_name(command: str) -> str:
     """The module of a command, which is imported only to run it."""
-    name = f"neumeta_jax.commands.{command}"
-    if importlib.util.find_spec(name) is None and command in _ELSEWHERE:
-        return f"neumeta_jax.{_ELSEWHERE[command]}"
-    return name
+    return f"neumeta_jax.commands.{command}"
 
 
 def overview() -> str:

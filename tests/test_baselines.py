@@ -20,7 +20,7 @@ from neumeta_jax.core.inr import make_inr
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation import grid
+from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
 from neumeta_jax.runs import checkpoint, experiment as lab, recipes, training
@@ -449,11 +449,11 @@ def test_a_trial_reads_no_test_image_and_leaves_the_row_to_the_run_after_it(
 ):
     read_splits = []
 
-    def split_of(splits, name, of=grid.evaluation_split):
+    def split_of(splits, name, of=evaluator.evaluation_split):
         read_splits.append(name)
         return of(splits, name)
 
-    monkeypatch.setattr(grid, "evaluation_split", split_of)
+    monkeypatch.setattr(evaluator, "evaluation_split", split_of)
     out = run(compare, *arguments("pruning_finetuned", place, tmp_path, "--trial"))
     assert set(read_splits) == {"validation"}
     assert out.count("   validation ") == 2 and "test" not in out

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from builders import refused
 
+from neumeta_jax.core.inr import make_inr
 from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.evaluation.rows import GridRow
+from neumeta_jax.evaluation.slices import WeightSlices
+from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import morph, resnet_spec
 from neumeta_jax.report import page
 
 SPEC, BLOCKS = resnet_spec(14, num_classes=10, stage_widths=(4, 8, 16), image_size=8), (1, 3)
+FAMILY = cifar_resnet.hypernetwork(SPEC, BLOCKS, make_inr("grid"))
 
 
 def row(ratio, widths, accuracy):
@@ -64,21 +68,21 @@ def document(**changes):
         "config": {"data": {"name": "noise", "mean": [0.5]}, "comment": "<!-- $title -->"},
         "versions": {"python": "3.11"},
     }
-    return page.page_document(ROWS, SPEC, **{**options, **changes})
+    return page.page_document(ROWS, FAMILY, **{**options, **changes})
 
 
 # --- the data --------------------------------------------------------------------------------
 
 
 def test_networks_are_distinct_and_in_order_with_their_depth_and_their_latency():
-    entries = page.network_entries([*ROWS, ROWS[0]], SPEC, LATENCY)
+    entries = page.network_entries([*ROWS, ROWS[0]], FAMILY, LATENCY)
     found = [(e["ratio"], e["depth"]) for e in entries]
     assert found == [(0.25, 14), (0.5, 12), (0.5, 14), (1.0, 12), (1.0, 14)]
     assert entries[-1]["latency"] == {"jax, batch 1": {"p50_ms": 3.0, "p90_ms": 6.0}}
     assert "latency" not in entries[0]
-    assert [e["hidden"] for e in entries[2:4]] == ["2 / 4", "8, 1 of 2 blocks skipped"]
+    assert [e["shown"] for e in entries[2:4]] == ["2 / 4", "8, 1 block skipped"]
     with refused("at least one evaluated network"):
-        page.page_document([], SPEC, title="", subtitle="", trained_range=(0.5, 1))
+        page.page_document([], FAMILY, title="", subtitle="", trained_range=(0.5, 1))
 
 
 @pytest.mark.parametrize("max_values, widths, out", [(10**6, 9, 16), (200, 9, 3)])
@@ -102,7 +106,7 @@ def test_of_many_widths_some_are_left_out_so_that_a_page_stays_below_two_megabyt
     assert entry["thinned"] == 4 and entry["widths"] == list(range(10, 100, 4))
     assert len(base64.b64decode(entry["values"])) == 2 * sum(entry["widths"]) <= 3000 * 4 / 3 + 4000
     kernels = np.zeros((148, 3, 3, 160, 128), np.float16)
-    wide = WeightSlices("stage3_block8", 128, np.arange(13, 161), kernels)
+    wide = WeightSlices("stage2_block1", 128, np.arange(13, 161), kernels)
     assert len(page.render(document(slices=wide)).encode()) < 2e6
 
 
@@ -132,7 +136,7 @@ def test_a_damaged_latency_file_is_named(tmp_path):
     assert page.read_latency(path) == LATENCY
     for text in ("{", "[]", '{"rows": [{"widths": [1]}]}'):
         path.write_text(text)
-        with pytest.raises(UsageError, match="latency.json must be what neumeta latency"):
+        with pytest.raises(UsageError, match="latency.json must be what neumeta"):
             page.read_latency(path)
 
 

@@ -5,8 +5,9 @@ import json
 from networks import ROOT, refused
 from PIL import Image
 
+from neumeta_jax.commands import report
 from neumeta_jax.errors import UsageError
-from neumeta_jax.report import tables
+from neumeta_jax.report import comparisons, tables
 
 RESULTS = ROOT / "results"
 
@@ -59,7 +60,7 @@ def cells(text, start):
 
 
 def make(folder, *args):
-    tables.main(["report", str(folder), *args])
+    report.main(["neumeta report", str(folder), *args])
     return (folder / "README.md").read_text()
 
 
@@ -160,11 +161,11 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
 
 
 def test_the_committed_report_and_the_readmes_table_are_those_of_the_committed_files():
-    comparisons = tables.read_comparisons(RESULTS)
-    text = tables.report(RESULTS, comparisons)
-    assert (RESULTS / "README.md").read_text() == text, "run python -m neumeta_jax.report"
-    assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in comparisons)
-    block = tables.readme_block(RESULTS, comparisons, "results/")
+    found = comparisons.read_comparisons(RESULTS)
+    text = tables.report(RESULTS, found)
+    assert (RESULTS / "README.md").read_text() == text, "run neumeta report results"
+    assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in found)
+    block = tables.readme_block(RESULTS, found, "results/")
     assert tables.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
 
 
@@ -175,6 +176,7 @@ def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):
 
     refuses("must hold a row.json or grid.json")
     refuses("must be a folder", folder=tmp_path / "nothing")
+    refuses("takes one folder", str(tmp_path))
     put(tmp_path, "a/row.json", "{")
     refuses("must be JSON")
     put(tmp_path, "a/row.json", {k: v for k, v in row().items() if k != "sizes"})

@@ -190,7 +190,7 @@ def _write(
         column=axis.column,
         limit=axis.limit or math.inf,
         winner=best["widths"],
-        note=notes[0],
+        caption=notes[0],
     )
     print(f"wrote {out / 'best.json'}; pareto.json, pareto.csv and pareto.png")
     for name, some in found.items():

@@ -13,14 +13,14 @@ from neumeta_jax.comparison import individual, inr, pruning, slimmable
 from neumeta_jax.comparison.baseline import Baseline, within_budget
 from neumeta_jax.comparison.run import Family, Run
 from neumeta_jax.errors import check
-from neumeta_jax.evaluation import grid, timing
+from neumeta_jax.evaluation import evaluator, timing
 from neumeta_jax.files import provenance, storage
 from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
+from neumeta_jax.report.comparisons import ROW_FILE, Row
 from neumeta_jax.runs import experiment as lab, recipes
 
-ROW_FILE = "row.json"
 SPLITS = ("validation", "test")
 _SHORT_SECONDS = 5.0  # a change of size that is faster is timed again, without compilation
 
@@ -56,8 +56,8 @@ def measure(
         seconds.append(last)
         found = known.get(ratio) or {}
         for split in splits[len(found) :]:
-            images, network = grid.evaluation_split(run.splits, split), cifar_resnet.Network(spec)
-            accuracy = run.experiment.accuracy(params, *images, network)
+            data = evaluator.evaluation_split(run.splits, split)
+            accuracy = run.experiment.accuracy(params, *data, cifar_resnet.Network(spec))
             found[split] = round(100 * accuracy, 4)
         if ratio == 1 and ratio in family.kept_as_is:
             known[ratio] = found
@@ -77,31 +77,31 @@ def measure(
     return lines, float(np.median(seconds))
 
 
-def row(run: Run, family: Family, **fields: Any) -> dict[str, Any]:
-    """The contents of row.json, the measured `fields` among them."""
+def row(run: Run, family: Family, **fields: Any) -> Row:
+    """The row of a family, the measured `fields` among its own."""
     baseline, experiment, cost = run.baseline, run.experiment, run.cost
     source, versions = provenance.checkout(), provenance.versions()
     commit = source["commit"] and source["commit"][:10] + " with changes" * bool(source["changed"])
-    return {
-        "method": baseline.title,
-        "source": baseline.source,
-        "seed": experiment.run.seed,
-        "dataset": experiment.name,
-        "network": f"ResNet{experiment.spec.depth}",
-        "teacher": pathlib.PurePath(experiment.teacher.file).name or None,
-        "budget_images": baseline.images,
-        "network_passes": cost.network_passes,
-        "teacher_passes": cost.teacher_passes,
-        "training_macs": cost.macs,
-        "calibration_images": family.calibration_images,
-        "storage_bytes": family.storage_bytes,
-        "continuous": family.continuous,
-        "switch_images": family.switch_images,
-        "commit": commit,
-        "device": f"{versions.pop('devices')}, {provenance.num_cores()} CPU cores",
-        "versions": versions,
+    return Row(
+        method=baseline.title,
+        source=baseline.source,
+        seed=experiment.run.seed,
+        dataset=experiment.name,
+        network=f"ResNet{experiment.spec.depth}",
+        teacher=pathlib.PurePath(experiment.teacher.file).name or None,
+        budget_images=baseline.images,
+        network_passes=cost.network_passes,
+        teacher_passes=cost.teacher_passes,
+        training_macs=cost.macs,
+        calibration_images=family.calibration_images,
+        storage_bytes=family.storage_bytes,
+        continuous=family.continuous,
+        switch_images=family.switch_images,
+        commit=commit,
+        device=f"{versions.pop('devices')}, {provenance.num_cores()} CPU cores",
+        versions=versions,
         **fields,
-    }
+    )
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def compare(
     )
     read = SPLITS[: 1 if trial else 2]
     for split in read:
-        grid.evaluation_split(splits, split)
+        evaluator.evaluation_split(splits, split)
     if baseline.method == "inr":
         lab.check_start(experiment, splits, workdir)
     else:
@@ -166,7 +166,7 @@ def compare(
             fields["wall_seconds"] = round(elapsed() - before, 1)
             path = opened.path / folder / ROW_FILE
             path.parent.mkdir(exist_ok=True)
-            storage.write_json(path, row(run, family, **fields))
+            storage.write_json(path, dataclasses.asdict(row(run, family, **fields)))
             print(f"wrote {path}", flush=True)
             before = elapsed()
             opened.check_stop(0)

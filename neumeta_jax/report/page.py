@@ -16,28 +16,31 @@ from typing import Any
 
 import numpy as np
 
-from neumeta_jax.errors import UsageError
-from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.errors import UsageError, check
+from neumeta_jax.evaluation.rows import GridRow
+from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.files import storage
+from neumeta_jax.networks.cifar_resnet import STREAM_GROUPS
 from neumeta_jax.networks.cifar_spec import ResNetSpec
+from neumeta_jax.networks.families import Family
 
 TEMPLATE = "page_template.html"
 LATENCY_FILE = "latency.json"
 MAX_SLICE_VALUES = 900_000  # one byte each, 4/3 in the file
 CENTER = 1  # row and column of the centre tap
+ABSENT = -128  # stands for a weight that is not there
 SATURATED = 99.5  # percentile of the sizes of the weights that has the strongest colour
 
 
 def network_entries(
-    rows: Sequence[GridRow], spec: ResNetSpec, latency: Mapping[str, Any] | None = None
+    rows: Sequence[GridRow], family: Family, latency: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """The distinct networks of `rows` as the page shows them, by ratio; the first of equals counts.
 
     Args:
-        rows: of one family, from one or several evaluations.
-        spec: its full-size network; a hidden width of 0 takes two layers off its depth.
-        latency: the document that `neumeta latency` writes; its measurements go to
-            the networks of the same widths.
+        rows: of `family`, from one or several evaluations.
+        latency: the document that `neumeta latency` writes; its measurements go to the networks of
+            the same widths.
     """
     measured = _measurements(latency or {"rows": []})
     distinct: dict[tuple[int, ...], GridRow] = {}
@@ -48,30 +51,29 @@ def network_entries(
         entry = {
             "ratio": row.width_ratio,
             "widths": list(row.widths),
-            "hidden": describe_widths(row.widths),
-            "depth": spec.depth - 2 * row.widths.count(0),
+            "shown": describe_widths(row.widths),
+            "depth": family.num_layers(row.widths),
             "params": row.num_params,
             "macs": row.num_macs,
             "accuracy": row.accuracy,
             "trained": row.trained,
+            "interval": row.interval and list(row.interval),
+            "int8": row.int8_accuracy,
+            "latency": measured.get(row.widths),
         }
-        if row.int8_accuracy is not None:
-            entry["int8"] = row.int8_accuracy
-        if row.widths in measured:
-            entry["latency"] = measured[row.widths]
-        entries.append(entry)
+        entries.append({name: value for name, value in entry.items() if value is not None})
     return entries
 
 
 def describe_widths(widths: Sequence[int]) -> str:
-    """The different hidden widths of a network, and how many of its blocks are skipped.
+    """The different widths of a network, and how many of its residual branches are skipped.
 
     >>> describe_widths((2, 0, 4, 0, 0))
-    '2 / 4, 3 of 5 blocks skipped'
+    '2 / 4, 3 blocks skipped'
     """
     kept = " / ".join(str(width) for width in dict.fromkeys(widths) if width) or "none"
-    skipped = f", {list(widths).count(0)} of {len(widths)} blocks skipped"
-    return kept + skipped * (0 in widths)
+    number = list(widths).count(0)
+    return kept + (f", {number} block{'s' * (number > 1)} skipped" if number else "")
 
 
 def _measurements(latency: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str, Any]]:
@@ -95,20 +97,19 @@ def slice_entry(slices: WeightSlices, *, max_values: int = MAX_SLICE_VALUES) -> 
     Returns:
         {"block", "full_width", "widths", "out": output channels kept, "thinned": 0 or the step,
         "scale": a weight is scale times its integer, "limit": the weight of the strongest colour,
-        "values": base64 of int8[out, width] of each width, one after another}.
+        "values": base64 of int8[out, width] of each width, one after another; `ABSENT` for none}.
     """
     taps = slices.kernels[:, CENTER, CENTER].transpose(0, 2, 1)  # [n, out, hidden]
-    step = 1
-    while len(slices.widths) // step > 16 and taps.shape[1] * slices.widths[::step].sum() > (
-        max_values
-    ):
+    step, outputs = 1, taps.shape[1]
+    while len(slices.widths) // step > 16 and outputs * slices.widths[::step].sum() > max_values:
         step += 1
     widths, taps = slices.widths[::step], taps[::step]
-    out = min(taps.shape[1], max(1, int(max_values // widths.sum())))
+    out = min(outputs, max(1, int(max_values // widths.sum())))
     kept = [taps[n, :out, :width] for n, width in enumerate(widths)]
     sizes = np.abs(np.concatenate([part.ravel() for part in kept]))
-    scale = float(sizes.max()) / 127 or 1.0
-    packed = b"".join(np.rint(part / scale).astype(np.int8).tobytes() for part in kept)
+    scale = float(np.nanmax(sizes)) / 127 or 1.0
+    rounded = (np.rint(np.nan_to_num(part / scale, nan=ABSENT)) for part in kept)
+    packed = b"".join(part.astype(np.int8).tobytes() for part in rounded)
     return {
         "block": slices.block,
         "full_width": slices.full_width,
@@ -116,7 +117,7 @@ def slice_entry(slices: WeightSlices, *, max_values: int = MAX_SLICE_VALUES) -> 
         "out": out,
         "thinned": step if step > 1 else 0,
         "scale": scale,
-        "limit": float(np.percentile(sizes, SATURATED)) or 1.0,
+        "limit": float(np.nanpercentile(sizes, SATURATED)) or 1.0,
         "values": base64.b64encode(packed).decode(),
     }
 
@@ -138,7 +139,7 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def page_document(
     rows: Sequence[GridRow],
-    spec: ResNetSpec,
+    family: Family,
     *,
     title: str,
     subtitle: str,
@@ -152,30 +153,33 @@ def page_document(
     """What `render` puts into the page, as JSON types.
 
     Args:
-        rows: at least one network, see `network_entries`.
-        spec: the full-size network.
-        title, subtitle: the first two lines.
+        rows: at least one network of `family`, see `network_entries`.
+        title, subtitle: the first two lines; the second says on what images, see
+            `plotting.caveats`.
         trained_range: smallest and largest width ratio seen in training, shaded.
         teacher_accuracy: in [0, 1], drawn as a dashed line.
         slices: weights to show at the width of the slider.
         latency: the document that `neumeta latency` writes.
         config, versions: of the run, shown as tables.
     """
-    if not rows:
-        raise ValueError("A page needs at least one evaluated network, got none.")
+    check(rows, "A page needs at least one evaluated network, got none.")
+    hidden = isinstance(family.spec, ResNetSpec) and not set(family.names) & set(STREAM_GROUPS)
+    drawn = None
+    if slices is not None:
+        blocks = [name.partition("/")[0] for name in family.names]
+        drawn = slice_entry(slices) | {"position": blocks.index(slices.block)}
+    device = {"latency measured on": latency["device"]} if latency else {}
     return {
         "title": title,
         "subtitle": subtitle,
+        "channels": "hidden channels" if hidden else "channels",
         "trained_range": list(trained_range),
         "teacher_accuracy": teacher_accuracy,
-        "full": {"params": spec.num_params, "macs": spec.num_macs},
-        "networks": network_entries(rows, spec, latency),
-        "slices": slice_entry(slices) if slices is not None else None,
+        "full": {"params": family.spec.num_params, "macs": family.spec.num_macs},
+        "networks": network_entries(rows, family, latency),
+        "slices": drawn,
         "config": flatten(config or {}),
-        "versions": {
-            **flatten(versions or {}),
-            **({"latency measured on": latency["device"]} if latency else {}),
-        },
+        "versions": flatten(versions or {}) | device,
     }
 
 
@@ -200,7 +204,7 @@ def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:
     """The document that `neumeta latency` wrote to `path`, or None without a file.
 
     Raises:
-        ValueError: if it is damaged.
+        UsageError: if it is damaged.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -210,7 +214,7 @@ def read_latency(path: str | os.PathLike) -> dict[str, Any] | None:
         _measurements(document)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
-            f"{path} must be what neumeta latency writes, but it is damaged; remove "
-            "it or measure again."
+            f"{path} must be what neumeta latency writes, but it is damaged; remove it or measure "
+            "again."
         ) from None
     return document

@@ -1,9 +1,10 @@
 """Figures. Each has its numbers in a CSV or JSON file beside it.
 
 All functions take the `path` of the PNG to write, which replaces an existing file once it is
-complete, as does the CSV beside it, and the figure's `title`. A `trained_range`, the smallest and
-the largest width ratio seen in training, is shaded; a `teacher_accuracy`, in [0, 1], is a dashed
-line.
+complete, as does the CSV beside it, the figure's `title`, and a `caption` that is written below
+(see `caveats`). A `trained_range`, the smallest and the largest width ratio seen in training, is
+shaded; a `teacher_accuracy`, in [0, 1], is a dashed line. Bars and bands are 95 % intervals. No
+axis is stretched by what was never trained: what lies below it is written at its foot.
 """
 
 import os
@@ -14,17 +15,34 @@ from typing import Any
 
 import numpy as np
 
-from neumeta_jax.evaluation.grid import GridRow, WeightSlices
+from neumeta_jax.evaluation.rows import GridRow, accuracy_interval
+from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.files import storage
 from neumeta_jax.report.published import Curve, Single
 
 TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
 REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
-ENTRIES = ("#1f5fa8", "#c8501e", "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35")
+COLORS = (TRAINED, UNSEEN, "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35", "#c23b80", "#2a9d9d")
 RATIO, HIDDEN = "kept width (ratio)", "hidden width (channels)"
 MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
 CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
+_FAR = 2 / 3  # of the best accuracy: methods below are told, not drawn
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def caveats(split: str, num_images: int, *, seed: int | None = None, imported: bool = False) -> str:
+    """What has to be said of accuracies on a split: its images, the seeds, and who has seen them.
+
+    >>> caveats("validation", 5000, seed=0, imported=True)
+    '5,000 validation images; one seed (0); the teacher may have been trained on these images.'
+    """
+    parts = [f"{num_images:,} {split} images"]
+    parts += [] if seed is None else [f"one seed ({seed})"]
+    if split == "validation" and imported:
+        parts.append("the teacher may have been trained on these images")
+    return "; ".join(parts) + "."
 
 
 def plot_grid(
@@ -34,23 +52,22 @@ def plot_grid(
     title: str,
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
+    caption: str = "",
 ) -> None:
     """Draws accuracy against kept width (left) and against multiply-adds (right)."""
     rows = sorted(rows, key=lambda row: row.width_ratio)
-    figure = _figure(9.5, 3.8)
-    left, right = figure.subplots(1, 2, sharey=True)
-    axes = ((left, [r.width_ratio for r in rows]), (right, [r.num_macs / 1e6 for r in rows]))
-    accuracies = [100 * row.accuracy for row in rows]
-    for axis, sizes in axes:
-        axis.plot(sizes, accuracies, color="0.75", linewidth=1, zorder=1)
-        _scatter_rows(axis, sizes, rows)
+    figure = _figure(9.5, 4.0)
+    axes = figure.subplots(1, 2, sharey=True)
+    sizes = ([row.width_ratio for row in rows], [row.num_macs / 1e6 for row in rows])
+    for axis, x, label in zip(axes, sizes, (RATIO, MACS), strict=True):
+        axis.plot(x, _percent(rows), color="0.75", linewidth=1, zorder=1)
+        _mark(axis, x, rows, bars=True)
         _draw_teacher(axis, teacher_accuracy)
-        _restrain(axis)
-    left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    left.set(xlabel=RATIO, ylabel=TOP_1)
-    right.set_xlabel(MACS)
-    right.legend(loc="lower right", frameon=False, fontsize=8)
-    _save(figure, path, title)
+        _clip(axis, x, rows, teacher_accuracy)
+        _finish(axis, label, TOP_1 if axis is axes[0] else "")
+    axes[0].axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
+    _legend(figure, axes[0], columns=4)
+    _save(figure, path, title, _with_bars(rows, caption))
 
 
 def plot_against_macs(
@@ -60,54 +77,43 @@ def plot_against_macs(
     title: str,
     curves: Sequence[Curve] = (),
     singles: Sequence[Single] = (),
+    caption: str = "",
 ) -> None:
     """Draws accuracy against multiply-adds, with published results (`published.references`).
 
-    The CSV beside it has the columns name, width_ratio, num_macs, accuracy, trained, source; name
-    is "this run" for the rows of the grid, whose source is empty, as is what does not apply.
+    The CSV beside it has the columns name, width_ratio, num_macs, accuracy, low, high, trained,
+    source; name is "this run" for the rows of the grid, whose source is empty, as is what does not
+    apply.
     """
     rows = sorted(rows, key=lambda row: row.num_macs)
     figure = _figure(6.4, 4.4)
     axis = figure.subplots()
-    sizes = [row.num_macs / 1e6 for row in rows]
-    axis.plot(sizes, [100 * r.accuracy for r in rows], color=TRAINED, linewidth=1.2, zorder=3)
-    _scatter_rows(axis, sizes, rows, prefix="this run, ", zorder=4)
-    table: list[tuple] = [
-        ("this run", r.width_ratio, r.num_macs, r.accuracy, r.trained, "") for r in rows
-    ]
-    for number, curve in enumerate(curves):
-        color, marker = REFERENCES[number % len(REFERENCES)]
-        axis.plot(
-            [n / 1e6 for n in curve.num_macs],
-            [100 * a for a in curve.accuracies],
-            color=color,
-            marker=marker,
-            markersize=4.5,
-            linewidth=1,
-            linestyle="--",
-            label=f"{curve.name} (published)",
-        )
-        columns = (curve.width_ratios, curve.num_macs, curve.accuracies)
-        table += [(curve.name, *row, "", curve.source) for row in zip(*columns, strict=True)]
-    if singles:
-        x, y = [s.num_macs / 1e6 for s in singles], [100 * s.accuracy for s in singles]
-        label = "trained individually (published)"
-        axis.scatter(x, y, color="0.25", marker="s", s=24, label=label, zorder=2)
-        for single, a, b in zip(singles, x, y, strict=True):
-            axis.annotate(
-                single.name,
-                (a, b),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color="0.25",
-            )
-        table += [(s.name, "", s.num_macs, s.accuracy, "", s.source) for s in singles]
+    x = [row.num_macs / 1e6 for row in rows]
+    axis.plot(x, _percent(rows), color=TRAINED, linewidth=1.2, zorder=1)
+    _mark(axis, x, rows, "this run, ", bars=True)
+    header = ("name", "width_ratio", "num_macs", "accuracy", "low", "high", "trained", "source")
+    table: list[tuple] = [header]
+    table += [("this run", r.width_ratio, r.num_macs, *_bounds(r), r.trained, "") for r in rows]
+    for curve, (color, marker) in zip(curves, REFERENCES, strict=False):
+        macs, accuracies = curve.num_macs, curve.accuracies
+        style = {"color": color, "marker": marker, "markersize": 4.5, "linestyle": "--"}
+        of_curve = [n / 1e6 for n in macs], [100 * a for a in accuracies]
+        axis.plot(*of_curve, linewidth=1, label=f"{curve.name} (published)", **style)
+        columns = zip(curve.width_ratios, macs, accuracies, strict=True)
+        table += [(curve.name, *point, "", "", "", curve.source) for point in columns]
+    for number, single in enumerate(singles):
+        point = single.num_macs / 1e6, 100 * single.accuracy
+        label = "trained individually (published)" if number == 0 else None
+        axis.scatter(*point, color="0.25", marker="s", s=24, label=label, zorder=2)
+        offset = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(single.name, point, fontsize=8, color="0.25", **offset)
+        point = single.num_macs, single.accuracy
+        table.append((single.name, "", *point, "", "", "", single.source))
     axis.margins(x=0.08, y=0.1)  # room for the names of single networks
-    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
-    header = ("name", "width_ratio", "num_macs", "accuracy", "trained", "source")
-    _save(figure, path, title, [header, *table])
+    _clip(axis, x, rows, *(a for curve in curves for a in curve.accuracies))
+    _finish(axis, MACS, TOP_1)
+    _legend(figure, axis)
+    _save(figure, path, title, _with_bars(rows, caption), table)
 
 
 def plot_sweep(
@@ -117,38 +123,43 @@ def plot_sweep(
     title: str,
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
+    caption: str = "",
 ) -> None:
     """Draws accuracy over the width axis, of networks close enough to each other for a curve.
 
-    The CSV beside it has the columns series, width_ratio, num_macs, accuracy, trained; series is
-    "generated" or "teacher".
+    The CSV beside it has the columns series, width_ratio, num_macs, accuracy, low, high, trained;
+    series is "generated" or "teacher".
     """
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(6.4, 4.2)
     axis = figure.subplots()
     ratios = [row.width_ratio for row in rows]
     axis.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    axis.plot(ratios, [100 * r.accuracy for r in rows], color="0.6", linewidth=1, zorder=1)
-    _scatter_rows(axis, ratios, rows, size=18)
-    table: list[tuple] = [
-        ("generated", r.width_ratio, r.num_macs, r.accuracy, r.trained) for r in rows
-    ]
+    axis.plot(ratios, _percent(rows), color="0.6", linewidth=1, zorder=1)
+    if all(row.interval for row in rows):
+        low, high = (100 * np.array([_bounds(row)[n] for row in rows]) for n in (1, 2))
+        axis.fill_between(ratios, low, high, color="0.5", alpha=0.2, linewidth=0)
+        caption = f"Band: 95 % intervals. {caption}"
+    _mark(axis, ratios, rows, size=4.2)
     _draw_teacher(axis, teacher_accuracy)
+    _clip(axis, ratios, rows, teacher_accuracy)
+    _finish(axis, RATIO, TOP_1)
+    _legend(figure, axis, columns=5)
+    header = ("series", "width_ratio", "num_macs", "accuracy", "low", "high", "trained")
+    table: list[tuple] = [header]
+    table += [("generated", r.width_ratio, r.num_macs, *_bounds(r), r.trained) for r in rows]
     if teacher_accuracy is not None:
-        table.append(("teacher", 1.0, "", teacher_accuracy, ""))
-    _finish(figure, axis, xlabel=RATIO, ylabel=TOP_1)
-    header = ("series", "width_ratio", "num_macs", "accuracy", "trained")
-    _save(figure, path, title, [header, *table])
+        table.append(("teacher", 1.0, "", teacher_accuracy, "", "", ""))
+    _save(figure, path, title, caption, table)
 
 
 def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
     """`number` entries (out channel, hidden channel, tap), spread over a full-size kernel."""
-    taps = (4, 1, 3, 5, 7, 0, 2, 6, 8)
-    out_width = slices.kernels.shape[-1]
+    taps, outputs = (4, 1, 3, 5, 7, 0, 2, 6, 8), slices.kernels.shape[-1]
     # Not evenly over the hidden channels: only the lower ones are there at small widths.
     return tuple(
         (
-            n * out_width // number,
+            n * outputs // number,
             int(slices.full_width * (n / number) ** 1.5),
             taps[n % len(taps)],
         )
@@ -162,63 +173,54 @@ def plot_weight_slices(
     *,
     title: str,
     trained_range: tuple[float, float],
+    caption: str = "",
 ) -> None:
-    """Draws how the weights that read a group change with its width (`grid.weight_slices`).
+    """Draws how the weights that read a group change with its width (`slices.weight_slices`).
 
     Left: `default_entries` as curves. Right: the centre tap to output channel 0 as an image, hidden
-    channel against width. What is masked is left blank. The CSV beside it has the columns block,
-    panel ("curves" or "image"), width, out_channel, hidden_channel, tap (0 to 8, row by row),
-    value; the value of what is masked is empty. The trained range lies between dashed lines on the
-    right.
+    channel against width, the trained range between dashed lines. What is masked is left blank. The
+    CSV beside it has the columns block, panel ("curves" or "image"), width, out_channel,
+    hidden_channel, tap (0 to 8, row by row), value; the value of what is masked is empty.
     """
     widths, kernels = slices.widths, slices.kernels
     figure = _figure(10.5, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     low, high = (ratio * slices.full_width for ratio in trained_range)
     left.axvspan(low, high, color=TRAINED, alpha=0.07, zorder=0)
-    table: list[tuple] = []
+    header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
+    table: list[tuple] = [header]
 
-    def add(panel, values, out, hidden, tap):
-        for width, value in zip(widths, values, strict=True):
-            shown = "" if np.isnan(value) else float(value)
-            table.append((slices.block, panel, int(width), out, hidden, tap, shown))
-
-    for number, (out, hidden, tap) in enumerate(default_entries(slices)):
+    def add(panel, out, hidden, tap):
         values = kernels[:, tap // 3, tap % 3, hidden, out]
-        color = ENTRIES[number % len(ENTRIES)]
-        label = f"out {out}, hidden {hidden}, tap {tap}"
-        left.plot(widths, values, color=color, linewidth=1, marker=".", markersize=4, label=label)
-        add("curves", values, out, hidden, tap)
-    _finish(figure, left, xlabel=HIDDEN, ylabel="weight", columns=3)
+        for width, value in zip(widths.tolist(), values.tolist(), strict=True):
+            shown = "" if np.isnan(value) else value
+            table.append((slices.block, panel, width, out, hidden, tap, shown))
+        return values
 
-    image = kernels[:, CENTER // 3, CENTER % 3, :, 0].T  # [hidden, widths]
-    for hidden, values in enumerate(image):
-        add("image", values, 0, hidden, CENTER)
+    for color, (out, hidden, tap) in zip(COLORS, default_entries(slices), strict=False):
+        label = f"out {out}, hidden {hidden}, tap {tap}"
+        style = {"color": color, "linewidth": 1, "marker": ".", "markersize": 4}
+        left.plot(widths, add("curves", out, hidden, tap), label=label, **style)
+    _finish(left, HIDDEN, "weight")
+    _legend(figure, left, columns=3)
+
+    image = np.array([add("image", 0, hidden, CENTER) for hidden in range(kernels.shape[3])])
     # A few large weights, at widths far from the trained ones, must not bleach all the others.
     limit = np.nanpercentile(np.abs(image), 98) or 1.0
     extent = (widths[0] - 0.5, widths[-1] + 0.5, -0.5, len(image) - 0.5)
-    shown = right.imshow(
-        image,
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        extent=extent,
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-    )
+    style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "origin": "lower", "aspect": "auto"}
+    shown = right.imshow(image, extent=extent, interpolation="nearest", **style)
     for bound in (low, high):
         right.axvline(bound, color="0.3", linestyle="--", linewidth=1)
     right.set_xlim(extent[:2])
     right.spines[["top", "right"]].set_visible(False)
     right.set(xlabel=HIDDEN, ylabel="hidden channel")
     figure.colorbar(shown, ax=right, extend="both", label="centre tap to output channel 0")
-    header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
-    _save(figure, path, title, [header, *table])
+    _save(figure, path, title, caption, table)
 
 
 _AXES = {
-    "num_macs": (1e-6, "multiply-adds (millions)"),
+    "num_macs": (1e-6, MACS),
     "num_params": (1e-3, "parameters (thousands)"),
     "latency_ms": (1.0, "latency (ms, estimated from measured networks)"),
 }
@@ -226,13 +228,13 @@ _AXES = {
 
 def plot_search(
     path: str | os.PathLike,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Rows,
     *,
     title: str,
     column: str,
     limit: float,
     winner: Sequence[int],
-    note: str = "",
+    caption: str = "",
 ) -> None:
     """Draws all networks that a search has evaluated.
 
@@ -244,38 +246,47 @@ def plot_search(
         column: the horizontal axis, "num_macs", "num_params" or "latency_ms".
         limit: the budget, in the unit of the column.
         winner: the widths of the network that was chosen.
-        note: a sentence below the axis.
     """
     scale, label = _AXES[column]
     figure = _figure(6.4, 4.4)
     axis = figure.subplots()
 
     def points(some):
+        some = sorted(some, key=lambda row: row[column])
         return [scale * row[column] for row in some], [100 * row["accuracy"] for row in some]
 
-    others = [row for row in rows if not row["uniform"]]
-    axis.scatter(*points(others), color="0.7", s=9, label="evaluated", zorder=1)
-    uniform = sorted((row for row in rows if row["uniform"]), key=lambda row: row[column])
-    if uniform:
+    uniform = points(row for row in rows if row["uniform"])
+    style = {"color": "0.7", "s": 9, "label": "evaluated", "zorder": 1}
+    axis.scatter(*points(row for row in rows if not row["uniform"]), **style)
+    if uniform[0]:
         style = {"color": UNSEEN, "marker": "D", "markersize": 4, "linewidth": 1}
-        axis.plot(*points(uniform), label="uniform", zorder=2, **style)
-    front = sorted((row for row in rows if row["front"]), key=lambda row: row[column])
+        axis.plot(*uniform, label="uniform", zorder=2, **style)
     style = {"color": TRAINED, "drawstyle": "steps-post", "linewidth": 1.4}
-    axis.plot(*points(front), label="front", zorder=3, **style)
+    axis.plot(*points(row for row in rows if row["front"]), label="front", zorder=3, **style)
     chosen = [row for row in rows if list(row["widths"]) == list(winner)]
     if chosen:
         style = {"color": TRAINED, "marker": "*", "s": 130, "edgecolor": "white"}
         axis.scatter(*points(chosen), label="chosen", zorder=4, **style)
-    largest = max(row[column] for row in rows)
-    if limit <= 1.5 * largest:  # else it would squeeze the points
+    if limit <= 1.5 * max(row[column] for row in rows):  # else it would squeeze the points
         axis.axvline(scale * limit, color="0.3", linestyle="--", linewidth=1, label="budget")
-    label = "\n".join([label, *textwrap.wrap(note, 80)])
-    _finish(figure, axis, xlabel=label, ylabel="validation accuracy (%)", columns=5)
-    _save(figure, path, title, storage.as_table(rows))
+    if uniform[0]:
+        best = max(100 * row["accuracy"] for row in rows)
+        floor = _floor([*uniform[1], best])
+        below = [100 * row["accuracy"] for row in rows if 100 * row["accuracy"] < floor]
+        if below:
+            x = [scale * row[column] for row in rows if 100 * row["accuracy"] >= floor]
+            room = 0.04 * (max(x) - min(x))
+            axis.set_xlim(min(x) - room, max(x) + room)
+            _end(axis, floor, best)
+            count = f"{len(below)} networks lie below the axis, from {min(below):.1f} %"
+            caption = f"{count}. {caption}".strip()
+    _finish(axis, label, "validation accuracy (%)")
+    _legend(figure, axis, columns=5)
+    _save(figure, path, title, caption, storage.as_table(rows))
 
 
 def plot_random_networks(
-    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
+    path: str | os.PathLike, rows: Rows, *, title: str, caption: str = ""
 ) -> None:
     """Draws networks of random widths around the curve of uniform ones.
 
@@ -284,18 +295,19 @@ def plot_random_networks(
     """
     figure = _figure(6.4, 4.2)
     axis = figure.subplots()
-    for series, draw, style in (
-        ("random", axis.scatter, {"color": TRAINED, "s": 12, "alpha": 0.7}),
-        ("uniform", axis.plot, {"color": UNSEEN, "marker": "D", "markersize": 4, "linewidth": 1}),
+    for series, style in (
+        ("random", {"color": TRAINED, "marker": "o", "markersize": 3.5, "linewidth": 0}),
+        ("uniform", {"color": UNSEEN, "marker": "D", "markersize": 4, "linewidth": 1}),
     ):
         some = sorted((r for r in rows if r["series"] == series), key=lambda row: row["num_macs"])
         x, y = [row["num_macs"] / 1e6 for row in some], [100 * row["accuracy"] for row in some]
-        draw(x, y, label=series, **style)
-    _finish(figure, axis, xlabel=MACS, ylabel=TOP_1)
-    _save(figure, path, title, storage.as_table(rows))
+        axis.plot(x, y, label=series, alpha=0.8, **style)
+    _finish(axis, MACS, TOP_1)
+    _legend(figure, axis)
+    _save(figure, path, title, caption, storage.as_table(rows))
 
 
-def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+def plot_depths(path: str | os.PathLike, rows: Rows, *, title: str, caption: str = "") -> None:
     """Draws accuracy over width and depth, a heat map.
 
     `rows` hold a network for each pair of "num_layers" and "width_ratio", with "accuracy" in
@@ -303,31 +315,27 @@ def plot_depths(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, t
     """
     depths = sorted({row["num_layers"] for row in rows}, reverse=True)
     ratios = sorted({row["width_ratio"] for row in rows})
-    cells = {(row["num_layers"], row["width_ratio"]): row for row in rows}
     values = np.full((len(depths), len(ratios)), np.nan)
-    for (depth, ratio), row in cells.items():
-        values[depths.index(depth), ratios.index(ratio)] = 100 * row["accuracy"]
+    places = [(depths.index(r["num_layers"]), ratios.index(r["width_ratio"])) for r in rows]
+    for place, row in zip(places, rows, strict=True):
+        values[place] = 100 * row["accuracy"]
+    known = [100 * row["accuracy"] for row in rows if row["trained"]] or [np.nanmin(values)]
+    low, high = min(known), np.nanmax(values)
     figure = _figure(max(5.0, 1.6 + 0.62 * len(ratios)), 1.6 + 0.62 * len(depths))
     axis = figure.subplots()
-    image = axis.imshow(values, cmap="viridis", aspect="auto")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for (depth, ratio), row in cells.items():
-        value = 100 * row["accuracy"]
-        axis.text(
-            ratios.index(ratio),
-            depths.index(depth),
-            f"{value:.1f}{'' if row['trained'] else '*'}\n{row['num_macs'] / 1e6:.1f} M",
-            ha="center",
-            va="center",
-            fontsize=7.5,
-            color="white" if value < middle else "black",
-        )
+    image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
+    for (y, x), row in zip(places, rows, strict=True):
+        mark = "" if row["trained"] else "*"
+        text = f"{100 * row['accuracy']:.1f}{mark}\n{row['num_macs'] / 1e6:.1f} M"
+        color = "white" if 100 * row["accuracy"] < (low + high) / 2 else "black"
+        axis.text(x, y, text, ha="center", va="center", fontsize=7.5, color=color)
     axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
     axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
     unseen = any(not row["trained"] for row in rows)
     axis.set(xlabel=RATIO + ("; * never trained" if unseen else ""), ylabel="layers")
-    figure.colorbar(image, ax=axis, label=TOP_1)
-    _save(figure, path, title + ", multiply-adds", storage.as_table(rows))
+    extend = "min" if np.nanmin(values) < low else "neither"
+    figure.colorbar(image, ax=axis, label=TOP_1, extend=extend)
+    _save(figure, path, title + ", multiply-adds", caption, storage.as_table(rows))
 
 
 def plot_comparison(
@@ -335,42 +343,52 @@ def plot_comparison(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     title: str,
-    references: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    references: Mapping[str, Sequence[tuple[float, float]]],
+    num_images: int = 0,
+    caption: str = "",
 ) -> None:
     """Draws accuracy against multiply-adds, a curve for each method.
 
+    What lies far below the best is written into the caption.
+
     Args:
         series: by method, (multiply-adds, accuracy in percent) of each size.
-        references: published results by name, (multiply-adds, accuracies in percent), in gray.
+        references: the same of published results, in gray.
+        num_images: that accuracies were measured on, for intervals; 0 where that is not known.
     """
     figure = _figure(7.2, 5.2)
     axis = figure.subplots()
-    colors = (*ENTRIES, "#c23b80", "#2a9d9d")
+    found = [y for points in (*series.values(), *references.values()) for _, y in points]
+    near = [y for y in found if y >= _FAR * max(found)]
+    floor, below = _floor(near, room=0.1), []
+    styles = list(zip(COLORS, "osD^vPX*", strict=True))
     for number, (name, points) in enumerate(series.items()):
+        x, y = (np.array(values) for values in zip(*sorted(points), strict=True))
+        color, marker = styles[number % len(styles)]
+        style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.3}
+        low = [f"{value:.1f}" for value in y if value < floor]
+        below += [f"{name} ({', '.join(low)})"] if low else []
+        if len(low) < len(y):
+            errors = None
+            if num_images:
+                bounds = [accuracy_interval(value / 100, num_images) for value in y]
+                errors = np.abs(100 * np.transpose(bounds) - y)
+            axis.errorbar(x / 1e6, y, errors, label=name, elinewidth=0.8, capsize=2, **style)
+    for marker, (name, points) in zip("sov^", references.items(), strict=False):
         x, y = zip(*sorted(points), strict=True)
-        axis.plot(
-            [size / 1e6 for size in x],
-            y,
-            color=colors[number % len(colors)],
-            marker="osD^vPX*"[number % 8],
-            markersize=5,
-            linewidth=1.3,
-            label=name,
-        )
-    for number, (name, (x, y)) in enumerate(references.items()):
-        style = {"color": "0.55", "marker": "osD^"[number % 4], "markersize": 4, "linewidth": 1}
-        sizes = [size / 1e6 for size in x]
-        axis.plot(sizes, y, linestyle="--", label=f"{name} (published, full length)", **style)
-    _finish(figure, axis, xlabel=MACS, ylabel="test top-1 accuracy (%)")
-    _save(figure, path, title)
+        style = {"color": "0.55", "marker": marker, "markersize": 4, "linestyle": "--"}
+        label = f"{name} (published, full length)"
+        axis.plot([size / 1e6 for size in x], y, linewidth=1, label=label, **style)
+    _end(axis, floor, max(near) + (1.0 if num_images else 0.0))
+    _finish(axis, MACS, "test top-1 accuracy (%)")
+    _legend(figure, axis)
+    if below:
+        told = f"Below the axis (%, from the smallest size on): {'; '.join(below)}."
+        caption = f"{caption} {told}".strip()
+    _save(figure, path, title, caption)
 
 
-# --- what the figures share ------------------------------------------------------------------
-
-
-def plot_families(
-    path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], *, title: str
-) -> None:
+def plot_families(path: str | os.PathLike, rows: Rows, *, title: str, caption: str = "") -> None:
     """Draws accuracy against multiply-adds and against latency, a curve for each family.
 
     `rows` have "family", "num_macs", "latency_ms", "accuracy" in [0, 1] and "trained"; the CSV has
@@ -378,20 +396,20 @@ def plot_families(
     """
     figure = _figure(9.0, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
+    by_cost = sorted(rows, key=lambda row: row["num_macs"])
     columns = (("num_macs", 1e-6, MACS), ("latency_ms", 1.0, "milliseconds of a batch"))
     for axis, (column, scale, label) in zip(axes, columns, strict=True):
-        for family, color, marker in zip(
-            dict.fromkeys(row["family"] for row in rows), (UNSEEN, TRAINED), "so", strict=False
-        ):
-            ordered = [row for row in rows if row["family"] == family and row["trained"]]
-            ordered.sort(key=lambda row: row["num_macs"])
-            x, y = [scale * r[column] for r in ordered], [100 * r["accuracy"] for r in ordered]
-            shown = family if axis is axes[0] else None
-            axis.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=shown)
-        _restrain(axis)
-        axis.set_xlabel(label)
-    _finish(figure, axes[0], xlabel=MACS, ylabel=TOP_1)
-    _save(figure, path, title, storage.as_table(rows))
+        for number, family in enumerate(sorted({row["family"] for row in rows})):
+            some = [row for row in by_cost if row["family"] == family and row["trained"]]
+            x, y = [scale * row[column] for row in some], [100 * row["accuracy"] for row in some]
+            style = {"color": COLORS[1 - number], "marker": "so"[number], "markersize": 4}
+            axis.plot(x, y, linewidth=1.2, label=family, **style)
+        _finish(axis, label, TOP_1 if axis is axes[0] else "")
+    _legend(figure, axes[0])
+    _save(figure, path, title, caption, storage.as_table(rows))
+
+
+# --- what the figures share ------------------------------------------------------------------
 
 
 def _figure(width: float, height: float):
@@ -404,18 +422,65 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _scatter_rows(axis, sizes, rows, *, prefix="", size=30, zorder=2) -> None:
-    """A point for each row at `sizes`; those of the trained range differ in color and shape."""
+def _percent(rows: Sequence[GridRow]) -> list[float]:
+    return [100 * row.accuracy for row in rows]
+
+
+def _bounds(row: GridRow) -> tuple[Any, Any, Any]:
+    """(accuracy, low, high) in [0, 1]; the interval is empty where it is not known."""
+    low, high = row.interval or ("", "")
+    return row.accuracy, low, high
+
+
+def _with_bars(rows: Sequence[GridRow], caption: str) -> str:
+    return ("Bars: 95 % intervals. " if any(row.interval for row in rows) else "") + caption
+
+
+def _mark(axis, x, rows: Sequence[GridRow], prefix="", *, size=5.5, bars=False) -> None:
+    """A point for each row at `x`; those of the trained range differ in color and shape."""
     for trained, color, marker in ((True, TRAINED, "o"), (False, UNSEEN, "D")):
-        points = [
-            (x, 100 * row.accuracy)
-            for x, row in zip(sizes, rows, strict=True)
-            if row.trained == trained
-        ]
-        if points:
-            x, y = zip(*points, strict=True)
-            label = prefix + ("trained range" if trained else "never trained")
-            axis.scatter(x, y, color=color, marker=marker, s=size, label=label, zorder=zorder)
+        points = [(at, row) for at, row in zip(x, rows, strict=True) if row.trained == trained]
+        if not points:
+            continue
+        some, errors = [row for _, row in points], None
+        if bars and all(row.interval for row in some):
+            ends = 100 * np.array([_bounds(row) for row in some]).T
+            errors = np.abs(ends[1:] - ends[0])
+        label = prefix + ("trained range" if trained else "never trained")
+        style = {"color": color, "fmt": marker, "markersize": size, "elinewidth": 1, "capsize": 2}
+        axis.errorbar([at for at, _ in points], _percent(some), errors, label=label, **style)
+
+
+def _floor(shown: Sequence[float], *, room: float = 1.0) -> float:
+    """Where an axis ends that shows all `shown`, in percent, and some of what lies below."""
+    low, high = min(shown), max(shown)
+    return max(low - room * max(high - low, 2.0), 0.0)
+
+
+def _end(axis, floor: float, top: float) -> None:
+    axis.set_ylim(floor - 0.02 * (top - floor), top + 0.06 * (top - floor))
+
+
+def _clip(axis, x, rows: Sequence[GridRow], *others: float | None) -> None:
+    """Lets no network that was never trained stretch the axis; those below it are told at its foot.
+
+    `others` are accuracies in [0, 1] that have to be shown.
+    """
+    ends = [end for row in rows if row.trained for end in (row.interval or (row.accuracy,))]
+    shown = [100 * value for value in (*ends, *others) if value is not None]
+    floor = _floor(shown) if ends else 0.0
+    if all(100 * row.accuracy >= floor for row in rows):
+        return
+    _end(axis, floor, max(*shown, *(100 * (row.interval or (0, 0))[1] for row in rows)))
+    label = "never trained, below the axis (%)"
+    for at, row in zip(x, rows, strict=True):
+        if 100 * row.accuracy < floor:
+            style = {"color": UNSEEN, "marker": "v", "s": 22, "clip_on": False, "zorder": 3}
+            axis.scatter(at, floor, label=label, **style)
+            place = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            text = f"{100 * row.accuracy:.1f}"
+            axis.annotate(text, (at, floor), rotation=90, fontsize=7, color=UNSEEN, **place)
+            label = None
 
 
 def _draw_teacher(axis, accuracy: float | None) -> None:
@@ -424,29 +489,40 @@ def _draw_teacher(axis, accuracy: float | None) -> None:
         axis.axhline(100 * accuracy, color="0.3", linestyle="--", linewidth=1, label=label)
 
 
-def _restrain(axis) -> None:
+def _finish(axis, xlabel: str, ylabel: str) -> None:
     axis.grid(alpha=0.25)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _finish(figure, axis, *, xlabel: str, ylabel: str, columns: int = 0) -> None:
-    """Labels, and a legend below all axes, where it covers no point whatever the curves do."""
-    _restrain(axis)
     axis.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def _legend(figure, axis, columns: int = 0) -> None:
+    """Below all axes, where it covers no point whatever the curves do."""
     handles, labels = axis.get_legend_handles_labels()
     columns = columns or (3 if len(labels) <= 3 else 2)
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-    )
+    style = {"ncols": columns, "frameon": False, "fontsize": 8}
+    figure.legend(handles, labels, loc="outside lower center", **style)
 
 
 def _save(
-    figure, path: str | os.PathLike, title: str, table: Sequence[Sequence[Any]] | None = None
+    figure,
+    path: str | os.PathLike,
+    title: str,
+    caption: str,
+    table: Sequence[Sequence[Any]] | None = None,
 ) -> None:
     """Writes the PNG and, beside it, a table whose first row is its header, each whole."""
     figure.suptitle(title, fontsize=10)
+    if caption:
+        figure.draw_without_rendering()  # lays out all but the caption, which goes below
+        figure.set_layout_engine("none")
+        for legend in figure.legends:  # stays where it is, however the figure grows
+            place = legend.get_window_extent().transformed(figure.transFigure.inverted())
+            legend.set_loc("center")
+            legend.set_bbox_to_anchor(place, figure.transFigure)
+        text = textwrap.fill(caption, int(18 * figure.get_size_inches()[0]))
+        figure.text(0.01, -0.01, text, fontsize=7.5, color="0.35", va="top")
     with storage.replacing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
+        figure.savefig(partial, dpi=150, format="png", bbox_inches="tight")
     if table:
         storage.write_csv(pathlib.Path(path).with_suffix(".csv"), table)

@@ -42,6 +42,11 @@ class Curve:
     accuracies: tuple[float, ...]
 
     @property
+    def points(self) -> list[tuple[float, float]]:
+        """(width ratio, accuracy) of each network."""
+        return list(zip(self.width_ratios, self.accuracies, strict=True))
+
+    @property
     def num_macs(self) -> tuple[int, ...]:
         """Multiply-adds of each network, inner blocks narrowed and the others at full size.
 
@@ -52,10 +57,8 @@ class Curve:
         """
         spec = _spec(self.dataset, self.depth)
         blocks = generated_blocks(spec)
-        return tuple(
-            morph(spec, blocks, widths_at(spec, blocks, ratio)).num_macs
-            for ratio in self.width_ratios
-        )
+        sizes = [widths_at(spec, blocks, ratio) for ratio in self.width_ratios]
+        return tuple(morph(spec, blocks, widths).num_macs for widths in sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,36 +90,23 @@ def _spec(dataset: str, depth: int) -> ResNetSpec:
 
 RATIOS = (1.0, 0.75, 0.5, 0.25)
 
-CURVES = (
-    Curve("trained individually", HTTY, "cifar100", 56, RATIOS, (0.7263, 0.7150, 0.7178, 0.7059)),
-    Curve("HTTY", HTTY, "cifar100", 56, RATIOS, (0.6613, 0.6600, 0.6610, 0.6536)),
-    Curve(
-        "HTTY, 150 more epochs per block",
-        HTTY,
-        "cifar100",
-        56,
-        RATIOS,
-        (0.6917, 0.6925, 0.6910, 0.6165),
-    ),
-    Curve(
-        "NeuMeta, full network",
-        NEUMETA,
-        "cifar100",
-        56,
-        RATIOS,
-        (0.4903, 0.4869, 0.4865, 0.4538),
-    ),
+_CURVES = (
+    ("trained individually", HTTY, (0.7263, 0.7150, 0.7178, 0.7059)),
+    ("HTTY", HTTY, (0.6613, 0.6600, 0.6610, 0.6536)),
+    ("HTTY, 150 more epochs per block", HTTY, (0.6917, 0.6925, 0.6910, 0.6165)),
+    ("NeuMeta, full network", NEUMETA, (0.4903, 0.4869, 0.4865, 0.4538)),
 )
-
-SINGLES = (
-    Single(ZOO, "cifar100", 20, 0.6883),
-    Single(ZOO, "cifar100", 32, 0.7016),
-    Single(ZOO, "cifar100", 44, 0.7163),
-    Single(ZOO, "cifar100", 56, 0.7263),
-    Single(ZOO, "cifar10", 20, 0.9260),
-    Single(ZOO, "cifar10", 32, 0.9353),
-    Single(ZOO, "cifar10", 44, 0.9401),
-    Single(ZOO, "cifar10", 56, 0.9437),
+CURVES = tuple(
+    Curve(name, source, "cifar100", 56, RATIOS, accuracies) for name, source, accuracies in _CURVES
+)
+_SINGLES = {
+    "cifar100": {20: 0.6883, 32: 0.7016, 44: 0.7163, 56: 0.7263},
+    "cifar10": {20: 0.9260, 32: 0.9353, 44: 0.9401, 56: 0.9437},
+}
+SINGLES = tuple(
+    Single(ZOO, dataset, depth, accuracy)
+    for dataset, found in _SINGLES.items()
+    for depth, accuracy in found.items()
 )
 
 

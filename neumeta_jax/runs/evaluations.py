@@ -95,6 +95,12 @@ class Target:
         origin = self.experiment.teacher.file or self.experiment.recipe.init_from
         return self.evaluator.split == "validation" and bool(origin)
 
+    @property
+    def caption(self) -> str:
+        """What has to be said beside the accuracies."""
+        seen = {"seed": self.experiment.run.seed, "imported": self.teacher_may_have_seen}
+        return plotting.caveats(self.evaluator.split, len(self.evaluator.labels), **seen)
+
     @functools.cached_property
     def teacher_accuracy(self) -> float | None:
         """In [0, 1], in float32; None where the work directory has no teacher."""
@@ -319,6 +325,7 @@ def write_grid(target: Target, width_ratios: Sequence[float]) -> None:
         title=f"{target.title}: every size from one INR",
         trained_range=target.experiment.trained_range,
         teacher_accuracy=target.teacher_accuracy,
+        caption=target.caption,
     )
     print(f"wrote {target.out / 'grid.json'}, grid.csv and grid.png")
 
@@ -364,14 +371,15 @@ def write_figures(
         title=f"{target.title}: accuracy over the width axis",
         trained_range=experiment.trained_range,
         teacher_accuracy=teacher,
+        caption=target.caption,
     )
     curves, singles, drawn = (), (), ""
     if isinstance(experiment.spec, ResNetSpec):
         curves, singles = published.references(experiment.name, experiment.spec)
         some = slices.weight_slices(experiment.hypernetwork, target.evaluator.params)
         title = f"{experiment.network}, {experiment.name}: what reads {some.block} at every width"
-        trained = {"trained_range": experiment.trained_range}
-        plotting.plot_weight_slices(out / "weights.png", some, title=title, **trained)
+        path, trained = out / "weights.png", experiment.trained_range
+        plotting.plot_weight_slices(path, some, title=title, trained_range=trained)
         drawn = ", weights"
     plotting.plot_against_macs(
         out / "against_macs.png",
@@ -379,6 +387,7 @@ def write_figures(
         title=f"{target.title}: accuracy against multiply-adds",
         curves=curves,
         singles=singles,
+        caption=target.caption,
     )
     print(f"wrote {out / 'sweep.json'}; sweep{drawn} and against_macs as .png and .csv")
 
@@ -429,7 +438,7 @@ def write_depths(target: Target, networks: Mapping[tuple[int, float], Widths]) -
         print(f"{cell}  {format_counts(row)}")
     target.save("depths", rows)
     title = f"{target.title}: top-1 accuracy (%)"
-    plotting.plot_depths(target.out / "depths.png", rows, title=title)
+    plotting.plot_depths(target.out / "depths.png", rows, title=title, caption=target.caption)
     print(f"wrote {target.out / 'depths.json'}, depths.csv and depths.png")
 
 
@@ -468,7 +477,8 @@ def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
     )
     target.save("random_networks", rows, **found)
     path = target.out / "random_networks.png"
-    plotting.plot_random_networks(path, rows, title=f"{target.title}: widths at random")
+    title = f"{target.title}: widths at random"
+    plotting.plot_random_networks(path, rows, title=title, caption=target.caption)
     print(f"wrote {path.with_suffix('.json')}, random_networks.csv and random_networks.png")
 
 
@@ -481,22 +491,20 @@ def write_page(
 ) -> None:
     """report.html, a page to look at what the others evaluate."""
     experiment, evaluator = target.experiment, target.evaluator
-    if not isinstance(experiment.spec, ResNetSpec):
-        print(f"no page of {experiment.network}; it is written for CIFAR ResNets")
-        return
+    family, is_resnet = experiment.hypernetwork, isinstance(experiment.spec, ResNetSpec)
     rows = list((_with_int8(target, width_ratios)) if int8 else target.rows(width_ratios))
     rows += target.rows(sweep_ratios)
     rows += map(GridRow.from_dict, _depth_rows(target, depths))
     document = page.page_document(
         rows,
-        experiment.spec,
+        family,
         title=f"{experiment.network} on {experiment.name}: every size from one INR",
-        subtitle=f"Top-1 accuracy on the {len(evaluator.labels):,} images of the "
-        f"{evaluator.split} split. The INR has {hyper.num_inr_params(evaluator.params):,} "
-        f"parameters, the full-size network {experiment.spec.num_params:,}.",
+        subtitle=f"Top-1 accuracy on {target.caption} The INR has "
+        f"{hyper.num_inr_params(evaluator.params):,} parameters, the full-size network "
+        f"{experiment.spec.num_params:,}.",
         trained_range=experiment.trained_range,
         teacher_accuracy=target.teacher_accuracy,
-        slices=slices.weight_slices(experiment.hypernetwork, evaluator.params),
+        slices=slices.weight_slices(family, evaluator.params) if is_resnet else None,
         latency=page.read_latency(target.workdir / page.LATENCY_FILE),
         config=lab.read_config(target.workdir),
         versions=versions(),

@@ -1,4 +1,0 @@
-from neumeta_jax.commands import command_line
-from neumeta_jax.report.tables import __doc__, main  # noqa: F401
-
-command_line.run(main)
