@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from neumeta_jax.errors import check
+from neumeta_jax.errors import UsageError, check
 from neumeta_jax.files import archives, pickles, storage
 
 # The codes of safetensors, and how their bytes are read.
@@ -48,13 +48,6 @@ _MAX_COUNT = 2**48  # keeps every product of counts far from what NumPy's intege
 
 _REMEDY = "save the network's state_dict() and pass that file."
 _BIG_ENDIAN = "was written in big-endian order; save it again on a little-endian machine."
-
-
-class _RefusalError(Exception):
-    """Why a file that may be intact is not read: the rest of a sentence that begins with its path.
-
-    Damage needs no such care; whatever exception it raises ends in the same sentence.
-    """
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -87,18 +80,17 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         f"A network file has at most {_MAX_SIZE} bytes, got {path} of {path.stat().st_size}; save "
         "the network's state_dict() alone.",
     )
+    # A UsageError is why a file that may be intact is not read: a sentence without its beginning.
     try:
         tensors = _READERS[path.suffix.lower()](path.read_bytes())
-        if not tensors:
-            raise _RefusalError(f"holds no named tensors; {_REMEDY}")
-    except (_RefusalError, archives.InflationError) as error:
-        raise ValueError(f"{path} {error}") from None
+        check(tensors, f"holds no named tensors; {_REMEDY}")
+    except (UsageError, archives.InflationError) as error:
+        raise UsageError(f"{path} {error}") from None
     except Exception as error:  # what a damaged file raises in zipfile, pickle, ... is open-ended
         storage.check_is_damage(path, error)
         reason = show(str(error) or type(error).__name__, 200)
-        raise ValueError(
-            f"{path} is truncated or corrupt ({reason}); download or save it again."
-        ) from error
+        message = f"{path} is truncated or corrupt ({reason}); download or save it again."
+        raise UsageError(message) from error
     return _strip_prefixes(tensors)
 
 
@@ -138,11 +130,11 @@ def _open_zip(content: bytes) -> zipfile.ZipFile:
     archive = zipfile.ZipFile(io.BytesIO(content))
     # Entries may share their bytes in the file, so that the sum is bounded as well as each.
     total = sum(entry.file_size for entry in archive.infolist())
-    if total > _MAX_INFLATION * len(content) + _SLACK:
-        raise _RefusalError(
-            f"would inflate to {total} bytes, where at most {_MAX_INFLATION} times its size are "
-            "read; save it again uncompressed."
-        )
+    check(
+        total <= _MAX_INFLATION * len(content) + _SLACK,
+        f"would inflate to {total} bytes, where at most {_MAX_INFLATION} times its size are read; "
+        "save it again uncompressed.",
+    )
     return archive
 
 
@@ -161,13 +153,14 @@ def _read_npz(content: bytes) -> dict[str, np.ndarray]:
 def _read_safetensors(content: bytes) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in safetensors.deserialize(content):
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise _RefusalError(
-                f"has the tensor {show(name)} of type {show(entry['dtype'])}, but only "
-                f"{', '.join(_DTYPES)} are read; convert it to F32."
-            )
-        tensors[name] = _native(np.frombuffer(entry["data"], dtype).reshape(entry["shape"]))
+        code = entry["dtype"]
+        check(
+            code in _DTYPES,
+            f"has the tensor {show(name)} of type {show(code)}, but only {', '.join(_DTYPES)} are "
+            "read; convert it to F32.",
+        )
+        array = np.frombuffer(entry["data"], _DTYPES[code])
+        tensors[name] = _native(array.reshape(entry["shape"]))
     return tensors
 
 
@@ -276,11 +269,11 @@ class _Unpickler(pickles.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
-            raise _RefusalError(
-                f"wants to call {show(f'{module}.{name}')} while loading, which could run code; "
-                f"only tensors are read, so {_REMEDY}"
-            )
+        check(
+            (module, name) in _GLOBALS,
+            f"wants to call {show(f'{module}.{name}')} while loading, which could run code; only "
+            f"tensors are read, so {_REMEDY}",
+        )
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -310,9 +303,8 @@ def _read_pytorch(content: bytes) -> dict[str, np.ndarray]:
     for _ in range(_MAX_WRAPPERS):
         wrapped = [loaded.get(w) for w in _WRAPPERS] if isinstance(loaded, dict) else []
         loaded = next((inner for inner in wrapped if isinstance(inner, dict)), loaded)
-    if not isinstance(loaded, dict):
-        kind = type(loaded).__name__.lstrip("_")
-        raise _RefusalError(f"holds a {kind}, not a state_dict; {_REMEDY}")
+    kind = type(loaded).__name__.lstrip("_")
+    check(isinstance(loaded, dict), f"holds a {kind}, not a state_dict; {_REMEDY}")
     tensors = {
         name: tensor
         for name, tensor in loaded.items()
@@ -329,15 +321,15 @@ def _load_zip(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
     """Of PyTorch 1.6 and later: a pickle, and an entry for each storage."""
     archive = _open_zip(content)
     found = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(found) != 1:
-        raise _RefusalError(
-            f"is a zip archive with {len(found)} entries data.pkl, where a PyTorch checkpoint has "
-            "one; pass a file that torch.save wrote."
-        )
+    check(
+        len(found) == 1,
+        f"is a zip archive with {len(found)} entries data.pkl, where a PyTorch checkpoint has one; "
+        "pass a file that torch.save wrote.",
+    )
     root = found[0].removesuffix("data.pkl")
-    byte_order = root + "byteorder"  # absent before PyTorch 2.1
-    if byte_order in archive.namelist() and _read_entry(archive, byte_order) != b"little":
-        raise _RefusalError(_BIG_ENDIAN)
+    byte_order = root + "byteorder"
+    known = byte_order in archive.namelist()  # since PyTorch 2.1
+    check(not known or _read_entry(archive, byte_order) == b"little", _BIG_ENDIAN)
     loaded, _ = _unpickle(io.BytesIO(_read_entry(archive, found[0])))
     return loaded, functools.cache(lambda key: _read_entry(archive, f"{root}data/{key}"))
 
@@ -345,18 +337,18 @@ def _load_zip(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
 def _load_legacy(content: bytes) -> tuple[Any, Callable[[str], bytes]]:
     """Before PyTorch 1.6: five pickles, then size and bytes of each storage."""
     stream = io.BytesIO(content)
-    if _unpickle(stream)[0] != _LEGACY_MAGIC:
-        raise _RefusalError(
-            "is a pickle, but not a PyTorch checkpoint; pass a file that torch.save wrote."
-        )
-    if _unpickle(stream)[0] != _LEGACY_PROTOCOL:  # not shown: to print it may take for ever
-        raise _RefusalError(
-            f"has another version of PyTorch's old format than {_LEGACY_PROTOCOL}, which is read; "
-            "save it again with a current PyTorch."
-        )
+    check(
+        _unpickle(stream)[0] == _LEGACY_MAGIC,
+        "is a pickle, but not a PyTorch checkpoint; pass a file that torch.save wrote.",
+    )
+    check(
+        _unpickle(stream)[0] == _LEGACY_PROTOCOL,  # not shown: to print it may take for ever
+        f"has another version of PyTorch's old format than {_LEGACY_PROTOCOL}, which is read; save "
+        "it again with a current PyTorch.",
+    )
     system, _ = _unpickle(stream)
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _RefusalError(_BIG_ENDIAN)
+    little = isinstance(system, dict) and system.get("little_endian") is True
+    check(little, _BIG_ENDIAN)
     loaded, storages = _unpickle(stream)
     keys, _ = _unpickle(stream)
     records, position = {}, stream.tell()
