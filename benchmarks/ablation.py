@@ -26,7 +26,7 @@ from neumeta_jax.commands import command_line
 from neumeta_jax.errors import check
 from neumeta_jax.files import storage
 from neumeta_jax.report.tables import table
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.runs.workdir import check_same_config, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
@@ -63,7 +63,7 @@ def plan(
             config, _ = command_line.parse(["train.py", *args], {}, config_required=True)
             folder = workdir / (row if seed == 0 else f"{row}-seed{seed}")
             if (folder / "config.json").exists():
-                lab.check_same_config(folder, config)
+                check_same_config(folder, config)
             commands[folder] = [sys.executable, str(TRAIN), f"--workdir={folder}", *args]
     return commands
 
@@ -93,7 +93,7 @@ def collect(workdir: pathlib.Path, rows: Mapping[str, str]) -> list[dict[str, An
         found = []
         for path in [workdir / row / "grid.json", *workdir.glob(f"{row}-seed*/grid.json")]:
             if path.exists():
-                grid, config = json.loads(path.read_text()), lab.read_config(path.parent)
+                grid, config = json.loads(path.read_text()), read_config(path.parent)
                 head = {"row": row, "description": description, "seed": config["seed"]}
                 size = {"num_inr_params": grid["num_inr_params"]}
                 accuracies = {

@@ -23,8 +23,12 @@ import optax
 
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper, losses
-from neumeta_jax.files import storage
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.files import provenance, storage
+from neumeta_jax.files.trees import load_tree
+from neumeta_jax.networks.saved import load_inr
+from neumeta_jax.runs.backbone import BACKBONE_FILE
+from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.workdir import TrainedRun, read_config
 
 FAMILIES = ("mlp", "vgg", "mobilenet", "resnet", "vit")
 RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -32,7 +36,7 @@ RATES = (3e-3, 1e-3)
 
 
 def tuned(
-    experiment: lab.Experiment, teacher: Any, splits: Any, widths: dict[str, int], rate: float
+    experiment: Experiment, teacher: Any, splits: Any, widths: dict[str, int], rate: float
 ) -> Any:
     """The teacher cut to `widths` and tuned on as many images as the INR's recipe takes."""
     family, recipe = experiment.hypernetwork.network.family, experiment.recipe
@@ -71,7 +75,7 @@ def tuned(
     return params
 
 
-def accuracy(experiment: lab.Experiment, params: Any, widths: dict[str, int], split: Any) -> float:
+def accuracy(experiment: Experiment, params: Any, widths: dict[str, int], split: Any) -> float:
     family = experiment.hypernetwork.network.family
 
     @jax.jit
@@ -89,9 +93,9 @@ def measure(name: str, folder: pathlib.Path, options: list[str]) -> list[dict[st
     command = [sys.executable, "train.py", f"--config=configs/own.py:{name}", *options]
     subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
     minutes = (time.perf_counter() - start) / 60
-    opened = lab.TrainedRun(folder, lab.read_config(folder), *checkpoint.load_inr(folder))
+    opened = TrainedRun(folder, read_config(folder), *load_inr(folder))
     experiment, splits = opened.load()
-    teacher, _ = checkpoint.load_tree(folder / lab.BACKBONE_FILE)
+    teacher, _ = load_tree(folder / BACKBONE_FILE)
     validation = splits.validation_images, splits.validation_labels
     test = splits.test_images, splits.test_labels
     hypernetwork, rows = experiment.hypernetwork, []
@@ -137,7 +141,7 @@ def main() -> None:
             rows += measure(name, pathlib.Path(folder) / name, short)
             document = {
                 "command": " ".join(["python", *sys.argv]),
-                "versions": lab.versions(),
+                "versions": provenance.versions(),
                 "minutes": round((time.perf_counter() - start) / 60, 1),
                 "rows": rows,
             }

@@ -19,11 +19,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from neumeta_jax.commands import setup
 from neumeta_jax.commands.command_line import run
 from neumeta_jax.errors import UsageError
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization, draw
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.networks.saved import load_inr
+from neumeta_jax.runs.config import from_config, load_data
+from neumeta_jax.runs.workdir import read_config
 
 FILES = {
     "float32, onnxruntime": ("onnx", None),
@@ -42,20 +45,20 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data_dir", help="where the data lies, if it has moved")
     args = parser.parse_args(argv[1:])
 
-    lab.quiet_logging()
-    config = lab.read_config(args.workdir)
+    setup.quiet_logging()
+    config = read_config(args.workdir)
     if args.data_dir:
         config["data"]["dir"] = args.data_dir
-    family, params, _ = checkpoint.load_inr(args.workdir)
-    dataset, splits = lab.load_data(config)
-    experiment = lab.from_config(config, dataset)
+    family, params, _ = load_inr(args.workdir)
+    dataset, splits = load_data(config)
+    experiment = from_config(config, dataset)
     images = getattr(splits, f"{args.split}_images")[: args.num_images]
     labels = getattr(splits, f"{args.split}_labels")[: args.num_images]
     if not len(images):
         raise UsageError(f"{args.workdir} must have a {args.split} split, but it is empty.")
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
     num_samples = experiment.evaluation.num_samples
-    key = lab.phase_key(experiment, 3) if num_samples > 1 else None  # the noise of eval.py
+    key = experiment.key(3) if num_samples > 1 else None  # the noise of eval.py
 
     rows = []
     for ratio in map(float, args.width_ratios.split(",")):

@@ -39,11 +39,12 @@ from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import timing
 from neumeta_jax.evaluation.evaluator import Evaluator
-from neumeta_jax.files import storage
+from neumeta_jax.files import provenance, storage
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec, morph
-from neumeta_jax.runs import experiment as lab, training
+from neumeta_jax.runs import training
+from neumeta_jax.runs.config import Experiment, from_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
@@ -117,7 +118,7 @@ class Case:
 
     name: str
     args: argparse.Namespace
-    experiment: lab.Experiment
+    experiment: Experiment
     dataset: datasets.Dataset
     backbone: Params
 
@@ -164,7 +165,7 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     train = random_images(rng, max(per_call, NUM_CLASSES), image_size(name))
     test = random_images(rng, args.num_images, image_size(name))
     dataset = datasets.make_dataset(config["data"]["name"], *train, *test, num_classes=NUM_CLASSES)
-    experiment = lab.from_config(config, dataset)
+    experiment = from_config(config, dataset)
     backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(
         jax.random.key(0), experiment.spec
     )
@@ -530,9 +531,9 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     document: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/speed.py", *argv[1:]]),
-        **lab.checkout(),
-        "versions": lab.versions(),
-        "cores": lab.num_cores(),
+        **provenance.checkout(),
+        "versions": provenance.versions(),
+        "cores": provenance.num_cores(),
         "rows": [],
         "parts": [],
     }

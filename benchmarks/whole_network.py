@@ -21,10 +21,11 @@ from neumeta_jax.data import datasets
 from neumeta_jax.evaluation import timing
 from neumeta_jax.export import onnx as onnx_format
 from neumeta_jax.export.network import INPUT_NAME, Network, Normalization
-from neumeta_jax.files import storage
+from neumeta_jax.files import provenance, storage
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.report import plotting
-from neumeta_jax.runs import experiment as lab, recipes
+from neumeta_jax.runs import recipes
+from neumeta_jax.runs.config import from_config
 
 BATCH = 64
 KEPT = ("width_ratio", "num_params", "num_macs", "accuracy", "trained")
@@ -37,7 +38,7 @@ def grid(folder: pathlib.Path) -> list[tuple[dict[str, Any], cifar_resnet.ResNet
     image = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, int)
     classes = {"cifar10": 10, "cifar100": 100}[name]
     dataset = datasets.make_dataset(name, *image, *image, num_classes=classes)
-    family = lab.from_config(config, dataset).hypernetwork
+    family = from_config(config, dataset).hypernetwork
     rows = json.loads((folder / "grid.json").read_text())["rows"]
     return [({key: row[key] for key in KEPT}, family.at(row["widths"])) for row in rows]
 
@@ -75,8 +76,8 @@ def main() -> None:
     document = {
         "command": " ".join(["python", *sys.argv]),
         "batch": BATCH,
-        "device": f"onnxruntime, {lab.num_cores()} CPU cores",
-        "versions": lab.versions(),
+        "device": f"onnxruntime, {provenance.num_cores()} CPU cores",
+        "versions": provenance.versions(),
         "rows": rows,
     }
     storage.write_json(options.whole / "whole_network.json", document)

@@ -17,7 +17,9 @@ import onnxruntime
 
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import INPUT_NAME, Network, Normalization, draw
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.networks.saved import load_inr
+from neumeta_jax.runs.config import load_data
+from neumeta_jax.runs.workdir import read_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WIDTH_RATIOS = (1.0, 0.5, 0.4)
@@ -32,9 +34,9 @@ def main():
     train = [sys.executable, "train.py", f"--config={options.config}", f"--workdir={workdir}"]
     subprocess.run(train, cwd=ROOT, check=True)
 
-    family, params, info = checkpoint.load_inr(workdir)
+    family, params, info = load_inr(workdir)
     normalization = Normalization(tuple(info["mean"]), tuple(info["std"]))
-    _, splits = lab.load_data(lab.read_config(workdir))
+    _, splits = load_data(read_config(workdir))
     pixels = splits.test_images.transpose(0, 3, 1, 2)  # uint8, NCHW
 
     for ratio in WIDTH_RATIOS:

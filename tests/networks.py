@@ -20,7 +20,8 @@ from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.networks.saved import INR_FILE, save_inr
+from neumeta_jax.runs.config import from_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPECS = {
@@ -149,9 +150,9 @@ def write_workdir(path, *, depth):
     config = load_module("configs/digits.py").get_config("smoke").to_dict()
     config["network"]["depth"] = depth
     (path / "config.json").write_text(json.dumps(config))
-    family = lab.from_config(config, datasets.load_dataset("digits")).hypernetwork
+    family = from_config(config, datasets.load_dataset("digits")).hypernetwork
     params = random_inr(family, seed=3, scale=0.4)
-    checkpoint.save_inr(path / checkpoint.INR_FILE, family, params)
+    save_inr(path / INR_FILE, family, params)
     return path
 
 
@@ -160,7 +161,6 @@ def call(module, *args):
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *map(str, args)])
-        patch.setattr(lab, "quiet_logging", lambda: None)
         patch.setattr(setup, "quiet_logging", lambda: None)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -23,7 +23,9 @@ from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
-from neumeta_jax.runs import checkpoint, experiment as lab, recipes, training
+from neumeta_jax.networks.saved import INR_FILE
+from neumeta_jax.runs import checkpoint, recipes, training
+from neumeta_jax.runs.config import from_config
 from neumeta_jax.runs.training import TrainState
 
 CONFIG = "configs/baselines.py"
@@ -261,7 +263,7 @@ def experiment_of(preset="ours", **overrides):
         section, field = name.split("__")
         config[section][field] = value
     dataset = datasets.make_dataset("tiny", *images(), *images(), num_classes=SPEC.num_classes)
-    return lab.from_config(config.to_dict(), dataset)
+    return from_config(config.to_dict(), dataset)
 
 
 @functools.cache
@@ -280,7 +282,7 @@ def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
         assert abs(row.num_steps * row.batch_size - row.images) <= row.batch_size
         return
     config = {**resolved, "data": {**resolved["data"], "name": "cifar100"}}
-    experiment = lab.from_config(config, stand_in())
+    experiment = from_config(config, stand_in())
     recipe = experiment.recipe
     phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
     # Each phase is a whole number of steps.
@@ -495,7 +497,7 @@ def test_a_row_says_what_its_method_needs(place, tmp_path, preset, config, image
         assert row["storage_bytes"] == 4 * SPEC.num_params
     if preset == "pruning_finetuned_distilled":
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["width_0.5"]
-    assert (tmp_path / checkpoint.INR_FILE).exists() == (preset == "ours")
+    assert (tmp_path / INR_FILE).exists() == (preset == "ours")
 
 
 @pytest.mark.parametrize("name, alpha", [("neumeta", 1), ("neumeta_fitted", 1), ("htty", 0)])

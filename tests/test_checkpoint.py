@@ -23,8 +23,10 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP
 from neumeta_jax.data import datasets
 from neumeta_jax.files import storage, torch_files, trees
+from neumeta_jax.files.trees import load_tree, save_tree
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
+from neumeta_jax.networks.saved import INR_FILE, load_inr, save_inr
 from neumeta_jax.runs import checkpoint, logs
 from neumeta_jax.runs.checkpoint import Checkpoints
 
@@ -47,12 +49,12 @@ assert_equal = functools.partial(chex.assert_trees_all_equal, strict=True)
 def path(tmp_path):
     """A file with TREE and METADATA."""
     path = tmp_path / "tree.safetensors"
-    checkpoint.save_tree(path, TREE, METADATA)
+    save_tree(path, TREE, METADATA)
     return path
 
 
 def assert_holds(path):
-    tree, metadata = checkpoint.load_tree(path)
+    tree, metadata = load_tree(path)
     assert_equal(tree, TREE)
     assert metadata == METADATA
 
@@ -67,7 +69,7 @@ def test_a_saved_tree_comes_back_with_its_metadata_and_has_the_same_bytes_each_t
     other.unlink()
     content = path.read_bytes()
     for _ in range(7):
-        checkpoint.save_tree(path, TREE, METADATA)
+        save_tree(path, TREE, METADATA)
         assert path.read_bytes() == content
 
 
@@ -88,10 +90,10 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.numpy, "save_file", disk_full)
         with pytest.raises(OSError, match="No space"):
-            checkpoint.save_tree(path, {"other": np.ones(3)}, {})
+            save_tree(path, {"other": np.ones(3)}, {})
     assert_holds(path)
-    checkpoint.save_tree(path, {"other": np.ones(3, "float32")}, {})
-    assert list(checkpoint.load_tree(path)[0]) == ["other"]
+    save_tree(path, {"other": np.ones(3, "float32")}, {})
+    assert list(load_tree(path)[0]) == ["other"]
 
 
 def test_files_that_are_truncated_or_of_another_program_or_not_there_are_refused(path):
@@ -99,14 +101,14 @@ def test_files_that_are_truncated_or_of_another_program_or_not_there_are_refused
     for kept in (0.0, 0.02, 0.5, 0.99):
         path.write_bytes(content[: int(kept * len(content))])
         with refused("must be a complete safetensors file", path):
-            checkpoint.load_tree(path)
+            load_tree(path)
     for metadata in (None, {"format": "pt"}):
         safetensors.numpy.save_file({"w": np.ones(3)}, path, metadata=metadata)
         with refused("must be written by this software", path):
-            checkpoint.load_tree(path)
+            load_tree(path)
     path.unlink()
     with refused("tree.safetensors", error=FileNotFoundError):
-        checkpoint.load_tree(path)
+        load_tree(path)
 
 
 # --- trained INRs ----------------------------------------------------------------------------
@@ -122,10 +124,10 @@ def test_a_saved_inr_generates_the_same_networks_bit_for_bit(tmp_path, inr):
     init = jax.jit(lambda key, tree: hyper.init(key, family, tree, alpha=0.3))
     params = init(jax.random.key(0), cifar_resnet.init_params(jax.random.key(1), spec))
     notes = {"dataset": "x", "trained_range": [0.5, 1.0]}
-    checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params, **notes)
+    save_inr(tmp_path / INR_FILE, family, params, **notes)
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
-    for place in (tmp_path, tmp_path / checkpoint.INR_FILE):
-        loaded, loaded_params, metadata = checkpoint.load_inr(place)
+    for place in (tmp_path, tmp_path / INR_FILE):
+        loaded, loaded_params, metadata = load_inr(place)
         assert loaded == family and hash(loaded) == hash(family)
         assert metadata == notes
         for ratio in (1.0, 0.5):
@@ -134,12 +136,12 @@ def test_a_saved_inr_generates_the_same_networks_bit_for_bit(tmp_path, inr):
 
 
 def test_a_tree_without_an_inr_is_refused_and_says_what_is_missing(tmp_path):
-    path = tmp_path / checkpoint.INR_FILE
+    path = tmp_path / INR_FILE
     with refused("inr.safetensors", error=FileNotFoundError):
-        checkpoint.load_inr(tmp_path)
-    checkpoint.save_tree(path, TREE, {"spec": {}})
+        load_inr(tmp_path)
+    save_tree(path, TREE, {"spec": {}})
     with refused(r"lacks \['blocks', 'inr'\]", path):
-        checkpoint.load_inr(tmp_path)
+        load_inr(tmp_path)
 
 
 # --- checkpoints of a running phase ----------------------------------------------------------
@@ -304,7 +306,7 @@ def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
     images.write_bytes(b"")
     readers = {
         (checkpoint, "_digest"): lambda: saved.restore(TEMPLATE),
-        (safetensors, "safe_open"): lambda: checkpoint.load_tree(path),
+        (safetensors, "safe_open"): lambda: load_tree(path),
         (pathlib.Path, "read_bytes"): lambda: torch_files.read_tensors(path),
         (zipfile, "ZipFile"): lambda: datasets.load_dataset("mine", data_dir=images),
     }
@@ -334,11 +336,11 @@ def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path
     params = hyper.init(
         jax.random.key(0), family, cifar_resnet.init_params(jax.random.key(1), spec)
     )
-    checkpoint.save_inr(tmp_path / checkpoint.INR_FILE, family, params)
+    save_inr(tmp_path / INR_FILE, family, params)
     wanted = state_of(3)
     with getattr(jax, setting.removeprefix("jax_"))(STRICT[setting]):
         step, state = saved.restore(TEMPLATE)
-        loaded = checkpoint.load_inr(tmp_path)
+        loaded = load_inr(tmp_path)
     assert step == 3 and loaded[0] == family
     assert_equal((state, loaded[1]), (wanted, params))
 
@@ -399,7 +401,7 @@ def test_a_save_on_a_full_or_read_only_disk_says_so_and_keeps_the_last_checkpoin
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_tree_on_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(path, size):
     with no_file_beyond(size), refused("tree.saf", error=storage.StorageError):
-        checkpoint.save_tree(path, {"other": np.ones(300, "float32")}, {})
+        save_tree(path, {"other": np.ones(300, "float32")}, {})
     assert_holds(path)
     assert list(path.parent.iterdir()) == [path]
 

@@ -16,7 +16,9 @@ from neumeta_jax.core.inr import make_inr
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import UsageError
 from neumeta_jax.networks.cifar_resnet import init_params
-from neumeta_jax.runs import experiment as lab, recipes, training
+from neumeta_jax.runs import recipes, training
+from neumeta_jax.runs.config import from_config
+from neumeta_jax.runs.workdir import check_same_config, read_config
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / "configs").glob("*.py"))
 NUM_TRAINING_IMAGES = 45_000  # of CIFAR, without 5,000 for validation
@@ -47,7 +49,7 @@ def stand_in(name):
 
 def resolve(config):
     config = config.to_dict()
-    return lab.from_config(config, stand_in(config["data"]["name"]))
+    return from_config(config, stand_in(config["data"]["name"]))
 
 
 @functools.cache
@@ -177,11 +179,11 @@ RUNS = (
 @pytest.mark.parametrize("run", RUNS)
 def test_the_work_directory_of_an_earlier_version_is_read(run):
     path = CONFIGS[0].parent.parent / "results" / run / "config.json"
-    config = lab.read_config(path.parent)
+    config = read_config(path.parent)
     assert set(config["train"]) == {field.name for field in dataclasses.fields(recipes.Train)}
     assert "channel_dropout" not in config["inr"]
-    experiment = lab.from_config(config, stand_in(config["data"]["name"]))
-    lab.check_same_config(path.parent, config)
+    experiment = from_config(config, stand_in(config["data"]["name"]))
+    check_same_config(path.parent, config)
     saved = json.loads(path.read_text())
     assert experiment.recipe.epochs == saved["train"]["epochs"]
 
@@ -223,4 +225,4 @@ def test_an_unknown_field_is_refused(section, field, message):
     config = recipes.defaults("grid").to_dict()
     (config[section] if section else config)[field] = 1
     with pytest.raises(UsageError, match=message):
-        lab.from_config(config, stand_in("cifar100"))
+        from_config(config, stand_in("cifar100"))

@@ -44,7 +44,7 @@ from neumeta_jax.files import trees
 from neumeta_jax.files.storage import StorageError
 from neumeta_jax.networks import cifar_import, cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec, morph, resnet_spec
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.networks.saved import load_inr
 
 each_format = pytest.mark.parametrize(
     "format", [*formats.FORMATS][:-1] + [pytest.param("litert", marks=no_litert)]
@@ -339,7 +339,7 @@ def test_without_its_data_set_a_network_is_compared_on_random_images(workdir, tm
 
 
 def test_the_command_writes_the_network_that_the_library_generates(workdir, tmp_path):
-    family, params, _ = checkpoint.load_inr(workdir)
+    family, params, _ = load_inr(workdir)
     widths = (3, 5)
     best, path = tmp_path / "best.json", tmp_path / "net.safetensors"
     best.write_text(json.dumps({**morphs.morph_to_dict(family, widths), "accuracy": 0.5}))
@@ -361,7 +361,7 @@ def nothing_runs(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("reached the data or the network")
 
-    monkeypatch.setattr(lab, "load_data", refuse)
+    monkeypatch.setattr("neumeta_jax.runs.config.load_data", refuse)
     monkeypatch.setattr(export, "draw", refuse)
 
 
@@ -425,7 +425,7 @@ def test_a_missing_extra_is_named(workdir, tmp_path, nothing_runs, monkeypatch, 
 def test_a_spec_of_another_architecture_or_a_damaged_one_is_refused(
     workdir, tmp_path, change, match
 ):
-    family = checkpoint.load_inr(workdir)[0]
+    family = load_inr(workdir)[0]
     changed = change(morphs.morph_to_dict(family, (3, 4)))
     path = tmp_path / "best.json"
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))

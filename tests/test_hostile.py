@@ -38,9 +38,13 @@ from neumeta_jax.evaluation import morphs
 from neumeta_jax.export import safetensors as saved
 from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.files import torch_files, trees
+from neumeta_jax.files.trees import FORMAT, load_tree, save_tree
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs import checkpoint, experiment as lab, logs
+from neumeta_jax.networks.saved import load_inr, save_inr
+from neumeta_jax.runs import logs
+from neumeta_jax.runs.config import from_config, load_data
+from neumeta_jax.runs.workdir import read_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
@@ -229,13 +233,13 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     tree = cifar_resnet.init_params(jax.random.key(0), SPEC)
     params = jax.jit(lambda tree: hyper.init(jax.random.key(0), FAMILY, tree))(tree)
-    checkpoint.save_tree(folder / "tree", tree, {"spec": SPEC.to_dict()})
-    checkpoint.save_inr(folder / "inr", FAMILY, params, dataset="x", mean=[0.5], std=[0.2])
+    save_tree(folder / "tree", tree, {"spec": SPEC.to_dict()})
+    save_inr(folder / "inr", FAMILY, params, dataset="x", mean=[0.5], std=[0.2])
     saved.save(folder / "network", Network(SPEC, tree, NORMALIZATION))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-LOADERS = {"tree": checkpoint.load_tree, "inr": checkpoint.load_inr}
+LOADERS = {"tree": load_tree, "inr": load_inr}
 LOADERS |= {"network": saved.load}
 
 
@@ -255,7 +259,7 @@ def sealed(content, header):
     if isinstance(header, dict):
         header = {k: v for k, v in header.items() if k != trees._CHECKSUM}
         header[trees._CHECKSUM] = trees._digest(flat, header)
-    return safetensors.numpy.save(flat, {checkpoint.FORMAT: json.dumps(header)})
+    return safetensors.numpy.save(flat, {FORMAT: json.dumps(header)})
 
 
 @pytest.mark.parametrize("kind", ["inr", "network"])
@@ -263,17 +267,17 @@ def test_headers_that_ask_for_other_networks_than_there_are_are_refused(written,
     path = tmp_path / "file.safetensors"
     path.write_bytes(written[kind])
     with safetensors.safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata()[checkpoint.FORMAT])
+        header = json.loads(file.metadata()[FORMAT])
     del header[trees._CHECKSUM]
     contents = (sealed(written[kind], found) for found in damaged_json(header, 130, seed=2))
     attempt_all(f"{kind} header", LOADERS[kind], path, contents)
 
 
-@pytest.mark.parametrize("load", [checkpoint.load_inr, saved.load])
+@pytest.mark.parametrize("load", [load_inr, saved.load])
 def test_headers_that_are_no_dict_are_refused(written, tmp_path, load):
     flat = safetensors.numpy.load(written["tree"])
     headers = ["[" * 100_000, "[1]", "null", "{", '"x"', '{"spec": 1e999}', "", "\x00"]
-    contents = [safetensors.numpy.save(flat, {checkpoint.FORMAT: header}) for header in headers]
+    contents = [safetensors.numpy.save(flat, {FORMAT: header}) for header in headers]
     attempt_all("header", load, tmp_path / "file.safetensors", contents, least_refused=1.0)
 
 
@@ -285,7 +289,7 @@ def test_a_tensor_where_others_have_their_folder_and_any_flipped_bit_are_noticed
     positions = np.random.default_rng(0).integers(len(written["tree"]), size=60)
     contents += [flipped(written["tree"], position, bits=1) for position in positions]
     path = tmp_path / "file.safetensors"
-    attempt_all("tree", checkpoint.load_tree, path, contents, least_refused=1.0)
+    attempt_all("tree", load_tree, path, contents, least_refused=1.0)
 
 
 # --- specs, configs, metrics -----------------------------------------------------------------
@@ -316,9 +320,9 @@ def test_damaged_configs_of_work_directories_are_refused(config, tmp_path, monke
     monkeypatch.setattr(datasets, "load_dataset", load_once)
 
     def load(path):
-        found = lab.read_config(path.parent)
-        dataset, _ = lab.load_data(found)
-        lab.from_config(found, dataset)
+        found = read_config(path.parent)
+        dataset, _ = load_data(found)
+        from_config(found, dataset)
 
     path = tmp_path / "config.json"
     contents = [json.dumps(found).encode() for found in damaged_json(config, 250, seed=5)]
@@ -393,14 +397,14 @@ def test_random_programs_in_pickles_build_nothing(tmp_path, wrap):
 FEW = data_files.random_arrays(num_train=2, num_test=1)
 
 
-def load_data(name, path):
+def load_files(name, path):
     """From a file, or from the folder of a file that is a part of it."""
     whole = path.is_dir() or path.suffix == ".npz" or path.name.endswith(".tar.gz")
     return datasets.load_dataset(name, data_dir=path if whole else path.parent)
 
 
 load_cifar100, load_mnist, load_npz = (
-    functools.partial(load_data, name) for name in ("cifar100", "mnist", "mine")
+    functools.partial(load_files, name) for name in ("cifar100", "mnist", "mine")
 )
 
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from neumeta_jax.commands import command_line, train
 from neumeta_jax.errors import UsageError
+from neumeta_jax.networks.saved import INR_FILE
 from neumeta_jax.runs import checkpoint, hosts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -127,7 +128,7 @@ def ends(processes):
 
 def assert_agrees(workdir, reference):
     """Same steps in the metrics, and the same parameters to TOLERANCE."""
-    found, wanted = (recipe.tensors(path / checkpoint.INR_FILE) for path in (workdir, reference))
+    found, wanted = (recipe.tensors(path / INR_FILE) for path in (workdir, reference))
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         atol = TOLERANCE * np.abs(value).max(initial=0.0) + 1e-12
@@ -151,7 +152,7 @@ def test_two_processes_train_save_and_resume_together(config, reference, tmp_pat
         "another process of this run is gone" in err
         or "JAX distributed service detected fatal errors" in err
     ), err
-    assert not (workdir / checkpoint.INR_FILE).exists()
+    assert not (workdir / INR_FILE).exists()
 
     # Asked to stop, one of them stops both.
     processes = start_two(config, workdir)

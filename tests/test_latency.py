@@ -15,8 +15,8 @@ from neumeta_jax.evaluation import morphs
 from neumeta_jax.export.network import draw
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.networks.saved import INR_FILE, load_inr, save_inr
 from neumeta_jax.report import page
-from neumeta_jax.runs import checkpoint
 from neumeta_jax.search import latency
 
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(2, 4, 4), image_size=8)
@@ -27,7 +27,7 @@ FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid())
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("latency")
     params = random_inr(FAMILY, seed=3, scale=0.4)
-    checkpoint.save_inr(path / checkpoint.INR_FILE, FAMILY, params)
+    save_inr(path / INR_FILE, FAMILY, params)
     config = {"eval": {"width_ratios": [1.0, 0.5], "num_samples": 1}}
     (path / "config.json").write_text(json.dumps(config))
     return path
@@ -73,7 +73,7 @@ def test_what_is_measured_computes_the_network_of_its_widths(workdir, monkeypatc
         return {key: [1.0] * rounds for key in calls}
 
     monkeypatch.setattr(latency.timing, "in_turns", keep)
-    family, params, _ = checkpoint.load_inr(workdir)
+    family, params, _ = load_inr(workdir)
     network = latency.Network("", None, (1, 3))
     writers = {"onnx": command.write_onnx}
     latency.measure(family, params, [network], batch_sizes=(2,), rounds=1, writers=writers)

@@ -19,7 +19,8 @@ from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import grid
 from neumeta_jax.networks import cifar_resnet
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.networks.saved import PRETRAINED, pretrained
+from neumeta_jax.runs.workdir import open_run, read_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR100 = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared")) / "data"
@@ -39,10 +40,10 @@ def test_images():
     return images[:NUM_IMAGES], labels[:NUM_IMAGES].astype(np.int32)
 
 
-@pytest.mark.parametrize("name", checkpoint.pretrained())
+@pytest.mark.parametrize("name", pretrained())
 def test_the_page_names_the_file_and_its_size(name):
-    page = (checkpoint.PRETRAINED / f"{name}.md").read_text()
-    content = (checkpoint.PRETRAINED / f"{name}.safetensors").read_bytes()
+    page = (PRETRAINED / f"{name}.md").read_text()
+    content = (PRETRAINED / f"{name}.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() in page
     assert f"{len(content):,} bytes" in page
     assert len(content) < 4_000_000
@@ -51,9 +52,9 @@ def test_the_page_names_the_file_and_its_size(name):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
 
 
-@pytest.mark.parametrize("name", checkpoint.pretrained())
+@pytest.mark.parametrize("name", pretrained())
 def test_accuracies_are_those_of_the_page(name, test_images):
-    page = (checkpoint.PRETRAINED / f"{name}.md").read_text()
+    page = (PRETRAINED / f"{name}.md").read_text()
     full, *_, smallest = map(float, re.search(r"\| 56 \| (.*) \|", page)[1].split(" | "))
     family, params, info = neumeta_jax.load(name)
     preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]))
@@ -66,17 +67,17 @@ def test_accuracies_are_those_of_the_page(name, test_images):
         assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors
 
 
-@pytest.mark.parametrize("name", checkpoint.pretrained())
+@pytest.mark.parametrize("name", pretrained())
 def test_a_name_stands_for_a_work_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = types.SimpleNamespace(workdir=name, data_dir="elsewhere")
-    opened = lab.open_run({}, options)
+    opened = open_run({}, options)
     assert opened.workdir == pathlib.Path(name) and opened.config["data"]["dir"] == "elsewhere"
     family, params, _ = neumeta_jax.load(name)
     assert opened.hypernetwork == family
     chex.assert_trees_all_equal(opened.params, params)
-    assert lab.read_config(name)["inr"]["kind"] == "projection"
-    chex.assert_trees_all_equal(lab.open_run({}, options).params, params)  # there now
+    assert read_config(name)["inr"]["kind"] == "projection"
+    chex.assert_trees_all_equal(open_run({}, options).params, params)  # there now
 
 
 def test_a_name_that_is_neither_a_file_nor_pretrained_is_refused():

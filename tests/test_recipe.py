@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 
 from neumeta_jax import elastic
+from neumeta_jax.commands import setup
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
@@ -34,8 +35,20 @@ from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import grid, morphs
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.evaluation.rows import largest_dip
+from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
-from neumeta_jax.runs import checkpoint, evaluations, experiment as lab, logs, plan, training
+from neumeta_jax.networks.saved import INR_FILE, load_inr, save_compact
+from neumeta_jax.runs import checkpoint, evaluations, logs, plan, training
+from neumeta_jax.runs.backbone import BACKBONE_FILE
+from neumeta_jax.runs.config import from_config, load_data
+from neumeta_jax.runs.inr import train_inr
+from neumeta_jax.runs.workdir import (
+    Workdir,
+    check_claim,
+    check_same_config,
+    open_workdir,
+    read_config,
+)
 
 ROOT = networks.ROOT
 SHARED = pathlib.Path(os.environ.get("NEUMETA_SHARED", ROOT.parent / "shared"))
@@ -103,7 +116,7 @@ def copied(finished, tmp_path):
 
 
 def tensors(path):
-    tree, _ = checkpoint.load_tree(path)
+    tree, _ = load_tree(path)
     return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
 
 
@@ -116,7 +129,7 @@ def read_metrics(workdir):
 
 
 def assert_same_result(workdir, reference):
-    for name in ("backbone.safetensors", checkpoint.INR_FILE):
+    for name in ("backbone.safetensors", INR_FILE):
         got, wanted = tensors(workdir / name), tensors(reference / name)
         assert list(got) == list(wanted)
         for leaf, value in wanted.items():
@@ -148,7 +161,7 @@ def is_png(path):
 def test_a_run_leaves_its_config_its_metrics_and_its_results(finished):
     workdir, out = finished
     assert {path.name for path in workdir.iterdir()} == {
-        *(lab.BACKBONE_FILE, checkpoint.INR_FILE, "checkpoints", "lock", "metrics.jsonl"),
+        *(BACKBONE_FILE, INR_FILE, "checkpoints", "lock", "metrics.jsonl"),
         *("config.json", "versions.json", "grid.csv", "grid.json", "grid.png"),
     }
     config = read_json(workdir / "config.json")
@@ -187,7 +200,7 @@ def test_the_grid_of_a_run_is_of_the_test_split_at_the_ratios_of_the_config(fini
 
 def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     workdir, _ = finished
-    family, params, metadata = checkpoint.load_inr(workdir)
+    family, params, metadata = load_inr(workdir)
     images = datasets.load_dataset("digits")
     preprocessing = Preprocessing(tuple(metadata["mean"]), tuple(metadata["std"]))
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
@@ -246,7 +259,7 @@ def test_a_projection_starts_at_the_teacher_and_stays_there_without_a_learning_r
     found = {row["width_ratio"]: 100 * row["accuracy"] for row in rows}
     assert found[1.0] == pytest.approx(teacher, abs=0.01)
     assert found[1.25] == pytest.approx(teacher, abs=0.01)
-    _, params, _ = checkpoint.load_inr(workdir)
+    _, params, _ = load_inr(workdir)
     for name, leaves in params["inr"].items():
         if "moments" in leaves:  # measured on the data, with a constant as last channel
             assert np.all(np.linalg.eigvalsh(np.asarray(leaves["moments"], np.float64)) > -1e-4)
@@ -308,7 +321,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         killing(patch, part, number, before=before)
         with pytest.raises(KilledError):
             train(workdir)
-    assert not (workdir / checkpoint.INR_FILE).exists()
+    assert not (workdir / INR_FILE).exists()
     train(workdir)
     assert_same_result(workdir, reference)
 
@@ -333,7 +346,7 @@ def test_a_process_that_is_ended_resumes_to_the_same_bits(finished, tmp_path, ho
     process.send_signal(how)
     out, err = process.communicate(timeout=300)
     steps = checkpoint.Checkpoints(workdir / "checkpoints" / "teacher").steps()
-    assert not (workdir / checkpoint.INR_FILE).exists()
+    assert not (workdir / INR_FILE).exists()
     if how == signal.SIGTERM:
         assert process.returncode == 75, err
         assert "SIGTERM: saving and stopping" in out
@@ -356,7 +369,7 @@ def test_a_run_that_ended_otherwise_is_told_apart(finished, copied):
     assert interruptions.differences(interruptions.result(copied), wanted) == []
     metrics = copied / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
-    flip_a_bit(copied / checkpoint.INR_FILE)
+    flip_a_bit(copied / INR_FILE)
     found = interruptions.differences(interruptions.result(copied), wanted)
     assert found == ["inr.safetensors", "metrics", "steps of inr"]
 
@@ -368,7 +381,7 @@ def flip_a_bit(path):
 
 
 def test_a_second_request_to_stop_stops_at_once(tmp_path):
-    with lab.open_workdir(tmp_path, {}) as workdir, contextlib.redirect_stdout(io.StringIO()):
+    with open_workdir(tmp_path, {}) as workdir, contextlib.redirect_stdout(io.StringIO()):
         os.kill(os.getpid(), signal.SIGINT)
         assert workdir.stop_requested
         with pytest.raises(Interrupted, match="stopped at step 7"):
@@ -380,7 +393,7 @@ def test_a_second_request_to_stop_stops_at_once(tmp_path):
 
 
 def test_a_truncated_checkpoint_resumes_from_the_one_before_it(finished, copied, caplog):
-    (copied / checkpoint.INR_FILE).unlink()
+    (copied / INR_FILE).unlink()
     newest = checkpoint.Checkpoints(copied / "checkpoints" / "inr").steps()[-1]
     damaged = copied / "checkpoints" / "inr" / str(newest)
     for path in damaged.rglob("*"):
@@ -430,31 +443,31 @@ def test_another_config_in_the_same_work_directory_names_the_field_and_both_valu
 
 
 def test_a_field_that_an_earlier_version_did_not_have_counts_as_its_default(copied):
-    config = lab.read_config(copied)
+    config = read_config(copied)
     saved = json.loads(json.dumps(config))
     del saved["train"]["shallow_epochs"]
     (copied / "config.json").write_text(json.dumps(saved))
-    lab.check_same_config(copied, config)
+    check_same_config(copied, config)
     config["train"]["shallow_epochs"] = 2.0
-    with pytest.raises(lab.UsageError, match="differ: train.shallow_epochs .saved 0.0, given 2.0"):
-        lab.check_same_config(copied, config)
+    with pytest.raises(UsageError, match="differ: train.shallow_epochs .saved 0.0, given 2.0"):
+        check_same_config(copied, config)
 
 
 def beside(finished, tmp_path):
     """A work directory that has the prepared teacher of the finished run and nothing else."""
     (tmp_path / "run").mkdir()
-    shutil.copy(finished[0] / lab.BACKBONE_FILE, tmp_path / "run")
+    shutil.copy(finished[0] / BACKBONE_FILE, tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_a_run_starts_from_the_result_of_another(finished, tmp_path):
     workdir, compact = beside(finished, tmp_path), tmp_path / "compact.safetensors"
-    checkpoint.save_compact(finished[0], compact)
+    save_compact(finished[0], compact)
     rates = [f"--config.train.{name}learning_rate=0" for name in ("", "alpha_", "learned_")]
     start = [*rates, f"--config.train.init_from={compact}"]
     out = train(workdir, *start)
     assert f"INR: starting from {compact}" in out and "block 1 of" not in out and "fit" not in out
-    before, after = tensors(compact), tensors(workdir / checkpoint.INR_FILE)
+    before, after = tensors(compact), tensors(workdir / INR_FILE)
     assert list(before) == list(after)
     for leaf, value in before.items():
         np.testing.assert_array_equal(value.astype(np.float32), after[leaf], err_msg=leaf)
@@ -469,7 +482,7 @@ def test_a_run_starts_from_the_result_of_another(finished, tmp_path):
 def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
     workdir = beside(finished, tmp_path)
     train(workdir, "--config.data.mixup=0.5", "--config.data.cutmix=0.25")
-    got, wanted = (tensors(path / checkpoint.INR_FILE) for path in (workdir, finished[0]))
+    got, wanted = (tensors(path / INR_FILE) for path in (workdir, finished[0]))
     assert list(got) == list(wanted)
     assert any((got[leaf] != value).any() for leaf, value in wanted.items())
     message = refusal("train", CONFIG, f"--workdir={tmp_path / 'x'}", "--config.data.mixup=1.5")
@@ -477,7 +490,7 @@ def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):
 
 
 def test_a_work_directory_that_is_in_use_cannot_be_made_or_is_missing_is_refused(copied, tmp_path):
-    with lab.open_workdir(copied, lab.read_config(copied)):
+    with open_workdir(copied, read_config(copied)):
         message = refusal("train", CONFIG, f"--workdir={copied}")
     assert f"Another process is using {copied}" in message
     (tmp_path / "file").write_text("")
@@ -524,26 +537,26 @@ def test_a_config_of_another_command_or_with_a_section_that_none_reads_is_refuse
     fields = load_script("configs/digits").get_config("smoke").to_dict() | {
         "trian": {"epochs": 1.0}
     }
-    with pytest.raises(lab.UsageError, match="got 'trian' too"):
-        lab.from_config(fields, datasets.load_dataset("digits"))
+    with pytest.raises(UsageError, match="got 'trian' too"):
+        from_config(fields, datasets.load_dataset("digits"))
 
 
 def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, finished):
-    first, second = {"seed": 1}, lab.read_config(finished[0])
+    first, second = {"seed": 1}, read_config(finished[0])
     black = np.zeros((10, 8, 8), np.uint8), np.arange(10)
     others, digits = (
         datasets.make_dataset("digits", *black, *black),
         datasets.load_dataset("digits"),
     )
     for config, dataset in (first, others), (second, digits):
-        with lab.open_workdir(tmp_path, config, dataset.fingerprint()):
+        with open_workdir(tmp_path, config, dataset.fingerprint()):
             assert read_json(tmp_path / "config.json")["seed"] == config["seed"]
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(lab.UsageError, match="was written by another config"):
-        lab.check_claim(tmp_path, second | {"seed": 2})
+    with pytest.raises(UsageError, match="was written by another config"):
+        check_claim(tmp_path, second | {"seed": 2})
     with (
-        pytest.raises(lab.UsageError, match=others.fingerprint()),
-        lab.open_workdir(tmp_path, second, others.fingerprint()),
+        pytest.raises(UsageError, match=others.fingerprint()),
+        open_workdir(tmp_path, second, others.fingerprint()),
     ):
         pass
 
@@ -626,7 +639,7 @@ def test_eval_draws_figures_and_random_widths_beside_the_grid(copied, monkeypatc
 
 
 def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied):
-    family, _, _ = checkpoint.load_inr(copied)
+    family, _, _ = load_inr(copied)
     specs = {str(copied / "a.json"): [2, 5], str(copied / "b.json"): [0, 4]}
     for path, widths in specs.items():
         pathlib.Path(path).write_text(json.dumps(morphs.morph_to_dict(family, widths)))
@@ -664,7 +677,7 @@ def test_eval_evaluates_networks_of_spec_files_and_of_random_widths(copied):
 
 
 def test_eval_evaluates_a_grid_of_width_and_depth(copied):
-    family, _, _ = checkpoint.load_inr(copied)
+    family, _, _ = load_inr(copied)
     flags = "--split=validation --width_ratios=1,0.5 --skipped_blocks=1,0"
     copied, out = evaluate(copied, flags, "depths")
     found = read_json(copied / "depths.json")
@@ -745,9 +758,9 @@ def test_eval_refuses_what_it_cannot_evaluate(finished, args, given):
 
 
 def test_random_widths_need_a_range_to_be_drawn_from(finished):
-    config = lab.read_config(finished[0])
+    config = read_config(finished[0])
     config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
-    experiment = lab.from_config(config, datasets.load_dataset("digits"))
+    experiment = from_config(config, datasets.load_dataset("digits"))
     for draw in (evaluations.draw_width_ratios, evaluations.draw_networks):
         with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios or --spec"):
             draw(experiment, 3, 0)
@@ -769,8 +782,8 @@ def test_eval_says_what_it_needs(finished, copied, tmp_path):
         assert f"{flag.split('=')[0]} and --teacher were given together" in message
     message = refusal("eval", f"--workdir={tmp_path}")
     assert f"{tmp_path} must be a work directory" in message
-    (copied / checkpoint.INR_FILE).unlink()  # of a run that is not done
-    assert str(copied / checkpoint.INR_FILE) in refusal("eval", f"--workdir={copied}")
+    (copied / INR_FILE).unlink()  # of a run that is not done
+    assert str(copied / INR_FILE) in refusal("eval", f"--workdir={copied}")
 
 
 def write_teacher(path, *, leave_out=()):
@@ -881,14 +894,14 @@ def test_every_program_is_kept_in_the_cache_and_products_are_exact(monkeypatch):
     )
     before = {name: getattr(jax.config, name) for name in kept}
     try:
-        lab.configure_jax()
+        setup.configure_jax()
         assert jax.config.jax_compilation_cache_dir == before[kept[0]]  # JAX was told where to
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         assert jax.config.jax_persistent_cache_min_entry_size_bytes == 0
         assert jax.config.jax_default_matmul_precision == "highest"
         jax.config.update("jax_compilation_cache_dir", None)
         monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-        lab.configure_jax()
+        setup.configure_jax()
         assert jax.config.jax_compilation_cache_dir == "/caches/neumeta-jax"
     finally:
         for name, value in before.items():
@@ -898,8 +911,8 @@ def test_every_program_is_kept_in_the_cache_and_products_are_exact(monkeypatch):
 def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     config = load_script("configs/digits").get_config("smoke").to_dict()
     config["inr"] = {"kind": "projection"}
-    dataset, splits = lab.load_data(config)
-    experiment = lab.from_config(config, dataset)
+    dataset, splits = load_data(config)
+    experiment = from_config(config, dataset)
     backbone = cifar_resnet.init_params(jax.random.key(0), experiment.spec)
     stop = training.phases(
         experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
@@ -915,7 +928,7 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore)
     monkeypatch.setattr("neumeta_jax.runs.backbone.measure_moments", refuse)
-    params = lab.train_inr(lab.Workdir(tmp_path, logs.Metrics(None)), experiment, splits, backbone)
+    params = train_inr(Workdir(tmp_path, logs.Metrics(None)), experiment, splits, backbone)
     assert params is found[0].params
 
 

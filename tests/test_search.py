@@ -17,10 +17,11 @@ from neumeta_jax.data import datasets
 from neumeta_jax.errors import INTERRUPTED, UsageError
 from neumeta_jax.evaluation import morphs
 from neumeta_jax.evaluation.evaluator import Evaluator
+from neumeta_jax.files.storage import locked
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
+from neumeta_jax.networks.saved import load_inr
 from neumeta_jax.report import plotting
-from neumeta_jax.runs import checkpoint, experiment as lab
 from neumeta_jax.search import budgets, evolution, latency, session
 from neumeta_jax.search.budgets import allows, shallow_networks
 from neumeta_jax.search.evolution import Candidate, Score
@@ -332,7 +333,7 @@ def read(folder, name="best.json"):
 
 def test_a_folder_serves_one_search_at_a_time(workdir, tmp_path):
     out, file = tmp_path / "search", tmp_path / "file"
-    with lab.locked(out):
+    with locked(out):
         assert_refuses(f"Another process is using {out}", search, *arguments(workdir, out))
     assert not (out / STATE_FILE).exists()
     file.write_text("")
@@ -356,7 +357,7 @@ def test_the_command_reads_the_test_split_once_for_the_winner_and_the_best_unifo
     finalists = [call for call in recorded if call[1] == 144]
     assert len(finalists) == 1 and len(finalists[0][2]) >= session.NUM_FINALISTS
 
-    family, _, _ = checkpoint.load_inr(workdir)
+    family, _, _ = load_inr(workdir)
     widths = morphs.load_morph(folder / "best.json", family)
     dense = morph(family.spec, family.blocks, widths)
     assert (best["num_macs"], best["num_params"]) == (dense.num_macs, dense.num_params)
@@ -422,7 +423,7 @@ def test_a_latency_budget_holds_for_what_is_measured_and_notes_are_everywhere(
     config = read(tmp_path / "run", "config.json")
     config["teacher"]["file"] = "somewhere/public.pt"
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    family, _, _ = checkpoint.load_inr(workdir)
+    family, _, _ = load_inr(workdir)
     options = {"batch": 4, "dtype": "float32"}
     half, full = (measure(family, family.widths(ratio), **options) for ratio in (0.5, 1.0))
     limit = (half + full) / 2

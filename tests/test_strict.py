@@ -10,7 +10,7 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs import checkpoint
+from neumeta_jax.networks.saved import load_inr, save_inr
 
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
 
@@ -25,9 +25,7 @@ def files(tmp_path_factory):
         inr = make_inr(kind, **(small if kind == "per_tensor_mlp" else {}))
         family = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), inr)
         paths[kind] = folder / f"{kind}.safetensors"
-        checkpoint.save_inr(
-            paths[kind], family, hyper.init(jax.random.key(1), family, backbone), mean=[0.5]
-        )
+        save_inr(paths[kind], family, hyper.init(jax.random.key(1), family, backbone), mean=[0.5])
     return paths
 
 
@@ -40,7 +38,7 @@ def test_generation_networks_and_loading_hold_under(files, kind, setting):
         before = getattr(jax.config, setting)
         jax.config.update(setting, value)
         try:
-            family, params, _ = checkpoint.load_inr(files[kind])
+            family, params, _ = load_inr(files[kind])
             chosen, images = jax.device_put((widths, pixels))
             tree = jax.jit(lambda p, w, h=family: hyper.generate(h, p, w))(params, chosen)
             logits = jax.jit(lambda p, x: cifar_resnet.apply(SPEC, p, x))(tree, images)

@@ -58,7 +58,7 @@ def experiment_of(batch_size: int, size: Size):
 
     from neumeta_jax.commands import command_line
     from neumeta_jax.data import datasets
-    from neumeta_jax.runs import experiment as lab
+    from neumeta_jax.runs.config import from_config
 
     fields = {"network.depth": size.depth, "train.batch_size": batch_size}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -72,7 +72,7 @@ def experiment_of(batch_size: int, size: Size):
 
     dataset = datasets.make_dataset("cifar100", *draw(size.images), *draw(100), num_classes=100)
     splits = datasets.split_validation(dataset, num_validation=2000, seed=0)
-    return lab.from_config(config, dataset), splits
+    return from_config(config, dataset), splits
 
 
 def worker(batch_size: int, size: Size) -> None:
@@ -80,13 +80,14 @@ def worker(batch_size: int, size: Size) -> None:
     import jax
     import jax.numpy as jnp
 
+    from neumeta_jax.commands import setup
     from neumeta_jax.core import hypernetwork as hyper
     from neumeta_jax.data.preprocessing import Images
     from neumeta_jax.evaluation import timing
     from neumeta_jax.networks import cifar_resnet
-    from neumeta_jax.runs import experiment as lab, training
+    from neumeta_jax.runs import training
 
-    lab.configure_jax()
+    setup.configure_jax()
     experiment, splits = experiment_of(batch_size, size)
     family, recipe = experiment.hypernetwork, experiment.recipe
     images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))

@@ -12,10 +12,9 @@ are of the validation and the test split; both are read once, at the end.
 import pathlib
 from collections.abc import Sequence
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.comparison import runner
 from neumeta_jax.errors import check
-from neumeta_jax.runs import experiment as lab
 
 FLAGS: command_line.Flags = {
     "workdir": (str, "", "Where the run lives; created if absent."),
@@ -46,8 +45,8 @@ def shown_command(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str]) -> None:
     config, options = command_line.parse(argv, FLAGS, config_required=True)
     check(options.workdir, "--workdir=DIR is required; the run is kept and resumed there.")
-    lab.quiet_logging()
-    lab.configure_jax()
+    setup.quiet_logging()
+    setup.configure_jax()
     runner.compare(
         config,
         options.workdir,

@@ -12,13 +12,16 @@ neumeta eval --teacher=FILE --config=resnet56 --config.data.dir=DIR
 
 import pathlib
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.data import sources
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.evaluation.morphs import load_morph
 from neumeta_jax.networks import cifar_import
-from neumeta_jax.runs import evaluations, experiment as lab
+from neumeta_jax.runs import evaluations
+from neumeta_jax.runs.backbone import fold_and_order
+from neumeta_jax.runs.config import for_teacher, load_data
+from neumeta_jax.runs.workdir import open_run
 
 FLAGS: command_line.Flags = {
     **command_line.WORKDIR,
@@ -73,8 +76,8 @@ FLAGS: command_line.Flags = {
 
 def main(argv):
     config, options = command_line.parse(argv, FLAGS, config_required=False)
-    lab.quiet_logging()
-    lab.configure_jax()
+    setup.quiet_logging()
+    setup.configure_jax()
     if options.teacher:
         check_teacher(config, options)
     elif options.workdir:
@@ -96,21 +99,21 @@ def check_teacher(config, options):
     if options.data_dir:
         config["data"]["dir"] = options.data_dir
     path, split = options.teacher, options.split or "test"
-    dataset, splits = lab.load_data(config)
+    dataset, splits = load_data(config)
     file = sources.local_teacher(path)
     spec, variables = cifar_import.load_teacher(file, image_size=dataset.image_size)
     print(f"{path}: ResNet{spec.depth}, {spec.num_classes} classes, {spec.shortcut} shortcuts")
     print(f"spec {spec.to_dict()}")
     print(f"{spec.num_params:,} parameters folded, {spec.num_macs / 1e6:.2f} M multiply-adds")
-    experiment = lab.for_teacher(config, dataset, spec)
+    experiment = for_teacher(config, dataset, spec)
     images, labels = evaluation_split(splits, split)
     print(f"{dataset.name}, {split} split, {len(labels)} images")
-    lab.fold_and_order(experiment, variables, images, labels, splits.train_images)
+    fold_and_order(experiment, variables, images, labels, splits.train_images)
 
 
 def check_workdir(config, options):
     """Evaluates a work directory and writes tables and figures into it, or into --out."""
-    opened = lab.open_run(config, options)
+    opened = open_run(config, options)
     specs = {path: load_morph(path, opened.hypernetwork) for path in options.spec or ()}
     given, sweep = parse_ratios(options)
     skipped = evaluations.parse_skipped(options.skipped_blocks)

@@ -24,14 +24,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation import quantize
 from neumeta_jax.evaluation.morphs import check_widths, load_morph, morph_to_dict, note_range
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization, draw
 from neumeta_jax.networks.families import Family
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.runs.workdir import TrainedRun, open_run
 
 FLAGS: command_line.Flags = {
     **command_line.WORKDIR,
@@ -58,9 +58,9 @@ def main(argv: Sequence[str]) -> None:
     argv = ["--int8=weights" if arg in ("--int8", "-int8") else arg for arg in argv]
     config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
-    lab.quiet_logging()
-    lab.configure_jax()
-    opened = lab.open_run(config, options)
+    setup.quiet_logging()
+    setup.configure_jax()
+    opened = open_run(config, options)
     family = opened.hypernetwork
     widths = _chosen_widths(family, options)
     experiment, splits, origin = _images(opened, options)
@@ -144,7 +144,7 @@ def _chosen_widths(family: Family, options: flags.FlagValues) -> tuple[int, ...]
     return check_widths(family, widths)
 
 
-def _images(opened: lab.TrainedRun, options: flags.FlagValues):
+def _images(opened: TrainedRun, options: flags.FlagValues):
     """(the experiment, its data, where images to compare on come from)."""
     full = options.int8 == "full"
     try:

@@ -25,12 +25,13 @@ from neumeta_jax.errors import check
 from neumeta_jax.evaluation.morphs import load_morph
 from neumeta_jax.export import onnx, safetensors
 from neumeta_jax.export.network import Network as Exported, Normalization
-from neumeta_jax.files import storage
+from neumeta_jax.files import provenance, storage
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family, Size
 from neumeta_jax.report import page
-from neumeta_jax.runs import evaluations, experiment as lab
+from neumeta_jax.runs import evaluations
+from neumeta_jax.runs.workdir import open_run
 from neumeta_jax.search import latency
 from neumeta_jax.search.latency import Network
 
@@ -85,14 +86,14 @@ def main(argv: Sequence[str]) -> None:
     )
     command_line.check_at_least(options, calls=1)
     ratios = evaluations.parse_width_ratios(options.width_ratios)
-    opened = lab.open_run(config, options)
+    opened = open_run(config, options)
     family, settings = opened.hypernetwork, opened.config["eval"]
     networks = _networks(family, ratios or settings["width_ratios"], options.spec or ())
     folder = pathlib.Path(options.out or opened.workdir)
     evaluations.check_free(folder, {"latency": [network.widths for network in networks]})
 
     writers: dict[str, latency.Writer] = {"safetensors": write_safetensors}
-    versions: dict[str, Any] = lab.versions()
+    versions: dict[str, Any] = provenance.versions()
     if not isinstance(family.spec, ResNetSpec):
         print("note: only JAX is measured; ONNX graphs are written for CIFAR ResNets")
     elif all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
@@ -100,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
         versions["onnxruntime"] = importlib.metadata.version("onnxruntime")
     else:
         print("note: without onnxruntime only JAX is measured; pip install 'neumeta-jax[export]'")
-    device = f"{versions['devices']}; {lab.num_cores()} CPU cores"
+    device = f"{versions['devices']}; {provenance.num_cores()} CPU cores"
     print(f"{len(networks)} networks, {options.calls} calls of each, on {device}", flush=True)
 
     cached = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009, unknown to checkers

@@ -25,13 +25,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, setup
 from neumeta_jax.errors import Interrupted, check
 from neumeta_jax.evaluation.morphs import morph_to_dict, note_range
 from neumeta_jax.files import storage
 from neumeta_jax.files.provenance import file_digest, versions
+from neumeta_jax.files.storage import locked
+from neumeta_jax.networks.saved import INR_FILE
 from neumeta_jax.report import plotting
-from neumeta_jax.runs import checkpoint, diagnosis, evaluations, experiment as lab
+from neumeta_jax.runs import diagnosis, evaluations
+from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.inr import find_idle
+from neumeta_jax.runs.workdir import open_run
 from neumeta_jax.search import budgets
 from neumeta_jax.search.record import STATE_FILE, read_record
 from neumeta_jax.search.session import Session
@@ -89,9 +94,9 @@ def folder_name(settings: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     config, options = command_line.parse(argv, FLAGS, config_required=False)
     _check_options(options)
-    lab.quiet_logging()
-    lab.configure_jax()
-    opened = lab.open_run(config, options)
+    setup.quiet_logging()
+    setup.configure_jax()
+    opened = open_run(config, options)
     experiment, splits = opened.load()
     given = {"num_samples": options.num_samples, "strategy": options.strategy}
     if jax.default_backend() == "cpu":
@@ -108,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
     low, high = (trained if ratio is None else ratio for ratio, trained in ends)
     kind = {"multiple": options.width_multiple, "depth": options.depth}
     space = budgets.make_space(opened.hypernetwork, low=low, high=high, **kind)
-    idle = lab.find_idle(experiment, opened.params, splits)
+    idle = find_idle(experiment, opened.params, splits)
     for line in diagnosis.describe_idle(opened.hypernetwork, idle):
         print(line)
     space = space.without(idle.groups)
@@ -120,11 +125,11 @@ def main(argv: Sequence[str]) -> None:
     names = (*BUDGETS, "width_multiple", "depth", "population", "num_images", "seed")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"min_ratio": low, "max_ratio": high, "num_samples": whole.num_samples}
-    settings["inr"] = file_digest(opened.workdir / checkpoint.INR_FILE)
+    settings["inr"] = file_digest(opened.workdir / INR_FILE)
     if options.max_latency_ms is not None:
         settings["latency_batch"] = options.latency_batch
     out = pathlib.Path(options.out or opened.workdir / "search" / folder_name(settings))
-    with lab.locked(out, name="The folder of --out"):
+    with locked(out, name="The folder of --out"):
         record = read_record(out / STATE_FILE, settings)
         uniform = budgets.uniform_networks(space, low=low, high=high)
         session = Session(record, space, uniform, costs, evaluators, options)
@@ -145,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
             ) from None
 
 
-def _seen(experiment: lab.Experiment) -> str:
+def _seen(experiment: Experiment) -> str:
     """Whether networks from elsewhere that the run began with may know the validation images."""
     origin = experiment.teacher.file or experiment.recipe.init_from
     if not origin:
@@ -159,7 +164,7 @@ def _seen(experiment: lab.Experiment) -> str:
 
 def _write(
     out: pathlib.Path,
-    experiment: lab.Experiment,
+    experiment: Experiment,
     session: Session,
     winners: Mapping[str, Sequence[int]],
     notes: Sequence[str],

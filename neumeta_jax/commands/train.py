@@ -102,10 +102,10 @@ def run(config, options):
         options.workdir, config, experiment.fingerprint, tensorboard=options.tensorboard
     ) as opened:
         # Import or train the teacher, fold its batch norm, put its channels in order.
-        backbone = backbones.prepare(opened, experiment, splits)
+        backbone = backbones.prepare_backbone(opened, experiment, splits)
         # Fit the INR to the teacher, then add block after block at random widths.
-        params = inr.train(opened, experiment, splits, backbone, given, profile)
-        path = inr.save(opened, experiment, params)
+        params = inr.train_inr(opened, experiment, splits, backbone, given, profile)
+        path = inr.save_result(opened, experiment, params)
     if not hosts.is_first():
         return
     print(f"wrote {path} (sha256 {provenance.file_digest(path)[:16]})")

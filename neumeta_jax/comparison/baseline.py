@@ -10,7 +10,7 @@ from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import check
 from neumeta_jax.networks import cifar_spec
 from neumeta_jax.runs import training
-from neumeta_jax.runs.experiment import Experiment
+from neumeta_jax.runs.config import Experiment
 
 TOGETHER = ("slimmable", "universally_slimmable", "inr")  # train several sizes in a step
 _CHOICES = {

@@ -13,7 +13,6 @@ from neumeta_jax.comparison.run import (
     train_pass,
 )
 from neumeta_jax.networks import cifar_resnet
-from neumeta_jax.runs import experiment as lab
 
 
 def family(run: Run) -> Family:
@@ -25,7 +24,7 @@ def family(run: Run) -> Family:
     for number, ratio in enumerate(baseline.width_ratios):
         if ordered is None:
             small = run.family.at(run.family.widths(ratio).tolist())
-            key = jax.random.fold_in(lab.phase_key(run.experiment, SEED_OF_ORDER), number)
+            key = jax.random.fold_in(run.experiment.key(SEED_OF_ORDER), number)
             variables = jax.jit(cifar_resnet.init_variables, static_argnums=1)(key, small)
         else:
             small, variables = sliced(run.family, ordered, ratio)

@@ -15,7 +15,8 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
-from neumeta_jax.runs import experiment as lab
+from neumeta_jax.runs.backbone import measure_moments
+from neumeta_jax.runs.config import Experiment
 
 
 def _sums(family: ResNetHypernetwork, variables: Mapping, role: str) -> dict[str, jax.Array]:
@@ -59,7 +60,7 @@ def taylor_importance(
 
 
 def channel_order(
-    experiment: lab.Experiment,
+    experiment: Experiment,
     variables: Mapping,
     images: np.ndarray,
     labels: np.ndarray,
@@ -74,13 +75,13 @@ def channel_order(
     family, scores = experiment.hypernetwork, {}
     if criterion == "surgeon":
         folded = family.network.fold(variables)
-        moments = jax.device_get(lab.measure_moments(experiment, folded, images))
+        moments = jax.device_get(measure_moments(experiment, folded, images))
         orders = ordering.importance_orders(family.groups, folded, moments)
         return {name: orders[name] for name in family.names}
     if criterion == "taylor":
         scores = taylor_importance(family, variables, images, labels, experiment.preprocessing)
     elif criterion == "random":
-        key, numbers = lab.phase_key(experiment, SEED_OF_ORDER), family.blocks
+        key, numbers = experiment.key(SEED_OF_ORDER), family.blocks
         numbers += tuple(range(1000, 1000 + len(family.names) - len(numbers)))  # of the streams
         sizes = zip(numbers, family.names, family.full_widths, strict=True)
         scores = {

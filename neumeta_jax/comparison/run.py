@@ -21,9 +21,12 @@ from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Network, Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec
-from neumeta_jax.runs import experiment as lab, training
+from neumeta_jax.runs import training
+from neumeta_jax.runs.backbone import import_teacher
+from neumeta_jax.runs.config import Experiment
 from neumeta_jax.runs.part import Part, Phase
 from neumeta_jax.runs.training import TrainState
+from neumeta_jax.runs.workdir import Workdir
 
 _SEED_OF_TRAINING, SEED_OF_ORDER = 4, 5  # parts of a run, see `experiment.phase_key`
 
@@ -124,8 +127,8 @@ def recalibrate(
 class Run:
     """A row of the comparison in its work directory."""
 
-    workdir: lab.Workdir
-    experiment: lab.Experiment
+    workdir: Workdir
+    experiment: Experiment
     baseline: Baseline
     splits: datasets.Splits
 
@@ -146,7 +149,7 @@ class Run:
     @functools.cached_property
     def teacher(self) -> Params:
         """Linen variables of the teacher, as it was trained."""
-        return lab.import_teacher(self.experiment, self.experiment.teacher.file)
+        return import_teacher(self.experiment, self.experiment.teacher.file)
 
     def recalibrated(self, spec: ResNetSpec, variables: Params) -> Params:
         images = self.calibration[0], self.experiment.preprocessing
@@ -190,7 +193,7 @@ class Run:
             variables = jax.tree.map(jnp.array, first)  # steps donate their buffers
             return TrainState(variables, jax.jit(optimizer.init)(variables["params"]))
 
-        key = jax.random.fold_in(lab.phase_key(experiment, _SEED_OF_TRAINING), number)
+        key = jax.random.fold_in(experiment.key(_SEED_OF_TRAINING), number)
         part = Part(self.workdir, experiment.run, name, name, key, images, baseline.num_steps)
         phase = Phase(
             name,

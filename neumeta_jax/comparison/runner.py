@@ -19,7 +19,11 @@ from neumeta_jax.files.provenance import format_seconds
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.report.comparisons import ROW_FILE, Row
-from neumeta_jax.runs import experiment as lab, recipes
+from neumeta_jax.runs import recipes
+from neumeta_jax.runs.backbone import check_teacher
+from neumeta_jax.runs.config import from_config, load_data
+from neumeta_jax.runs.plan import check_start, check_steps
+from neumeta_jax.runs.workdir import open_workdir
 
 SPLITS = ("validation", "test")
 _SHORT_SECONDS = 5.0  # a change of size that is faster is timed again, without compilation
@@ -133,10 +137,10 @@ def compare(
         f"{baseline.title!r} starts from or learns from a teacher; give one with "
         "--config.teacher.file=FILE.",
     )
-    dataset, splits = lab.load_data(config)
+    dataset, splits = load_data(config)
     config = within_budget(config, budget, len(splits.train_labels))
     baseline = dataclasses.replace(baseline, images=config["baseline"]["images"])
-    experiment = lab.from_config(config, dataset)
+    experiment = from_config(config, dataset)
     check(
         isinstance(experiment.spec, ResNetSpec),
         "Methods are compared on CIFAR ResNets; leave network.factory empty.",
@@ -145,14 +149,14 @@ def compare(
     for split in read:
         evaluator.evaluation_split(splits, split)
     if baseline.method == "inr":
-        lab.check_start(experiment, splits, workdir)
+        check_start(experiment, splits, workdir)
     else:
-        lab.check_steps(len(splits.train_labels), baseline=baseline.batch_size)
-        lab.check_teacher(experiment, workdir)
+        check_steps(len(splits.train_labels), baseline=baseline.batch_size)
+        check_teacher(experiment, workdir)
     sizes = f"{len(baseline.width_ratios)} sizes of a ResNet{experiment.spec.depth}"
     print(f"{baseline.title}: {baseline.images} images for {sizes}", flush=True)
     with (
-        lab.open_workdir(workdir, config, experiment.fingerprint) as opened,
+        open_workdir(workdir, config, experiment.fingerprint) as opened,
         _clock(opened.path / "seconds") as elapsed,
     ):
         run, known, before = Run(opened, experiment, baseline, splits), {}, 0.0

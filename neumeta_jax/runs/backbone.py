@@ -37,7 +37,7 @@ class Backbone(NamedTuple):
     report: dict[str, float]
 
 
-def prepare(workdir: Workdir, experiment: Experiment, splits: datasets.Splits) -> Params:
+def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: datasets.Splits) -> Params:
     """The folded, reordered teacher: from the work directory, else imported or trained."""
     path = workdir.path / BACKBONE_FILE
     found = bool(hosts.from_first(lambda: np.int32(path.exists()), np.int32(0)))

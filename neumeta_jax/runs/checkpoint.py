@@ -1,5 +1,4 @@
 """Checkpoints of a running part (orbax): they appear whole or not at all, newest ones are kept."""
-# ruff: noqa: F401
 
 import asyncio
 import contextlib
@@ -15,17 +14,6 @@ import jax
 import numpy as np
 
 from neumeta_jax.files import storage, trees
-from neumeta_jax.files.trees import FORMAT, first_difference, load_tree, save_tree
-from neumeta_jax.networks.saved import (
-    INR_FILE,
-    PRETRAINED,
-    load,
-    load_inr,
-    pretrained,
-    save_compact,
-    save_inr,
-    unpack,
-)
 
 # Orbax takes a quarter of the time of all imports. A run that starts needs it at its first save.
 if TYPE_CHECKING:

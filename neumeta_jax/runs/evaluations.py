@@ -31,10 +31,13 @@ from neumeta_jax.evaluation.rows import (
 )
 from neumeta_jax.files import storage
 from neumeta_jax.files.provenance import versions
+from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.report import page, plotting, published
-from neumeta_jax.runs import checkpoint, experiment as lab
+from neumeta_jax.runs.backbone import BACKBONE_FILE
+from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.workdir import read_config
 
 SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
 NUM_UNIFORM = 24
@@ -42,7 +45,7 @@ INT8_HEADER = f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8
 
 
 def make_evaluator(
-    experiment: lab.Experiment,
+    experiment: Experiment,
     params: Params,
     splits: datasets.Splits,
     *,
@@ -75,7 +78,7 @@ class Target:
 
     workdir: pathlib.Path
     out: pathlib.Path
-    experiment: lab.Experiment
+    experiment: Experiment
     evaluator: Evaluator
 
     @property
@@ -104,10 +107,10 @@ class Target:
     @functools.cached_property
     def teacher_accuracy(self) -> float | None:
         """In [0, 1], in float32; None where the work directory has no teacher."""
-        path = self.workdir / lab.BACKBONE_FILE
+        path = self.workdir / BACKBONE_FILE
         if not path.exists():
             return None
-        params, _ = checkpoint.load_tree(path)
+        params, _ = load_tree(path)
         data = self.evaluator.images, self.evaluator.labels
         found = self.experiment.in_float32.accuracy(params, *data)
         print(f"teacher (full size, not generated): {100 * found:.2f} %")
@@ -240,11 +243,11 @@ def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
     return tuple(sorted({int(value) for value in values or ()}))
 
 
-def at_ratios(experiment: lab.Experiment, width_ratios: Sequence[float]) -> list[Widths]:
+def at_ratios(experiment: Experiment, width_ratios: Sequence[float]) -> list[Widths]:
     return [tuple(experiment.hypernetwork.widths(ratio).tolist()) for ratio in width_ratios]
 
 
-def _drawing_range(experiment: lab.Experiment, flag: str, number: int, seed: int):
+def _drawing_range(experiment: Experiment, flag: str, number: int, seed: int):
     """The trained range, if what `flag` asks for can be drawn from it."""
     low, high = experiment.trained_range
     check(
@@ -260,13 +263,13 @@ def _drawing_range(experiment: lab.Experiment, flag: str, number: int, seed: int
     return low, high
 
 
-def draw_width_ratios(experiment: lab.Experiment, number: int, seed: int) -> tuple[float, ...]:
+def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[float, ...]:
     """`number` width ratios, uniformly from the trained range, increasing."""
     bounds = _drawing_range(experiment, "random_ratios", number, seed)
     return tuple(np.sort(np.random.default_rng(seed).uniform(*bounds, number)).tolist())
 
 
-def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Widths]:
+def draw_networks(experiment: Experiment, number: int, seed: int) -> list[Widths]:
     """`number` networks, the width ratio of each group uniformly from the trained range."""
     low, high = _drawing_range(experiment, "random_networks", number, seed)
     full = np.array(experiment.hypernetwork.full_widths)
@@ -275,14 +278,14 @@ def draw_networks(experiment: lab.Experiment, number: int, seed: int) -> list[Wi
     return [tuple(row) for row in widths.tolist()]
 
 
-def uniform_networks(experiment: lab.Experiment) -> list[Widths]:
+def uniform_networks(experiment: Experiment) -> list[Widths]:
     """Networks with one width ratio for all groups, over the trained range."""
     ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
     return list(dict.fromkeys(at_ratios(experiment, ratios)))
 
 
 def depth_networks(
-    experiment: lab.Experiment, skipped: Sequence[int], width_ratios: Sequence[float]
+    experiment: Experiment, skipped: Sequence[int], width_ratios: Sequence[float]
 ) -> dict[tuple[int, float], Widths]:
     """Every ratio without the last 0, 1, ... generated blocks of each stage, by (number, ratio).
 
@@ -506,7 +509,7 @@ def write_page(
         teacher_accuracy=target.teacher_accuracy,
         slices=slices.weight_slices(family, evaluator.params) if is_resnet else None,
         latency=page.read_latency(target.workdir / page.LATENCY_FILE),
-        config=lab.read_config(target.workdir),
+        config=read_config(target.workdir),
         versions=versions(),
     )
     page.write_page(target.out / "report.html", document)

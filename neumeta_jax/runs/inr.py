@@ -149,7 +149,7 @@ def _mixed_network(hypernetwork, params, widths, backbone, active):
     return training.mixed_tree(hypernetwork, params, generated, originals, active, widths)
 
 
-def train(
+def train_inr(
     workdir: Workdir,
     experiment: Experiment,
     splits: datasets.Splits,
@@ -202,7 +202,7 @@ def train(
     return part.train(shared.phases(of_recipe), jax.eval_shape(template, backbone), initial)
 
 
-def save(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
+def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
     """Writes the trained INR with what is needed to use it elsewhere; returns the file's path."""
     path, preprocessing = workdir.path / saved.INR_FILE, experiment.preprocessing
     if hosts.is_first():
