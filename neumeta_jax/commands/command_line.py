@@ -1,29 +1,29 @@
-"""The command line of train.py and eval.py: flags, config files, and errors of one sentence.
+"""The command line of every command: flags, config files, and errors of one sentence."""
 
-Wraps `ml_collections.config_flags`, whose own errors are tracebacks or point elsewhere.
-"""
-
+import ast
 import difflib
-import importlib.util
+import functools
 import inspect
+import operator
 import os
 import pathlib
+import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
-from neumeta_jax.errors import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError, sentence
+from neumeta_jax.errors import INTERRUPTED, USAGE_ERROR, Interrupted, UsageError, check, sentence
 from neumeta_jax.files.storage import local
 
 # A flag by name: its type (a tuple: one of these words), its default, and what --help says.
 Flags = Mapping[str, tuple[type | tuple[str, ...], Any, str]]
 
-# Those of commands that work on a run of train.py.
-WORKDIR: Flags = {"workdir": (str, "", "A work directory of train.py.")}
+# Those of commands that work on a trained run.
+WORKDIR: Flags = {"workdir": (str, "", "A work directory of neumeta train.")}
 DATA_DIR: Flags = {
     "data_dir": (str, "", "Where the data lies, if no longer where the run found it.")
 }
@@ -50,6 +50,9 @@ _DEFINE = {
     list: flags.DEFINE_list,
     str: flags.DEFINE_string,
 }
+_HELP = {"-h", "-help", "--help"}
+_OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def define(values: flags.FlagValues, table: Flags) -> None:
@@ -61,19 +64,14 @@ def define(values: flags.FlagValues, table: Flags) -> None:
             _DEFINE[kind](name, default, text, flag_values=values)
 
 
-def _help(text: str, table: Flags) -> str:
-    values = flags.FlagValues()
-    define(values, table)
-    others = "Flags, besides --config=RECIPE[:PRESET] and --config.FIELD=VALUE:"
-    return f"{text.strip()}\n\n{others}\n{values.get_help()}"
-
-
 def check_at_least(options: flags.FlagValues, **least: int) -> None:
     """Raises UsageError for a flag, given or with a default, whose value is below its least."""
     for name, smallest in least.items():
         value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise UsageError(f"--{name} must be at least {smallest}, got {value}.")
+        check(
+            value is None or value >= smallest,
+            f"--{name} must be at least {smallest}, got {value}.",
+        )
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -84,7 +82,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     argv = sys.argv if argv is None else argv
     module = getattr(main, "__globals__", {})
     try:
-        if "FLAGS" in module and not {"-h", "-help", "--help"}.isdisjoint(argv):
+        if "FLAGS" in module and not _HELP.isdisjoint(argv):
             print(_help(module["__doc__"] or "", module["FLAGS"]))
         else:
             main(argv)
@@ -94,14 +92,23 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if not isinstance(error, UsageError) and not _is_ours(error):
             raise
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        _refuse(str(error))
     except (RuntimeError, AssertionError):
         if not (message := _missing_device()):
             raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
+        _refuse(message)
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def _help(text: str, table: Flags) -> str:
+    values = flags.FlagValues()
+    define(values, table)
+    others = "Flags, besides --config=RECIPE[:PRESET] and --config.FIELD=VALUE:"
+    return f"{text.strip()}\n\n{others}\n{values.get_help()}"
 
 
 def _missing_device() -> str:
@@ -130,16 +137,13 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def parse(
-    argv: Sequence[str],
-    table: Flags,
-    *,
-    config_required: bool,
+    argv: Sequence[str], table: Flags, *, config_required: bool
 ) -> tuple[dict[str, Any], flags.FlagValues]:
     """The (config, flags) of a command line.
 
     Args:
         argv: with the program's name first.
-        table: the script's own flags.
+        table: the command's own flags.
         config_required: whether `--config` must be there; without it the config is empty.
 
     Returns:
@@ -148,48 +152,44 @@ def parse(
     Raises:
         UsageError: for a missing file, preset, flag or field, or a value of the wrong type.
     """
-    argv = list(argv)
-    values = flags.FlagValues()
+    values, config = flags.FlagValues(), {}
     define(values, table)
     path, preset, argv = _config_argument(argv)
-    if path is None:
-        if config_required:
-            raise UsageError(
-                "--config=RECIPE or --config=FILE.py is required; recipes are "
-                f"{', '.join(recipes())}."
-            )
-        if any(arg.startswith(("--config.", "-config.")) for arg in argv):
-            raise UsageError("--config.field=value needs --config=FILE before it.")
-    else:
+    if path is not None:
         config = _load_config(path, preset)
-        argv = _checked_overrides(argv, _flatten(config.to_dict()))
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        argv = _override(config, argv)
+    check(
+        path is not None or not config_required,
+        f"--config=RECIPE or --config=FILE.py is required; recipes are {', '.join(recipes())}.",
+    )
+    check(
+        not any(map(_OVERRIDE.fullmatch, argv)),
+        "--config.field=value needs --config=FILE before it.",
+    )
     try:
         remaining = values(argv)
     except flags.Error as error:
         raise UsageError(sentence(str(error))) from None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UsageError(sentence(str(error).strip("'\""))) from None
-    if len(remaining) > 1:
-        raise UsageError(
-            f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}."
-        )
+    check(
+        len(remaining) == 1,
+        f"Arguments must be flags like --name=value, got {' '.join(remaining[1:])!r}.",
+    )
     for name in table:
-        if values[name].value == []:
-            raise UsageError(f"--{name} takes values with commas between, got none; leave it out.")
+        check(
+            values[name].value != [],
+            f"--{name} takes values with commas between, got none; leave it out.",
+        )
         values[name].value = local(values[name].value, f"--{name}")
-    return (local(values.config.to_dict(), "--config") if path is not None else {}), values
+    return local(config, "--config"), values
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
     """The file and the preset that `--config` asks for, and the other arguments."""
     for number, arg in enumerate(argv):
-        value, end = None, number + 1
-        if arg in ("--config", "-config"):
-            value, end = "".join(argv[end : end + 1]), end + 1
-        elif arg.startswith(("--config=", "-config=")):
-            value = arg.split("=", 1)[1]
-        if value is not None:
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            end = number + (1 if equals else 2)
+            value = value if equals else "".join(argv[number + 1 : end])
             path, _, preset = value.partition(":")
             return os.path.expanduser(path), preset or None, [*argv[:number], *argv[end:]]
     return None, None, list(argv)
@@ -203,30 +203,24 @@ def recipes() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(found)}
 
 
-def _load_config(path: str, preset: str | None):
-    if path in recipes():
-        path = str(recipes()[path])
-    if not os.path.isfile(path):
-        raise UsageError(f"There is no config file {path!r}; recipes are {', '.join(recipes())}.")
-    module_spec = importlib.util.spec_from_file_location("neumeta_jax_config", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UsageError(f"A config file is Python and ends in .py, got {path!r}.")
-    module = importlib.util.module_from_spec(module_spec)
+def _load_config(path: str, preset: str | None) -> dict[str, Any]:
+    path = str(recipes().get(path, path))
+    known = f"recipes are {', '.join(recipes())}."
+    check(os.path.isfile(path), f"There is no config file {path!r}; {known}")
     try:
-        module_spec.loader.exec_module(module)
+        get_config: Any = runpy.run_path(path).get("get_config")
     except SyntaxError as error:
         raise UsageError(f"{path} must be valid Python, but line {error.lineno} is not.") from None
-    if not hasattr(module, "get_config"):
-        raise UsageError(f"A config file must define get_config(preset=''), {path} does not.")
+    check(get_config, f"A config file must define get_config(preset=''), {path} does not.")
     arguments = () if preset is None else (preset,)
     try:
-        inspect.signature(module.get_config).bind(*arguments)
+        inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         raise UsageError(
             f"get_config in {path} must take one optional argument, the preset ({error})."
         ) from None
     try:
-        return module.get_config(*arguments)
+        return get_config(*arguments).to_dict()
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -241,41 +235,56 @@ def _flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _checked_overrides(argv: Sequence[str], fields: Mapping[str, Any]) -> list[str]:
-    """`argv` with every `--config.field` known; integers may be written as 1e3."""
-    checked = list(argv)
-    for number, arg in enumerate(argv):
-        if not arg.startswith(("--config.", "-config.")):
+def _override(config: dict[str, Any], argv: Sequence[str]) -> list[str]:
+    """Sets the fields of `config` that `argv` overrides; returns its other arguments."""
+    fields, others, arguments = _flatten(config), [], iter(argv)
+    for argument in arguments:
+        found = _OVERRIDE.fullmatch(argument)
+        if not found:
+            others.append(argument)
             continue
-        name, equals, value = arg.lstrip("-").removeprefix("config.").partition("=")
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-            if not close:  # the right name in the wrong section
-                leaf = name.rsplit(".", 1)[-1]
-                close = [field for field in fields if field.rsplit(".", 1)[-1] == leaf][:1]
-            if any(field.startswith(f"{name}.") for field in fields):
-                close = [field for field in fields if field.startswith(f"{name}.")][:1]
-            hint = f"did you mean --config.{close[0]}?" if close else "see the file for the fields."
-            raise UsageError(f"The config has no field {name!r}; {hint}")
-        default = fields[name]
-        if not equals:
-            if isinstance(default, bool) or number + 1 >= len(argv):
-                continue
-            value = argv[number + 1]
-        if isinstance(default, bool) or not isinstance(default, int | float):
-            continue
-        kind = "an integer" if isinstance(default, int) else "a number"
-        try:
-            parsed = float(value)
-            if isinstance(default, int):
-                if not parsed.is_integer():
-                    raise ValueError
-                # ml_collections refuses integers written as 1e3.
-                parsed = int(value) if value.lstrip("+-").isdigit() else int(parsed)
-        except (ValueError, OverflowError):
-            raise UsageError(f"--config.{name} must be {kind}, got {value[:80]!r}.") from None
-        if equals:
-            checked[number] = f"--config.{name}={parsed}"
-        else:
-            checked[number + 1] = str(parsed)
-    return checked
+        negated, name, text = found.groups()
+        if name not in fields or (negated and not isinstance(fields[name], bool)):
+            raise UsageError(f"The config has no field {name!r}; {_suggestion(name, fields)}")
+        if text is None and isinstance(fields[name], bool):
+            text = "false" if negated else "true"
+        elif text is None:
+            text = next(arguments, None)
+            check(text is not None, f"--config.{name} must have a value: --config.{name}=VALUE.")
+        *sections, leaf = name.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[leaf] = _parsed(name, str(text), fields[name])
+    return others
+
+
+def _suggestion(name: str, fields: Mapping[str, Any]) -> str:
+    leaf = name.rsplit(".", 1)[-1]
+    close = [field for field in fields if field.startswith(f"{name}.")]  # a section
+    close = close or difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    # The right name in the wrong section.
+    close = close or [field for field in fields if field.rsplit(".", 1)[-1] == leaf]
+    return f"did you mean --config.{close[0]}?" if close else "see the file for the fields."
+
+
+def _parsed(name: str, text: str, default: Any) -> Any:
+    """`text` as a value of the type of `default`; integers may be written as 1e3."""
+    if isinstance(default, str):
+        return text
+    kind = "numbers with commas between"
+    try:
+        if isinstance(default, bool):
+            kind = "true or false"
+            return _BOOLEANS[text.lower()]
+        if isinstance(default, float):
+            kind = "a number"
+            return float(text)
+        if isinstance(default, int):
+            kind = "an integer"
+            exact = int(text) if text.lstrip("+-").isdigit() else float(text)
+            if int(exact) != exact:
+                raise ValueError
+            return int(exact)
+        value = ast.literal_eval(text)
+        return type(default)(value if isinstance(value, tuple | list) else (value,))
+    except (ValueError, KeyError, SyntaxError, OverflowError, MemoryError, RecursionError):
+        raise UsageError(f"--config.{name} must be {kind}, got {text[:80]!r}.") from None

@@ -26,6 +26,26 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(root) / "neumeta-jax"
 
 
+def local(value: Any, name: str) -> Any:
+    """`value`, which `name` was given, with home folders in place of `~`, at any depth.
+
+    Raises:
+        UsageError: for the address of an object store or a server, of which a folder would be made.
+    """
+    if isinstance(value, Mapping):
+        return {key: local(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(local(entry, name) for entry in value)
+    if not isinstance(value, str):
+        return value
+    check(
+        not re.match(r"[A-Za-z][\w+.-]+:/", value),
+        f"{name} must be a path of this machine's file system, got {value!r}; copy the data to "
+        "a folder here, or mount the bucket and give that folder.",
+    )
+    return os.path.expanduser(value)
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turns a full disk, a read-only folder and the like into one sentence about `path`.
@@ -148,23 +168,3 @@ def locked(path: pathlib.Path, *, name: str = "The work directory") -> Iterator[
                 f"Another process is using {path}; wait for it or choose another folder."
             ) from None
         yield
-
-
-def local(value: Any, name: str) -> Any:
-    """`value`, which `name` was given, with home folders in place of `~`, at any depth.
-
-    Raises:
-        UsageError: for the address of an object store or a server, of which a folder would be made.
-    """
-    if isinstance(value, Mapping):
-        return {key: local(entry, f"{name}.{key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(local(entry, name) for entry in value)
-    if not isinstance(value, str):
-        return value
-    check(
-        not re.match(r"[A-Za-z][\w+.-]+:/", value),
-        f"{name} must be a path of this machine's file system, got {value!r}; copy the data to "
-        "a folder here, or mount the bucket and give that folder.",
-    )
-    return os.path.expanduser(value)
