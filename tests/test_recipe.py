@@ -7,14 +7,17 @@ compilation is nearly all of the time; where a real process matters, one is star
 import contextlib
 import csv
 import functools
+import gzip
 import importlib.util
 import io
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -295,6 +298,16 @@ def killing(monkeypatch, part, number, *, before):
     monkeypatch.setattr(checkpoint.Checkpoints, "save", killed_save)
 
 
+def prepared(reference, workdir):
+    """A work directory that has what `reference` had when its teacher was done."""
+    workdir.mkdir()
+    shutil.copy(reference / BACKBONE_FILE, workdir)
+    lines = (reference / "metrics.jsonl").read_text().splitlines(keepends=True)
+    teacher = [line for line in lines if json.loads(line)["part"] == "teacher"]
+    (workdir / "metrics.jsonl").write_text("".join(teacher))
+    return workdir
+
+
 @pytest.mark.parametrize(
     "part, number, before",
     [
@@ -312,11 +325,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     monkeypatch.setattr(plan, "describe", lambda *args, **options: "")
     monkeypatch.setattr(evaluations, "evaluate_and_write", lambda *args, **options: [])
     if part == "inr":  # the teacher's part is tested above
-        workdir.mkdir()
-        shutil.copy(reference / "backbone.safetensors", workdir)
-        lines = (reference / "metrics.jsonl").read_text().splitlines(keepends=True)
-        teacher = [line for line in lines if json.loads(line)["part"] == "teacher"]
-        (workdir / "metrics.jsonl").write_text("".join(teacher))
+        prepared(reference, workdir)
     with monkeypatch.context() as patch:
         killing(patch, part, number, before=before)
         with pytest.raises(KilledError):
@@ -378,6 +387,84 @@ def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)
+
+
+def scalars(folder):
+    """{name: {step: value}} of TensorBoard's files in a folder; no step is there twice."""
+    from tensorboardX.proto import event_pb2
+
+    found = {}
+    for path in folder.glob("events.*"):
+        content = path.read_bytes()
+        while content:  # length, its checksum, a message, its checksum
+            (length,) = struct.unpack_from("<Q", content)
+            event = event_pb2.Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            for value in event.summary.value:
+                steps = found.setdefault(value.tag, {})
+                assert event.step not in steps
+                steps[event.step] = value.simple_value
+    return found
+
+
+def assert_scalars_are_the_metrics(workdir, part, name="loss"):
+    lines = [line for line in read_metrics(workdir) if line["part"] == part]
+    wanted = {line["step"]: np.float32(line[name]) for line in lines if name in line}
+    assert scalars(workdir / "tensorboard" / part)[name] == wanted
+
+
+def test_a_run_that_is_watched_and_killed_has_all_steps_once_and_the_same_bits(
+    finished, tmp_path, monkeypatch
+):
+    workdir = prepared(finished[0], tmp_path / "run")
+    monkeypatch.setattr(evaluations, "evaluate_and_write", lambda *args, **options: [])
+    with monkeypatch.context() as patch:
+        killing(patch, "inr", 4, before=True)
+        with pytest.raises(KilledError):
+            train(workdir, "--tensorboard")
+    out = train(workdir, "--tensorboard", "--profile=8:11")
+    assert_same_result(workdir, finished[0])
+    for part in ("teacher", "inr"):
+        assert_scalars_are_the_metrics(workdir, part)
+    lines = [line for line in read_metrics(workdir) if "validation" in line]
+    shown = scalars(workdir / "tensorboard" / "inr")["validation/1.0"]
+    assert list(shown) == [line["step"] for line in lines if line["part"] == "inr"]
+    ((first, last, path),) = re.findall(r"profile of steps (\d+) to (\d+): (.*\.gz)", out)
+    assert (int(first), int(last)) == (8, 10) and path.startswith(str(workdir / "profile"))
+    assert "https://ui.perfetto.dev" in out
+    names = {
+        event.get("name")
+        for event in json.loads(gzip.decompress(pathlib.Path(path).read_bytes()))["traceEvents"]
+    }
+    assert any("call_one" in str(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "text, given",
+    [
+        ("3", "takes two steps, START:STOP, got '3'"),
+        ("a:b", "got 'a:b'"),
+        ("1:2:3", "got '1:2:3'"),
+        ("5:5", "0 <= START < STOP <= 26"),
+        ("-1:3", "got -1:3"),
+        ("20:27", "the steps of the INR's training"),
+    ],
+)
+def test_a_profile_of_steps_that_there_are_not_is_refused_before_the_run(tmp_path, text, given):
+    workdir = tmp_path / "run"
+    assert given in refusal("train", CONFIG, f"--workdir={workdir}", f"--profile={text}")
+    assert not workdir.exists()
+
+
+def test_a_profile_of_steps_that_are_done_and_scalars_without_their_writer_are_refused(
+    finished, copied, tmp_path, monkeypatch
+):
+    message = refusal("train", CONFIG, f"--workdir={copied}", "--profile=5:10")
+    assert "still to come, but the run is at step 26 of 26" in message
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    message = refusal("train", CONFIG, f"--workdir={tmp_path / 'new'}", "--tensorboard")
+    assert 'pip install "neumeta-jax[tensorboard]"' in message
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_second_request_to_stop_stops_at_once(tmp_path):

@@ -69,7 +69,7 @@ def _traced(folder: pathlib.Path, first: int, last: int) -> Iterator[None]:
         yield
     path = max(folder.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
     print(
-        f"profile of the steps from {first} to {last}: {path}; open it in a browser at "
+        f"profile of steps {first} to {last - 1}: {path}; open it in a browser at "
         "https://ui.perfetto.dev",
         flush=True,
     )
