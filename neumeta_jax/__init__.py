@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+__version__ = "0.2.0"
+
 # Public names by module. They are imported when they are used: a look at the package needs no JAX.
 _PUBLIC = {
     "networks.saved": ("load",),

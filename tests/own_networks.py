@@ -1,4 +1,4 @@
-"""Networks as their users write them: linen, nnx, Equinox, Haiku, stax and plain functions.
+"""Networks as users write them: linen, nnx, Equinox, Haiku, jraph, stax and plain functions.
 
 `CASES[name]()` is a network to trace; `REBUILT[name]` the same network really built at other
 widths of its groups, some smaller and some larger.
@@ -12,6 +12,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jraph
 import numpy as np
 from flax import nnx
 from jax.example_libraries import stax
@@ -296,6 +297,26 @@ def haiku_transformer(x, is_training):
     return hk.Linear(3)(h.mean(1))
 
 
+def jraph_net(edge=(10, 8), node=(14, 12)):
+    """A round of messages on rings of nodes."""
+
+    def net(x):
+        senders = np.arange(len(x))
+        graph = jraph.GraphsTuple(
+            nodes=hk.Linear(12)(x),
+            edges=x[:, :2],
+            senders=senders,
+            receivers=np.roll(senders, 1),
+            n_node=np.array([len(x)]),
+            n_edge=np.array([len(x)]),
+            globals=None,
+        )
+        updates = (jraph.concatenated_args(hk.nets.MLP(widths)) for widths in (edge, node))
+        return hk.Linear(3)(jraph.InteractionNetwork(*updates)(graph).nodes)
+
+    return haiku(lambda x, is_training: hk.vmap(net, split_rng=False)(x), TOKENS)
+
+
 def stax_net(width=8):
     def build():
         branch = stax.serial(
@@ -426,6 +447,7 @@ CASES = PLAIN | {
     "haiku_mobilenet": haiku_mobilenet(),
     "haiku_rnn": haiku(haiku_rnn, TOKENS, ("stream",)),
     "haiku_transformer": haiku(haiku_transformer, TOKENS, ("stream",)),
+    "jraph": jraph_net(),
     "stax": stax_net(),
 }
 
@@ -453,6 +475,10 @@ REBUILT = {  # name: ({group: width}, the network built with these widths)
     "haiku_mobilenet": (
         {f"{_BLOCK}/pointwise_conv": 10, f"{_BLOCK}_1/pointwise_conv": 7},
         haiku_mobilenet((10, 7)),
+    ),
+    "jraph": (
+        {"0/mlp/~/linear_0": 13, "0/mlp/~/linear_1": 5, "0/mlp_1/~/linear_1": 9},
+        jraph_net((13, 5), (14, 9)),
     ),
     "stax": ({"2/0/0/0": 11}, stax_net(11)),
 }

@@ -51,6 +51,7 @@ ELASTIC = {
     "haiku_mobilenet": (32, 8, 12),
     "haiku_rnn": (12, 8),
     "haiku_transformer": (12, 2, 4, 20),
+    "jraph": (12, 10, 8, 14, 12),
     "stax": (6, 8),
 }
 

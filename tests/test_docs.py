@@ -1,0 +1,127 @@
+"""Every command and every program of README.md and docs/, in the order in which they stand."""
+
+import contextlib
+import io
+import os
+import pathlib
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from networks import ROOT, random_params
+
+from neumeta_jax import __main__ as dispatcher
+from neumeta_jax.export import formats
+from neumeta_jax.networks import cifar_spec
+from neumeta_jax.runs import experiment as lab
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CI = (ROOT / ".ci" / "run").read_text()
+NETWORK = """
+import flax.linen as nn
+
+
+class MyNet(nn.Module):
+    width: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width)(x.reshape(len(x), -1)))
+        return nn.Dense(self.num_classes)(x)
+"""
+# What makes a command short, by a word of it.
+SHORT = {
+    "--config=digits": "--config=digits:smoke",
+    "--config=configs/digits.py": "--config=configs/digits.py:smoke",
+    "--config=resnet20": "--config=resnet20:smoke",
+    "--config=own:vgg": "--config=own:vgg --config.teacher.epochs=1 --config.train.epochs=1",
+    "--config=own": "--config=own --config.teacher.epochs=1 --config.train.epochs=1",
+    "--budget=0.5": "--budget=0.001",
+    "--num_candidates=100": "--num_candidates=12 --population=4 --num_images=40",
+    "--num_candidates=50": "--num_candidates=12 --population=4 --num_images=40",
+    "--random_networks=20": "--random_networks=3",
+    "--width_ratios=1,0.5": "--width_ratios=0.5 --calls=1 --batch_sizes=2",
+}
+# Run by .ci/run or only where there is a cloud; each of them must stand there as it does here.
+ELSEWHERE = ("pip install", "python examples/", "pytest")
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page):
+    """The command lines of a page, one by one."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            parts = [line] if line.startswith("gcloud") else line.split("#")[0].split("&&")
+            yield from (" ".join(part.split()) for part in parts if part.strip())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with stand-ins of CIFAR-100 and of a public teacher."""
+    folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
+    arrays = {}
+    for split, number in (("train", 400), ("test", 30)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(number) % 100
+    np.savez(folder / "cifar100.npz", **arrays)
+    spec = cifar_spec.resnet_spec(20, num_classes=100)
+    formats.save_torch(folder / "teacher.pt", spec, random_params(spec))
+    (folder / "my_module.py").write_text(NETWORK)
+    return folder
+
+
+def run(command, inputs, folder):
+    """Runs a command in this process; the work it does is as short as `SHORT` makes it."""
+    command = command.replace("FOLDER", str(inputs / "cifar100.npz"))
+    command = command.replace("FILE", str(inputs / "teacher.pt")).replace("/tmp", str(folder))
+    words = [word for part in shlex.split(command) for word in shlex.split(SHORT.get(part, part))]
+    if words[:1] == ["python"] and words[1] in ("train.py", "eval.py"):
+        words = ["neumeta", words[1].removesuffix(".py"), *words[2:]]
+    assert words[0] == "neumeta", f"nobody runs {command!r}"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab, "quiet_logging", lambda: None)
+        try:
+            dispatcher.main(words)
+        except SystemExit as stop:
+            assert not stop.code, f"{command} ended with {stop.code}"
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_in_the_order_in_which_they_stand(
+    page, inputs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "results", "examples"):  # where the pages are read
+        os.symlink(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(sys, "path", [str(inputs), *sys.path])
+    for command in commands(page):
+        inner = re.search(r'--command="cd neumeta-jax && (.*)"', command)
+        if command.startswith(ELSEWHERE):
+            assert command in CI or command.replace("/tmp/", '"$work/') in CI, command
+        elif inner:
+            run(f"{inner[1]} --dry_run", inputs, tmp_path)
+        else:
+            run(command, inputs, tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"https?://", target):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.M) if anchor else [""]
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
