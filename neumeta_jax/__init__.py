@@ -8,9 +8,10 @@ __version__ = "0.2.0"
 # Public names by module. They are imported when they are used: a look at the package needs no JAX.
 _PUBLIC = {
     "networks.saved": ("load",),
-    "elastic.family": ("Family", "apply_at", "num_macs", "trace"),
+    "elastic.counting": ("num_macs", "num_params"),
+    "elastic.family": ("Family", "apply_at", "trace"),
     "elastic.folding": ("fold",),
-    "elastic.groups": ("Groups", "num_params"),
+    "elastic.groups": ("Groups",),
     "core.hypernetwork": ("Hypernetwork", "generate", "init"),
     "core.inr": ("make_inr",),
     "elastic.moments": ("moments",),

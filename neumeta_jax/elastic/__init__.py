@@ -1,8 +1,9 @@
 """The method, for any network: groups of channels, networks at other widths, hypernetworks."""
 
-from neumeta_jax.elastic.family import Family, apply_at, num_macs, trace
+from neumeta_jax.elastic.counting import num_macs, num_params
+from neumeta_jax.elastic.family import Family, apply_at, trace
 from neumeta_jax.elastic.folding import fold, folded
-from neumeta_jax.elastic.groups import Group, Groups, Member, Reader, num_params
+from neumeta_jax.elastic.groups import Group, Groups, Member, Reader
 from neumeta_jax.elastic.moments import moments
 from neumeta_jax.elastic.resize import mask_params, permute, select, slice_params
 from neumeta_jax.elastic.rules import UnknownPrimitive

@@ -66,7 +66,7 @@ def _count(terms: Mapping[tuple[int, ...], Monomials]) -> Count:
 
 
 def params_count(groups: Groups, names: Sequence[str]) -> Count:
-    """The numbers in the parameters, by the widths of `names`; see `groups.num_params`."""
+    """The numbers in the parameters, by the widths of `names`; see `num_params`."""
     positions = {name: n for n, name in enumerate(names)}
 
     def length(axis: Axis) -> Monomials:
@@ -85,7 +85,7 @@ def params_count(groups: Groups, names: Sequence[str]) -> Count:
 
 
 def macs_count(family: Family, names: Sequence[str]) -> Count:
-    """Multiply-adds of one example, by the widths of `names`; see `family.num_macs`."""
+    """Multiply-adds of one example, by the widths of `names`; see `num_macs`."""
     positions = {family.atoms[name].find(): n for n, name in enumerate(names)}
 
     def length(dim: Dim) -> Monomials:
@@ -110,3 +110,18 @@ def macs_count(family: Family, names: Sequence[str]) -> Count:
     (batch, *_), *_ = (value.dims for value in family.program.inputs if value.active)
     whole = count(family.program)
     return _count({(): Monomials({key: n // batch.size for key, n in whole.items()})})
+
+
+def num_params(groups: Groups, widths: Mapping[str, int]) -> int:
+    """Numbers in the parameters at `widths`; those of a skipped branch do not count.
+
+    A branch of width 0 is not there, so that what has to be zero for it is left out too.
+    """
+    groups.check(widths, limited=False)
+    return params_count(groups, tuple(widths))(tuple(widths.values()))
+
+
+def num_macs(family: Family, widths: Mapping[str, int]) -> int:
+    """Multiply-adds of dots and convolutions for one example at `widths`."""
+    family.groups.check(widths, limited=False)
+    return macs_count(family, tuple(widths))(tuple(widths.values()))

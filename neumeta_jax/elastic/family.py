@@ -397,22 +397,3 @@ def num_values(family: Family) -> int:
 
     (batch, *_), *_ = (value.dims for value in family.program.inputs if value.active)
     return count(family.program) // batch.size
-
-
-def num_macs(family: Family, widths: Mapping[str, int]) -> int:
-    """Multiply-adds of dots and convolutions for one example at `widths`."""
-    family.groups.check(widths, limited=False)
-    size = _sizes(family, widths, {})
-
-    def count(program: Program) -> int:
-        total = 0
-        for step in program.steps:
-            if step.contracted is not None:
-                weights = step.inputs[1].dims
-                summed = math.prod(size(weights[axis]) for axis in step.contracted[1])
-                total += summed * math.prod(map(size, step.outputs[0].dims))
-            total += sum(times * count(body) for times, body in step.bodies)
-        return total
-
-    (batch, *_), *_ = (value.dims for value in family.program.inputs if value.active)
-    return count(family.program) // size(batch)

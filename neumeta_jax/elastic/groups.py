@@ -7,7 +7,6 @@ may be edited by hand. `family.trace` finds it in a network.
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -330,17 +329,3 @@ def structure_of(params: Any) -> Any:
         return all(type(k) is str and "/" not in k and is_nested(v) for k, v in tree.items())
 
     return None if type(params) is dict and is_nested(params) else jax.tree.structure(params)
-
-
-def num_params(groups: Groups, widths: Mapping[str, int]) -> int:
-    """Numbers in the parameters at `widths`; those of a skipped branch do not count.
-
-    A branch of width 0 is not there, so that what has to be zero for it is left out too.
-    """
-    groups.check(widths, limited=False)
-    skipped = {p for g in groups.groups if widths.get(g.name) == 0 for p in g.skips or ()}
-    return sum(
-        math.prod(axis.width(widths) for axis in axes)
-        for path, axes in groups.tensors
-        if path not in skipped
-    )
