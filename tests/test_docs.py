@@ -62,15 +62,17 @@ def commands(page):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with stand-ins of CIFAR-100 and of a public teacher."""
+    """A folder with stand-ins of CIFAR-100 and of public teachers."""
     folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
     arrays = {}
     for split, number in (("train", 400), ("test", 30)):
         arrays[f"{split}_images"] = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
         arrays[f"{split}_labels"] = np.arange(number) % 100
     np.savez(folder / "cifar100.npz", **arrays)
-    spec = cifar_spec.resnet_spec(20, num_classes=100)
-    formats.save_torch(folder / "teacher.pt", spec, random_params(spec))
+    for depth in (20, 56):
+        spec = cifar_spec.resnet_spec(depth, num_classes=100)
+        teacher = formats.to_state_dict(spec, random_params(spec))
+        np.savez(folder / f"resnet{depth}.npz", **teacher)
     (folder / "my_module.py").write_text(NETWORK)
     return folder
 
@@ -78,7 +80,8 @@ def inputs(tmp_path_factory):
 def run(command, inputs, folder):
     """Runs a command in this process; the work it does is as short as `SHORT` makes it."""
     command = command.replace("FOLDER", str(inputs / "cifar100.npz"))
-    command = command.replace("FILE", str(inputs / "teacher.pt")).replace("/tmp", str(folder))
+    teacher = inputs / f"resnet{56 if 'resnet56' in command else 20}.npz"
+    command = command.replace("FILE", str(teacher)).replace("/tmp", str(folder))
     words = [word for part in shlex.split(command) for word in shlex.split(SHORT.get(part, part))]
     if words[:1] == ["python"] and words[1] in ("train.py", "eval.py"):
         words = ["neumeta", words[1].removesuffix(".py"), *words[2:]]
