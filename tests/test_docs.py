@@ -62,38 +62,33 @@ def commands(page):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A folder with stand-ins of CIFAR-100 and of public teachers."""
-    folder, rng = tmp_path_factory.mktemp("inputs"), np.random.default_rng(0)
-    arrays = {}
-    for split, number in (("train", 400), ("test", 30)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (number, 32, 32, 3), np.uint8)
-        arrays[f"{split}_labels"] = np.arange(number) % 100
-    np.savez(folder / "cifar100.npz", **arrays)
+    """A folder with stand-ins of what `neumeta fetch` fetches, images by class, and a network."""
+    folder = tmp_path_factory.mktemp("inputs")
+    arrays = data_files.random_arrays(num_classes=100, num_train=400)
+    files = data_files.cifar_files("cifar100", "python", arrays)
+    data_files.write_tar(folder / "cifar-100-python.tar.gz", files)
     for depth in (20, 56):
         spec = cifar_spec.resnet_spec(depth, num_classes=100)
-        teacher = formats.to_state_dict(spec, random_params(spec))
-        np.savez(folder / f"resnet{depth}.npz", **teacher)
+        (name,) = sources.SOURCES[f"cifar100-resnet{depth}-teacher"].files
+        (folder / name).write_bytes(torch_state.to_torch(state_dict(spec, random_params(spec))))
+    load_module("examples/own_data.py").write_images(folder / "IMAGES")
     (folder / "my_module.py").write_text(NETWORK)
     return folder
 
 
 def run(command, inputs, folder):
     """Runs a command in this process; the work it does is as short as `SHORT` makes it."""
-    command = command.replace("FOLDER", str(inputs / "cifar100.npz"))
-    teacher = inputs / f"resnet{56 if 'resnet56' in command else 20}.npz"
-    command = command.replace("FILE", str(teacher)).replace("/tmp", str(folder))
+    command = command.replace("IMAGES", str(inputs / "IMAGES")).replace("/tmp", str(folder))
     words = [word for part in shlex.split(command) for word in shlex.split(SHORT.get(part, part))]
     if words[:1] == ["python"] and words[1] in ("train.py", "eval.py"):
         words = ["neumeta", words[1].removesuffix(".py"), *words[2:]]
     assert words[0] == "neumeta", f"nobody runs {command!r}"
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab, "quiet_logging", lambda: None)
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QUIET)
         try:
             dispatcher.main(words)
         except SystemExit as stop:
             assert not stop.code, f"{command} ended with {stop.code}"
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -104,6 +99,12 @@ def test_the_commands_of_a_page_run_in_the_order_in_which_they_stand(
     for name in ("configs", "results", "examples"):  # where the pages are read
         os.symlink(ROOT / name, tmp_path / name)
     monkeypatch.setattr(sys, "path", [str(inputs), *sys.path])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def download(url, path, digest):
+        shutil.copyfile(inputs / path.name, path)
+
+    monkeypatch.setattr(sources, "_download", download)
     for command in commands(page):
         inner = re.search(r'--command="cd neumeta-jax && (.*)"', command)
         if command.startswith(ELSEWHERE):
