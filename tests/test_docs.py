@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 
 import pytest
 import test_data as data_files
@@ -40,6 +41,9 @@ SHORT = {
     "--config=resnet20": "--config=resnet20:smoke",
     "--config=own:vgg": "--config=own:vgg --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=own": "--config=own --config.teacher.epochs=1 --config.train.epochs=1",
+    "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
+    "--config=configs/resnet56.py": "--config=configs/resnet56.py --config.data.num_validation=50",
+    "--config=baselines:slimmable": "--config=baselines:slimmable --config.data.num_validation=50",
     "--budget=0.5": "--budget=0.001",
     "--num_candidates=100": "--num_candidates=12 --population=4 --num_images=40",
     "--num_candidates=50": "--num_candidates=12 --population=4 --num_images=40",
@@ -47,7 +51,8 @@ SHORT = {
     "--width_ratios=1,0.5": "--width_ratios=0.5 --calls=1 --batch_sizes=2",
 }
 # Run by .ci/run, where each of them must stand.
-ELSEWHERE = ("pip install", "python examples/", "pytest")
+ELSEWHERE = ("python examples/", "pytest")
+EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
 
 
 def blocks(page, language):
@@ -81,8 +86,10 @@ def inputs(tmp_path_factory):
 
 def run(command, inputs, folder):
     """Runs a command in this process; the work it does is as short as `SHORT` makes it."""
-    command = command.replace("IMAGES", str(inputs / "IMAGES")).replace("/tmp", str(folder))
-    words = [word for part in shlex.split(command) for word in shlex.split(SHORT.get(part, part))]
+    command = command.replace("/tmp", str(folder)).replace("IMAGES", str(inputs / "IMAGES"))
+    words = []
+    for part in shlex.split(command):
+        words += SHORT[part].split() if part in SHORT else [part]
     if words[:1] == ["python"] and words[1] in ("train.py", "eval.py"):
         words = ["neumeta", words[1].removesuffix(".py"), *words[2:]]
     assert words[0] == "neumeta", f"nobody runs {command!r}"
@@ -99,8 +106,9 @@ def test_the_commands_of_a_page_run_in_the_order_in_which_they_stand(
     page, inputs, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("configs", "results", "examples"):  # where the pages are read
-        os.symlink(ROOT / name, tmp_path / name)
+    os.symlink(ROOT / "configs", tmp_path / "configs")
+    for name in ("docs", "results"):  # which commands write to
+        shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.setattr(sys, "path", [str(inputs), *sys.path])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -110,10 +118,13 @@ def test_the_commands_of_a_page_run_in_the_order_in_which_they_stand(
     monkeypatch.setattr(sources, "_download", download)
     for command in commands(page):
         inner = re.search(r'--command="cd neumeta-jax && (.*)"', command)
-        if command.startswith(ELSEWHERE):
+        if command.startswith("pip install"):
+            assert {*re.findall(r"\[(\w+)\]", command)} <= EXTRAS, command
+        elif command.startswith(ELSEWHERE):
             assert command.replace('"', "").replace("/tmp/", "$work/") in CI, command
         elif inner:
-            run(f"{inner[1]} --dry_run", inputs, tmp_path)
+            dry = " --dry_run" if "train.py" in inner[1] else ""
+            run(inner[1].removesuffix("--distributed") + dry, inputs, tmp_path)
         else:
             run(command, inputs, tmp_path)
 
