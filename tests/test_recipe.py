@@ -916,22 +916,16 @@ def test_a_teacher_without_a_tensor_or_of_another_shape_is_refused(tmp_path):
     assert "depth 8 in the file, 14 in the config" in message
 
 
-# --- the README and the real teacher ---------------------------------------------------------
+# --- the pages and the real teacher ----------------------------------------------------------
 
 
-def test_the_readmes_library_code_runs_as_written(finished):
-    path = ROOT / "README.md"
-    assert path.is_file(), "There is no README.md, whose code is to be run."
-    _, heading, section = path.read_text().partition("\n## Library use\n")
-    assert heading, "README.md has no heading '## Library use'."
-    section = section.split("\n## ")[0]
-    _, fence, block = section.partition("```python\n")
-    assert fence, "README.md has no ```python block under '## Library use'."
-    code = block.partition("```")[0]
-    assert "/tmp/digits" in code, "The code must use the quick start's work directory."
-    code = code.replace("/tmp/digits", str(finished[0]))
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+def test_the_library_code_of_the_docs_runs_as_written(finished):
+    page = (ROOT / "docs" / "library.md").read_text()
+    assert "/tmp/digits" in page, "The code must use the quick start's work directory."
+    names = {"__name__": "library"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code.replace("/tmp/digits", str(finished[0])), "library.md", "exec"), names)
+    assert names["accuracies"].shape == (8,)
 
 
 @pytest.mark.skipif(

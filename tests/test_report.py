@@ -160,13 +160,13 @@ def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_pa
     assert readme.read_text() == first
 
 
-def test_the_committed_report_and_the_readmes_table_are_those_of_the_committed_files():
+def test_the_committed_report_and_the_table_of_the_docs_are_those_of_the_committed_files():
     found = comparisons.read_comparisons(RESULTS)
     text = tables.report(RESULTS, found)
     assert (RESULTS / "README.md").read_text() == text, "run neumeta report results"
     assert all((RESULTS / f"{comparison.stem}.png").exists() for comparison in found)
-    block = tables.readme_block(RESULTS, found, "results/")
-    assert tables.replace_block(ROOT / "README.md", block) == (ROOT / "README.md").read_text()
+    block, page = tables.readme_block(RESULTS, found, "../results/"), ROOT / "docs" / "results.md"
+    assert tables.replace_block(page, block) == page.read_text()
 
 
 def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path):

@@ -1,6 +1,6 @@
 """Makes the tables and figures of a folder of results from the files of the runs in it.
 
-    neumeta report results --readme=README.md
+    neumeta report results --readme=docs/results.md
 
 Reads every row.json (of `neumeta compare`), grid.json with the config.json beside it, and
 depths.json below the folder. Writes the report, by default README.md in the folder, with a figure
