@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from neumeta_jax.errors import UsageError
+
 Count = Callable[[np.ndarray], np.ndarray]  # multiply-adds int64[rows] of widths int64[rows, names]
 
 MAX_RUNS = 1000
@@ -61,15 +63,10 @@ def make_buckets(
     rows = np.asarray(widths, np.int64)
     order = np.argsort(num_macs(rows), kind="stable")
     runs = np.array_split(order, min(len(order), MAX_RUNS))
-    groups = _merge(
-        np.array([rows[run].max(axis=0) for run in runs]),
-        np.array([len(run) for run in runs]),
-        num_macs,
-        max_buckets,
-        macs_per_bucket,
-    )
+    containers = np.array([rows[run].max(axis=0) for run in runs])
+    counts = np.array([len(run) for run in runs], np.float64)
     buckets = []
-    for group in groups:
+    for group in _merge(containers, counts, num_macs, max_buckets, macs_per_bucket):
         members = np.sort(np.concatenate([runs[n] for n in group]))
         container = rows[members].max(axis=0)
         buckets.append(Bucket(tuple(container.tolist()), tuple(members.tolist())))
@@ -77,16 +74,9 @@ def make_buckets(
 
 
 def fill_containers(
-    num_macs: Count,
-    widths: np.ndarray,
-    containers: Sequence[Sequence[int]],
+    num_macs: Count, widths: np.ndarray, containers: Sequence[Sequence[int]]
 ) -> list[Bucket]:
     """Each network in the cheapest of the given `containers` that holds it; empty ones left out.
-
-    Args:
-        num_macs: multiply-adds of networks by their widths.
-        widths: int[rows, names]; 0 = branch skipped.
-        containers: widths, as many in each.
 
     Raises:
         ValueError: if a network is held by none.
@@ -94,11 +84,10 @@ def fill_containers(
     rows = np.asarray(widths, np.int64)
     shapes = np.array(containers, np.int64).reshape(-1, rows.shape[1])
     costs = container_macs(num_macs, rows, shapes)
-    lost = np.flatnonzero(np.isinf(costs).all(axis=1)) if len(shapes) else np.arange(len(rows))
-    if len(lost):
-        raise ValueError(
+    for lost in np.flatnonzero(np.isinf(costs).all(axis=1)):
+        raise UsageError(
             f"Each network must fit into one of the {len(shapes)} containers, but the one of row "
-            f"{lost[0]}, {rows[lost[0]].tolist()}, fits into none; add a larger one."
+            f"{lost}, {rows[lost].tolist()}, fits into none; add a larger one."
         )
     chosen = np.argmin(costs, axis=1)
     buckets = [
@@ -116,11 +105,8 @@ def container_macs(num_macs: Count, widths: np.ndarray, containers: np.ndarray) 
 
 def _merge(containers, counts, num_macs, max_buckets, macs_per_bucket):
     """Lists of the rows of `containers` that share a bucket, by greedy agglomeration."""
-    number = len(containers)
-    containers, counts = containers.copy(), counts.astype(np.float64)
-    macs = num_macs(containers).astype(np.float64)
-    groups = [[n] for n in range(number)]
-    alive = np.ones(number, bool)
+    number, macs = len(containers), num_macs(containers).astype(np.float64)
+    groups, alive = [[n] for n in range(number)], np.ones(number, bool)
 
     def increases(n):
         """What merging each of the others with `n` adds to the padded multiply-adds."""

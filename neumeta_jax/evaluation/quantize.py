@@ -36,13 +36,27 @@ def quantize_kernel(kernel: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Arra
 @jax.jit
 def quantize(params: Mapping) -> Params:
     """A folded tree with each kernel as int8 and its "scale" float32[C_out] beside it."""
-    return _each_layer(params, _quantize_layer)
+
+    def layer(tree):
+        kernel, scale = quantize_kernel(tree["kernel"])
+        return {**tree, "kernel": kernel, "scale": scale}
+
+    return _each_layer(params, layer)
 
 
 @jax.jit
 def dequantize(params: Mapping) -> Params:
     """The float32 tree of what `quantize` returned; of others, themselves."""
-    return _each_layer(params, _dequantize_layer)
+
+    def layer(tree):
+        if "scale" not in tree:
+            return dict(tree)
+        # Not jnp.asarray(..., float32), which would put float32 constants into an exported graph.
+        kernel = jnp.asarray(tree["kernel"]).astype(jnp.float32)
+        kernel = kernel * jnp.expand_dims(tree["scale"], range(kernel.ndim - 1))
+        return {name: value for name, value in tree.items() if name != "scale"} | {"kernel": kernel}
+
+    return _each_layer(params, layer)
 
 
 def fake_quantize(params: Mapping) -> Params:
@@ -51,21 +65,6 @@ def fake_quantize(params: Mapping) -> Params:
     Channels masked to zero change nothing, so a padded tree gives the same as the dense one.
     """
     return dequantize(quantize(params))
-
-
-def _quantize_layer(layer: Mapping) -> Params:
-    kernel, scale = quantize_kernel(layer["kernel"])
-    return {**layer, "kernel": kernel, "scale": scale}
-
-
-def _dequantize_layer(layer: Mapping) -> Params:
-    if "scale" not in layer:
-        return dict(layer)
-    # Not jnp.asarray(..., float32), which would put float32 constants into an exported graph.
-    kernel = jnp.asarray(layer["kernel"]).astype(jnp.float32)
-    kernel = kernel * jnp.expand_dims(layer["scale"], range(kernel.ndim - 1))
-    kept = {name: value for name, value in layer.items() if name != "scale"}
-    return {**kept, "kernel": kernel}
 
 
 def _each_layer(tree: Mapping, function: Callable[[Mapping], Params]) -> Params:

@@ -38,8 +38,7 @@ def in_turns(
 
     Args:
         calls: functions by name; they return what is to be waited for.
-        rounds: calls of each.
-        seconds: more rounds follow until all calls together have taken this long.
+        rounds: calls of each; more follow until all together have taken this many `seconds`.
         warm_up: calls of each before, which do not count: the first one compiles.
         seed: of the order.
     """
