@@ -17,7 +17,7 @@ import neumeta_jax
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Preprocessing
-from neumeta_jax.evaluation import grid
+from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.saved import PRETRAINED, pretrained
 from neumeta_jax.runs.workdir import open_run, read_config
@@ -61,7 +61,7 @@ def test_accuracies_are_those_of_the_page(name, test_images):
     assert preprocessing.mean == datasets.NORMALIZATION["cifar100"][0]
     for ratio, wanted in ((1.0, full), (0.25, smallest)):
         spec, network = dense_network(family, params, family.widths(ratio))
-        accuracy = grid.accuracy(
+        accuracy = evaluator.accuracy(
             cifar_resnet.Network(spec), network, *test_images, preprocessing, batch_size=50
         )
         assert 100 * accuracy == pytest.approx(wanted, abs=4)  # two standard errors

@@ -35,7 +35,7 @@ from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.errors import Interrupted, UsageError
-from neumeta_jax.evaluation import grid, morphs
+from neumeta_jax.evaluation import choices, evaluator as evaluators, morphs
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.files.trees import load_tree
@@ -210,7 +210,7 @@ def test_the_saved_inr_has_the_accuracies_of_the_grid(finished):
     rows = read_json(workdir / "grid.json")["rows"]
     for row in rows[1:]:
         tree = generate(params, family.widths(row["width_ratio"]))
-        found = grid.accuracy(
+        found = evaluators.accuracy(
             family.network, tree, images.test_images, images.test_labels, preprocessing
         )
         assert found == row["accuracy"]
@@ -323,7 +323,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     reference, workdir = finished[0], tmp_path / "run"
     # What does not belong to training, and is tested elsewhere, takes most of the time.
     monkeypatch.setattr(plan, "describe", lambda *args, **options: "")
-    monkeypatch.setattr(evaluations, "evaluate_and_write", lambda *args, **options: [])
+    monkeypatch.setattr(evaluations, "write_grid", lambda *args: None)
     if part == "inr":  # the teacher's part is tested above
         prepared(reference, workdir)
     with monkeypatch.context() as patch:
@@ -848,13 +848,14 @@ def test_random_widths_need_a_range_to_be_drawn_from(finished):
     config = read_config(finished[0])
     config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
     experiment = from_config(config, datasets.load_dataset("digits"))
-    for draw in (evaluations.draw_width_ratios, evaluations.draw_networks):
+    drawn = functools.partial(choices.draw_networks, experiment.hypernetwork)
+    for draw in (choices.draw_width_ratios, drawn):
         with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios or --spec"):
-            draw(experiment, 3, 0)
+            draw(experiment.trained_range, 3, 0)
 
 
 def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():
-    ratios = evaluations.SWEEP_RATIOS
+    ratios = choices.SWEEP_RATIOS
     assert len(ratios) == 24 and (ratios[0], ratios[-1]) == (0.1, 1.25)
     np.testing.assert_allclose(np.diff(ratios), 0.05, atol=1e-9)
 
@@ -888,13 +889,13 @@ def write_teacher(path, *, leave_out=()):
 def test_eval_shows_that_preparing_a_teacher_changes_no_accuracy(tmp_path, monkeypatch):
     """Teachers are checked in float32, whatever the run computes in."""
     write_teacher(tmp_path / "teacher.npz")
-    accuracy, dtypes = grid.accuracy, set()
+    accuracy, dtypes = evaluators.accuracy, set()
 
     def recorded(*args, **options):
         dtypes.add(args[4].dtype)
         return accuracy(*args, **options)
 
-    monkeypatch.setattr(grid, "accuracy", recorded)
+    monkeypatch.setattr(evaluators, "accuracy", recorded)
     arguments = f"--teacher={tmp_path / 'teacher.npz'}", CONFIG, "--config.dtype=bfloat16"
     status, out, err = call("eval", *arguments)
     assert status == 0 and dtypes == {"float32"}, err

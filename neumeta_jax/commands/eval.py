@@ -15,6 +15,7 @@ import pathlib
 from neumeta_jax.commands import command_line, setup
 from neumeta_jax.data import sources
 from neumeta_jax.errors import UsageError, check
+from neumeta_jax.evaluation import choices
 from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.evaluation.morphs import load_morph
 from neumeta_jax.networks import cifar_import
@@ -116,38 +117,39 @@ def check_workdir(config, options):
     opened = open_run(config, options)
     specs = {path: load_morph(path, opened.hypernetwork) for path in options.spec or ()}
     given, sweep = parse_ratios(options)
-    skipped = evaluations.parse_skipped(options.skipped_blocks)
+    skipped = choices.parse_skipped(options.skipped_blocks)
     out = pathlib.Path(options.out or opened.workdir)
     experiment, splits = opened.load(other_data=out.resolve() != opened.workdir.resolve())
     asked = {name: getattr(options, name) for name in ("split", "num_samples", "strategy")}
-    evaluator = evaluations.make_evaluator(experiment, opened.params, splits, compare=True, **asked)
+    evaluator = evaluations.make_evaluator(experiment, opened.params, splits, **asked)
+    family, trained, seed = experiment.hypernetwork, experiment.trained_range, options.seed
     ratios = given or experiment.evaluation.width_ratios
     entries = []
 
-    def add(name, networks, write, *what):
-        if networks or name == "report":
-            entries.append(evaluations.Entry(name, networks, write, what))
+    def add(write, networks, *what):
+        name = write.__name__.removeprefix("write_")
+        entries.append(evaluations.Entry(name, networks, write, what))
 
-    def at(ratios):
-        return evaluations.at_ratios(experiment, ratios)
-
-    in_grid = ratios if given or sweep or options.int8 or not specs else ()
-    add("grid", at(in_grid), evaluations.write_grid, ratios)
-    add("int8", at(ratios) if options.int8 else (), evaluations.write_int8, ratios)
-    add("sweep", at(sweep), evaluations.write_figures, ratios, sweep)
-    depths = evaluations.depth_networks(experiment, skipped, ratios)
-    add("depths", list(depths.values()), evaluations.write_depths, depths)
+    if given or sweep or options.int8 or not specs:
+        add(evaluations.write_grid, choices.at_ratios(family, ratios), ratios)
+    if options.int8:
+        add(evaluations.write_int8, choices.at_ratios(family, ratios), ratios)
+    if sweep:
+        add(evaluations.write_sweep, choices.at_ratios(family, sweep), ratios, sweep)
+    depths = choices.depth_networks(family, skipped, ratios)
+    if depths:
+        add(evaluations.write_depths, list(depths.values()), depths)
     if options.random_ratios is not None:
-        drawn = evaluations.draw_width_ratios(experiment, options.random_ratios, options.seed)
-        add("random_ratios", at(drawn), evaluations.write_random_ratios, drawn)
-    add("specs", list(specs.values()), evaluations.write_specs, specs)
+        drawn = choices.draw_width_ratios(trained, options.random_ratios, seed)
+        add(evaluations.write_random_ratios, choices.at_ratios(family, drawn), drawn)
+    if specs:
+        add(evaluations.write_specs, list(specs.values()), specs)
     if options.random_networks is not None:
-        drawn = evaluations.draw_networks(experiment, options.random_networks, options.seed)
-        networks = [*evaluations.uniform_networks(experiment), *drawn]
-        add("random_networks", networks, evaluations.write_random_networks, drawn)
+        drawn = choices.draw_networks(family, trained, options.random_networks, seed)
+        uniform = choices.uniform_networks(family, trained)
+        add(evaluations.write_random_networks, [*uniform, *drawn], drawn)
     if options.report:
-        shown = ratios, sweep, depths, options.int8
-        add("report", (), evaluations.write_page, *shown)
+        add(evaluations.write_report, (), ratios, sweep, depths, options.int8)
     evaluations.evaluate(evaluations.Target(opened.workdir, out, experiment, evaluator), entries)
 
 
@@ -159,6 +161,6 @@ def parse_ratios(options):
         f"--sweep_ratios needs --figures or --report, got {','.join(values or ())} without; add "
         "one.",
     )
-    sweep = evaluations.parse_width_ratios(values, flag="--sweep_ratios")
-    sweep = tuple(sorted(set(sweep or evaluations.SWEEP_RATIOS))) if figures else ()
-    return evaluations.parse_width_ratios(options.width_ratios), sweep
+    sweep = choices.parse_width_ratios(values, flag="--sweep_ratios")
+    sweep = tuple(sorted(set(sweep or choices.SWEEP_RATIOS))) if figures else ()
+    return choices.parse_width_ratios(options.width_ratios), sweep

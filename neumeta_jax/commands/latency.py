@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.errors import check
+from neumeta_jax.evaluation.choices import parse_width_ratios
 from neumeta_jax.evaluation.morphs import load_morph
 from neumeta_jax.export import onnx, safetensors
 from neumeta_jax.export.network import Network as Exported, Normalization
@@ -85,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         f"{','.join(options.batch_sizes)!r}.",
     )
     command_line.check_at_least(options, calls=1)
-    ratios = evaluations.parse_width_ratios(options.width_ratios)
+    ratios = parse_width_ratios(options.width_ratios)
     opened = open_run(config, options)
     family, settings = opened.hypernetwork, opened.config["eval"]
     networks = _networks(family, ratios or settings["width_ratios"], options.spec or ())

@@ -114,5 +114,6 @@ def run(config, options):
         print(line)
     evaluator = evaluations.make_evaluator(experiment, params, splits)
     ratios = experiment.evaluation.width_ratios
-    evaluations.evaluate_and_write(path.parent, experiment, evaluator, width_ratios=ratios)
+    target = evaluations.Target(path.parent, path.parent, experiment, evaluator)
+    evaluations.write_grid(target, ratios)
     print(f"done in {provenance.format_seconds(time.perf_counter() - started)}")

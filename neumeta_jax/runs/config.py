@@ -14,7 +14,7 @@ from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import UsageError, check
-from neumeta_jax.evaluation import grid
+from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_resnet, cifar_spec, linen
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
@@ -77,9 +77,9 @@ class Experiment:
     def accuracy(
         self, tree: Params, images: np.ndarray, labels: np.ndarray, network: Any = None
     ) -> float:
-        """`grid.accuracy` of a tree, of the full size unless `network` says otherwise."""
+        """`evaluator.accuracy` of a tree, of the full size unless `network` says otherwise."""
         network, batch_size = network or self.hypernetwork.network, self.evaluation.batch_size
-        return grid.accuracy(
+        return evaluator.accuracy(
             network, tree, images, labels, self.preprocessing, batch_size=batch_size
         )
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
-from neumeta_jax.elastic.widths import check_width_ratio
-from neumeta_jax.errors import UsageError, check
+from neumeta_jax.errors import check
 from neumeta_jax.evaluation import quantize, slices
+from neumeta_jax.evaluation.choices import uniform_networks
 from neumeta_jax.evaluation.evaluator import Evaluator, evaluation_split
 from neumeta_jax.evaluation.morphs import Widths, outside_range
 from neumeta_jax.evaluation.rows import (
@@ -29,9 +29,8 @@ from neumeta_jax.evaluation.rows import (
     format_row,
     largest_dip,
 )
-from neumeta_jax.files import storage
+from neumeta_jax.files import storage, trees
 from neumeta_jax.files.provenance import versions
-from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.report import page, plotting, published
@@ -39,8 +38,6 @@ from neumeta_jax.runs.backbone import BACKBONE_FILE
 from neumeta_jax.runs.config import Experiment
 from neumeta_jax.runs.workdir import read_config
 
-SWEEP_RATIOS = tuple(round(float(ratio), 10) for ratio in np.linspace(0.1, 1.25, 24))
-NUM_UNIFORM = 24
 INT8_HEADER = f"{'ratio':>6}  {'parameters':>10}  {'float32 %':>9}  {'int8 %':>8}  {'change':>8}"
 
 
@@ -58,6 +55,7 @@ def make_evaluator(
     `options` are further fields of the `Evaluator`.
     """
     split = split or experiment.evaluation.split
+    options = {"batch_size": experiment.evaluation.batch_size, "compare": True, **options}
     return Evaluator(
         experiment.hypernetwork,
         params,
@@ -65,7 +63,7 @@ def make_evaluator(
         experiment.preprocessing,
         split=split,
         **experiment.noise(num_samples or experiment.evaluation.num_samples),
-        **{"batch_size": experiment.evaluation.batch_size, **options},
+        **options,
     )
 
 
@@ -110,7 +108,7 @@ class Target:
         path = self.workdir / BACKBONE_FILE
         if not path.exists():
             return None
-        params, _ = load_tree(path)
+        params, _ = trees.load_tree(path)
         data = self.evaluator.images, self.evaluator.labels
         found = self.experiment.in_float32.accuracy(params, *data)
         print(f"teacher (full size, not generated): {100 * found:.2f} %")
@@ -152,8 +150,9 @@ class Target:
             for some, facts in zip(beside, self.evaluator.facts(widths), strict=True)
         ]
 
-    def save(self, name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    def save(self, name: str, rows: Sequence[Any], *, csv: bool = False, **more: Any) -> None:
         """Writes `name`.json: `rows`, `more`, and what the numbers depend on."""
+        rows = [row.to_dict() if isinstance(row, GridRow) else row for row in rows]
         document = {
             "dataset": self.experiment.name,
             "trained_range": self.experiment.trained_range,
@@ -164,9 +163,8 @@ class Target:
             "rows": rows,
         }
         storage.write_json(self.out / f"{name}.json", document)
-
-    def save_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        storage.write_csv(self.out / f"{name}.csv", storage.as_table(rows))
+        if csv:
+            storage.write_csv(self.out / f"{name}.csv", storage.as_table(rows))
 
 
 class Entry(NamedTuple):
@@ -216,100 +214,6 @@ def check_free(
         )
 
 
-# --- which networks --------------------------------------------------------------------------
-
-
-def parse_width_ratios(
-    values: Sequence[str] | None, *, flag: str = "--width_ratios"
-) -> tuple[float, ...]:
-    """Width ratios of a command line's `flag`, checked; empty where none were given."""
-    ratios = []
-    for value in values or ():
-        try:
-            ratios.append(float(value))
-        except ValueError:
-            raise UsageError(f"{flag} takes numbers with commas between, got {value!r}.") from None
-    return tuple(map(check_width_ratio, ratios))
-
-
-def parse_skipped(values: Sequence[str] | None) -> tuple[int, ...]:
-    """Numbers of `--skipped_blocks`, increasing; empty where none were given."""
-    for value in values or ():
-        check(
-            value.isdecimal(),
-            f"--skipped_blocks takes numbers of blocks from 0 on with commas between, got "
-            f"{value!r}.",
-        )
-    return tuple(sorted({int(value) for value in values or ()}))
-
-
-def at_ratios(experiment: Experiment, width_ratios: Sequence[float]) -> list[Widths]:
-    return [tuple(experiment.hypernetwork.widths(ratio).tolist()) for ratio in width_ratios]
-
-
-def _drawing_range(experiment: Experiment, flag: str, number: int, seed: int):
-    """The trained range, if what `flag` asks for can be drawn from it."""
-    low, high = experiment.trained_range
-    check(
-        number >= 1 and seed >= 0,
-        f"--{flag} must be at least 1 and --seed at least 0, got {number} and {seed}; choose "
-        "larger ones.",
-    )
-    check(
-        low < high,
-        f"--{flag} needs a run that trained more than one width, but its range is {low}..{high}; "
-        "use --width_ratios or --spec.",
-    )
-    return low, high
-
-
-def draw_width_ratios(experiment: Experiment, number: int, seed: int) -> tuple[float, ...]:
-    """`number` width ratios, uniformly from the trained range, increasing."""
-    bounds = _drawing_range(experiment, "random_ratios", number, seed)
-    return tuple(np.sort(np.random.default_rng(seed).uniform(*bounds, number)).tolist())
-
-
-def draw_networks(experiment: Experiment, number: int, seed: int) -> list[Widths]:
-    """`number` networks, the width ratio of each group uniformly from the trained range."""
-    low, high = _drawing_range(experiment, "random_networks", number, seed)
-    full = np.array(experiment.hypernetwork.full_widths)
-    ratios = np.random.default_rng(seed).uniform(low, high, (number, len(full)))
-    widths = np.maximum(np.floor(ratios * full + 0.5).astype(int), 1)
-    return [tuple(row) for row in widths.tolist()]
-
-
-def uniform_networks(experiment: Experiment) -> list[Widths]:
-    """Networks with one width ratio for all groups, over the trained range."""
-    ratios = np.linspace(*experiment.trained_range, NUM_UNIFORM).tolist()
-    return list(dict.fromkeys(at_ratios(experiment, ratios)))
-
-
-def depth_networks(
-    experiment: Experiment, skipped: Sequence[int], width_ratios: Sequence[float]
-) -> dict[tuple[int, float], Widths]:
-    """Every ratio without the last 0, 1, ... generated blocks of each stage, by (number, ratio).
-
-    Raises:
-        UsageError: for a number of blocks that leaves out no more than a smaller one.
-    """
-    family = experiment.hypernetwork
-    without = functools.partial(family.without_last, [1] * len(family.names))
-    for number in skipped:
-        check(
-            not number or without(number) != without(number - 1),
-            "--skipped_blocks takes numbers of blocks that a stage of this run can be without, "
-            f"got {number}; no stage has as many, give smaller ones.",
-        )
-    return {
-        (number, ratio): family.without_last(family.widths(ratio).tolist(), number)
-        for number in skipped
-        for ratio in sorted(set(width_ratios))
-    }
-
-
-# --- the evaluations -------------------------------------------------------------------------
-
-
 def write_grid(target: Target, width_ratios: Sequence[float]) -> None:
     """Networks of a few width ratios: grid.json, .csv and .png."""
     started = time.perf_counter()
@@ -317,11 +221,9 @@ def write_grid(target: Target, width_ratios: Sequence[float]) -> None:
     rows = target.table(width_ratios)
     if outside := [row.width_ratio for row in rows if not row.trained]:
         print(f"note: width ratios {outside} lie outside the trained range")
-    found = [row.to_dict() for row in rows]
     seconds = round(time.perf_counter() - started, 1)
     number = hyper.num_inr_params(target.evaluator.params)
-    target.save("grid", found, num_inr_params=number, seconds=seconds)
-    target.save_csv("grid", found)
+    target.save("grid", rows, csv=True, num_inr_params=number, seconds=seconds)
     plotting.plot_grid(
         target.out / "grid.png",
         rows,
@@ -343,37 +245,42 @@ def write_int8(target: Target, width_ratios: Sequence[float]) -> None:
     """The grid with weights in 8 bits beside float32: int8.json and .csv."""
     target.announce("weights in 8 bits, a scale for each output channel")
     print(INT8_HEADER, flush=True)
-    found, lost = [], 0.0
+    rows, lost = [], 0.0
     for row in _with_int8(target, width_ratios):
-        found.append(row.to_dict())
-        exact, rounded = 100 * row.accuracy, 100 * (row.int8_accuracy or 0)
-        lost = max(lost, exact - rounded)
+        exact, rounded = 100 * row.accuracy, 100 * (row.int8_accuracy or 0.0)
         numbers = f"{exact:>9.2f}  {rounded:>8.2f}  {rounded - exact:>+8.2f}"
         print(f"{row.width_ratio:6.3f}  {row.num_params:>10,}  {numbers}", flush=True)
+        rows.append(row)
+        lost = max(lost, exact - rounded)
     print(f"largest loss by 8-bit weights: {lost:.2f} points")
-    target.save("int8", found)
-    target.save_csv("int8", found)
+    target.save("int8", rows, csv=True)
     print(f"wrote {target.out / 'int8.json'} and int8.csv")
 
 
-def write_figures(
+def _along_axis(target: Target, name: str, ratios: Sequence[float], what: str) -> list[GridRow]:
+    """Increasing `ratios`, and where accuracy falls between them: `name`.json."""
+    target.announce(what)
+    rows = target.table(ratios)
+    dip = largest_dip(ratios, [row.accuracy for row in rows])
+    print(f"smallest accuracy {100 * min(row.accuracy for row in rows):.2f} %; {dip}")
+    found = {"teacher_accuracy": target.teacher_accuracy, "largest_dip": dip.fall}
+    target.save(name, rows, where=dip.where, **found)
+    return rows
+
+
+def write_sweep(
     target: Target, width_ratios: Sequence[float], sweep_ratios: Sequence[float]
 ) -> None:
     """A sweep of the width axis, sweep.json; figures sweep, against_macs and weights, with .csv."""
     experiment, out = target.experiment, target.out
-    target.announce(f"sweep of {len(sweep_ratios)} widths")
-    rows = target.table(sweep_ratios)
-    dip = largest_dip(sweep_ratios, [row.accuracy for row in rows])
-    print(dip)
-    teacher = target.teacher_accuracy
-    more = {"largest_dip": dip.fall, "where": dip.where, "teacher_accuracy": teacher}
-    target.save("sweep", [row.to_dict() for row in rows], **more)
+    what = f"sweep of {len(sweep_ratios)} widths"
+    rows = _along_axis(target, "sweep", sweep_ratios, what)
     plotting.plot_sweep(
         out / "sweep.png",
         rows,
         title=f"{target.title}: accuracy over the width axis",
         trained_range=experiment.trained_range,
-        teacher_accuracy=teacher,
+        teacher_accuracy=target.teacher_accuracy,
         caption=target.caption,
     )
     curves, singles, drawn = (), (), ""
@@ -397,13 +304,7 @@ def write_figures(
 
 def write_random_ratios(target: Target, ratios: Sequence[float]) -> None:
     """Those of `draw_width_ratios`: random_ratios.json."""
-    target.announce(f"{len(ratios)} widths at random")
-    rows = target.table(ratios)
-    accuracies = [row.accuracy for row in rows]
-    dip = largest_dip(ratios, accuracies)
-    print(f"smallest accuracy {100 * min(accuracies):.2f} %; {dip}")
-    found = {"largest_dip": dip.fall, "where": dip.where}
-    target.save("random_ratios", [row.to_dict() for row in rows], **found)
+    _along_axis(target, "random_ratios", ratios, f"{len(ratios)} widths at random")
     print(f"wrote {target.out / 'random_ratios.json'}")
 
 
@@ -415,8 +316,7 @@ def write_specs(target: Target, networks: Mapping[str, Widths]) -> None:
     for row in rows:
         counts = format_counts(row).ljust(len(COUNTS_HEADER) + 2)
         print(f"{counts}  {','.join(map(str, row['widths']))}, {row['spec']}")
-    target.save("specs", rows)
-    target.save_csv("specs", rows)
+    target.save("specs", rows, csv=True)
     print(f"wrote {target.out / 'specs.json'} and specs.csv")
 
 
@@ -461,7 +361,8 @@ def above_uniform(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
     """Those of `draw_networks` beside uniform ones: random_networks.json, .csv and .png."""
     target.announce(f"{len(drawn)} networks with a random width in each block")
-    uniform = uniform_networks(target.experiment)
+    experiment = target.experiment
+    uniform = uniform_networks(experiment.hypernetwork, experiment.trained_range)
     series = [{"series": "uniform"}] * len(uniform) + [{"series": "random"}] * len(drawn)
     rows = target.facts([*uniform, *drawn], series)
     differences = above_uniform(rows)
@@ -478,14 +379,14 @@ def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
         f"against uniform networks of the same multiply-adds: mean {mean} points, worst {worst}, "
         f"best tenth {best}"
     )
-    target.save("random_networks", rows, **found)
+    target.save("random_networks", rows, csv=False, **found)
     path = target.out / "random_networks.png"
     title = f"{target.title}: widths at random"
     plotting.plot_random_networks(path, rows, title=title, caption=target.caption)
     print(f"wrote {path.with_suffix('.json')}, random_networks.csv and random_networks.png")
 
 
-def write_page(
+def write_report(
     target: Target,
     width_ratios: Sequence[float],
     sweep_ratios: Sequence[float],
@@ -495,7 +396,7 @@ def write_page(
     """report.html, a page to look at what the others evaluate."""
     experiment, evaluator = target.experiment, target.evaluator
     family, is_resnet = experiment.hypernetwork, isinstance(experiment.spec, ResNetSpec)
-    rows = list((_with_int8(target, width_ratios)) if int8 else target.rows(width_ratios))
+    rows = list(_with_int8(target, width_ratios) if int8 else target.rows(width_ratios))
     rows += target.rows(sweep_ratios)
     rows += map(GridRow.from_dict, _depth_rows(target, depths))
     document = page.page_document(
@@ -514,8 +415,3 @@ def write_page(
     )
     page.write_page(target.out / "report.html", document)
     print(f"wrote {target.out / 'report.html'}; open it in a browser")
-
-
-def evaluate_and_write(workdir, experiment, evaluator, *, width_ratios) -> None:
-    """The grid of a run, into its work directory."""
-    write_grid(Target(workdir, workdir, experiment, evaluator), width_ratios)

@@ -12,7 +12,8 @@ from neumeta_jax.core.inr import describe_inr
 from neumeta_jax.data import datasets
 from neumeta_jax.elastic.family import num_values
 from neumeta_jax.errors import check
-from neumeta_jax.evaluation import grid, timing
+from neumeta_jax.evaluation import timing
+from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.runs import backbone, inr, training
 from neumeta_jax.runs.config import Experiment
@@ -33,7 +34,7 @@ def check_start(
     sizes = [training.phase_recipe(experiment.recipe, kind).images_per_step for kind in kinds]
     of_teacher = 0 if experiment.teacher.file else experiment.teacher.batch_size
     check_steps(len(splits.train_labels), train=max(sizes, default=0), teacher=of_teacher)
-    grid.evaluation_split(splits, experiment.evaluation.split)
+    evaluation_split(splits, experiment.evaluation.split)
     experiment.mesh()
     backbone.check_teacher(experiment, workdir)
     return inr.load_start(experiment)
