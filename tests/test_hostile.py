@@ -298,7 +298,7 @@ def test_a_tensor_where_others_have_their_folder_and_any_flipped_bit_are_noticed
 def test_damaged_specs_are_refused(tmp_path):
     path = tmp_path / "best.json"
     good = morphs.morph_to_dict(FAMILY, (1, 2))
-    load = functools.partial(morphs.load_morph, hypernetwork=FAMILY)
+    load = functools.partial(morphs.load_morph, family=FAMILY)
     contents = [json.dumps(found).encode() for found in damaged_json(good, 150, seed=3)]
     contents += damaged(json.dumps(good).encode(), 100, seed=4)
     contents += [b"[" * 100_000, b'{"widths": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"null"]
