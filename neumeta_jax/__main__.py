@@ -8,7 +8,6 @@ import ast
 import difflib
 import importlib
 import importlib.metadata
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 
@@ -19,19 +18,13 @@ from neumeta_jax.errors import check
 COMMANDS = ("train", "eval", "search", "export", "latency", "report", "compare", "fetch")
 
 
-def module_name(command: str) -> str:
-    """The module of a command, which is imported only to run it."""
-    return f"neumeta_jax.commands.{command}"
-
-
 def overview() -> str:
-    """What `neumeta --help` prints: a line for each command, the first of its docstring."""
+    """What `neumeta --help` prints: the first line of each command's docstring, none imported."""
     lines = [(__doc__ or "").strip(), ""]
     for command in COMMANDS:
-        spec = importlib.util.find_spec(module_name(command))
-        if spec and spec.origin:
-            text = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text("utf-8"))) or ""
-            lines.append(f"    {command:<8}  {text.splitlines()[0]}")
+        source = pathlib.Path(command_line.__file__).with_name(f"{command}.py").read_text("utf-8")
+        text = ast.get_docstring(ast.parse(source)) or ""
+        lines.append(f"    {command:<8}  {text.splitlines()[0]}")
     return "\n".join(lines)
 
 
@@ -50,7 +43,7 @@ def _dispatch(argv: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
         check(name in COMMANDS, f"neumeta has no command {name[:80]!r}; {hint}")
-        module = importlib.import_module(module_name(name))
+        module = importlib.import_module(f"neumeta_jax.commands.{name}")
         command_line.run(module.main, [f"neumeta {name}", *argv[2:]])
 
 

@@ -28,6 +28,7 @@ import safetensors.numpy
 import test_data as data_files
 import test_torch_files as teacher_files
 from builders import flipped, npy_bytes, safetensors_with, unzipped, zipped
+from PIL import Image
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
@@ -395,6 +396,9 @@ def test_random_programs_in_pickles_build_nothing(tmp_path, wrap):
 # --- data sets -------------------------------------------------------------------------------
 
 FEW = data_files.random_arrays(num_train=2, num_test=1)
+NPZ = data_files.npz_of(data_files.random_arrays(size=4, num_train=3, num_test=2))
+IDX = data_files.idx_files(data_files.random_arrays(size=4, channels=1, num_train=3, num_test=2))
+IDX_NAME = "train-images-idx3-ubyte"
 
 
 def load_files(name, path):
@@ -420,15 +424,29 @@ def test_damaged_cifar_archives_are_refused(tmp_path, version):
 
 
 def test_damaged_cifar_pickles_are_refused(tmp_path):
-    files = data_files.cifar_files("cifar100", "python", FEW)
-    data_files.write_folder(tmp_path, files)
+    data_files.write_folder(tmp_path, data_files.cifar_files("cifar100", "python", FEW))
     path = tmp_path / "cifar-100-python" / "train"
     good = path.read_bytes()
-    head, tail = good[:200], good[-200:]
-    contents = [part + good[200:] for part in damaged(head, 120, seed=15)]
-    contents += [good[:-200] + part for part in damaged(tail, 60, seed=16)]
+    contents = [part + good[200:] for part in damaged(good[:200], 120, seed=15)]
+    contents += [good[:-200] + part for part in damaged(good[-200:], 60, seed=16)]
     contents += opcodes(120, seed=17)
     attempt_all("cifar pickle", load_cifar100, path, contents)
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.jpg"])
+def test_damaged_images_are_refused_by_their_names(tmp_path, name):
+    """Whatever the name: a suffix does not choose the decoder."""
+    rng = np.random.default_rng(0)
+    for place in ("a/1.png", "b/0.png", "b/1.png", "b/2.png", f"a/{name}"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / place)
+    path = tmp_path / "a" / name
+    load = lambda path: datasets.load_dataset("mine", data_dir=tmp_path)  # noqa: E731
+    good = path.read_bytes()
+    header = struct.pack(">II", 2**16, 2**16)
+    contents = [good[:16] + header + good[24:], b"GIF89a" + good, b"", b"%!PS-Adobe-3.0 EPSF-3.0\n"]
+    attempt_all("image of another kind", load, path, contents, least_refused=0.7)
+    attempt_all("image", load, path, damaged(good, 100, seed=22))
 
 
 def doubled_list(times):
@@ -478,17 +496,12 @@ def test_a_tar_writes_nothing_wherever_its_members_point(tmp_path):
 
 
 def test_damaged_idx_files_are_refused(tmp_path):
-    arrays = data_files.random_arrays(size=4, channels=1, num_train=3, num_test=2)
-    data_files.write_folder(tmp_path, data_files.idx_files(arrays))
-    path = tmp_path / "train-images-idx3-ubyte"
-    good = path.read_bytes()
+    data_files.write_folder(tmp_path, IDX)
+    path, good = tmp_path / IDX_NAME, IDX[IDX_NAME]
     attempt_all("idx", load_mnist, path, damaged(good, 60, seed=18))
     path.unlink()
-    compressed = tmp_path / f"{path.name}.gz"
-    attempt_all("idx.gz", load_mnist, compressed, damaged(gzip.compress(good), 60, seed=19))
-
-
-NPZ = data_files.npz_of(data_files.random_arrays(size=4, num_train=3, num_test=2))
+    contents = damaged(gzip.compress(good), 60, seed=19)
+    attempt_all("idx.gz", load_mnist, tmp_path / f"{IDX_NAME}.gz", contents)
 
 
 def test_damaged_npz_data_sets_are_refused(tmp_path):

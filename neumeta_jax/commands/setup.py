@@ -1,10 +1,10 @@
 """What all commands ask of JAX and of loggers, before anything else."""
 
 import logging
-import os
-import pathlib
 
 import jax
+
+from neumeta_jax.files import storage
 
 
 def configure_jax() -> None:
@@ -18,8 +18,7 @@ def configure_jax() -> None:
     """
     jax.config.update("jax_default_matmul_precision", "highest")
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "neumeta-jax"))
+        jax.config.update("jax_compilation_cache_dir", str(storage.cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 

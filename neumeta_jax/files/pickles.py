@@ -12,7 +12,7 @@ import io
 import pickle
 import pickletools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 MAX_OPCODES = 2_000_000  # CIFAR-100's training set takes 0.4 million, a network a few thousand
@@ -27,22 +27,20 @@ def check(stream: io.BytesIO) -> None:
     Leaves the stream where it was. Whatever else pickletools raises on damage is also an error, and
     so is what Python only warns of, such as a text with an escape that there is not.
     """
+    start, limit, tuples = stream.tell(), stream.getbuffer().nbytes, 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _check_opcodes(stream)
-
-
-def _check_opcodes(stream: io.BytesIO) -> None:
-    start, limit, tuples = stream.tell(), stream.getbuffer().nbytes, 0
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        # The unpickler may allocate its memo up to the largest index, which one byte can make 4e9.
-        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) <= limit:
-            raise ValueError(f"{argument} as an index in a pickle of {limit} bytes")
-        tuples += opcode.name.startswith("TUPLE")
-        if number > MAX_OPCODES or tuples > MAX_TUPLES:
-            raise ValueError(f"a pickle of more than {MAX_OPCODES} steps or {MAX_TUPLES} tuples")
-        if opcode.name.startswith("EXT"):
-            raise ValueError("it uses extension codes, which have a cache beside find_class")
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            # The unpickler may allocate its memo up to the largest index, which one byte makes 4e9.
+            if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= (argument or 0) <= limit:
+                raise ValueError(f"{argument} as an index in a pickle of {limit} bytes")
+            tuples += opcode.name.startswith("TUPLE")
+            if number > MAX_OPCODES or tuples > MAX_TUPLES:
+                raise ValueError(
+                    f"more than {MAX_OPCODES} steps or {MAX_TUPLES} tuples in a pickle"
+                )
+            if opcode.name.startswith("EXT"):
+                raise ValueError("it uses extension codes, which have a cache beside find_class")
     stream.seek(start)
 
 
@@ -71,6 +69,23 @@ class StateDict(dict):
 
 _PythonUnpickler: Any = pickle._Unpickler  # whose methods type checkers do not know
 
+# Steps that hash something, and where it lies on the stack, which begins at the last mark.
+_HASHED = {
+    pickle.SETITEM: slice(-2, -1),
+    pickle.SETITEMS: slice(None, None, 2),
+    pickle.DICT: slice(None, None, 2),
+    pickle.ADDITEMS: slice(None),
+    pickle.FROZENSET: slice(None),
+}
+
+
+def _guarded(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    def step(unpickler: Any) -> None:
+        _check_keys(unpickler.stack[keys])
+        load(unpickler)
+
+    return step
+
 
 class Unpickler(_PythonUnpickler):
     """Builds containers, numbers and text, and calls what a subclass's `find_class` returns.
@@ -78,35 +93,11 @@ class Unpickler(_PythonUnpickler):
     This is the unpickler in Python, whose steps can be replaced; the one in C hashes any key.
     """
 
-    dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = _PythonUnpickler.dispatch | {
+        code[0]: _guarded(_PythonUnpickler.dispatch[code[0]], keys)
+        for code, keys in _HASHED.items()
+    }
 
     def __init__(self, stream: io.BytesIO, *, encoding: str):
         check(stream)
         super().__init__(stream, encoding=encoding)
-        self.stack: list[Any]
-
-    def _setitem(self):
-        _check_keys(self.stack[-2:-1])
-        self.load_setitem()
-
-    def _setitems(self):  # the stack begins at the last mark
-        _check_keys(self.stack[::2])
-        self.load_setitems()
-
-    def _dict(self):
-        _check_keys(self.stack[::2])
-        self.load_dict()
-
-    def _additems(self):
-        _check_keys(self.stack)
-        self.load_additems()
-
-    def _frozenset(self):
-        _check_keys(self.stack)
-        self.load_frozenset()
-
-    dispatch[pickle.SETITEM[0]] = _setitem
-    dispatch[pickle.SETITEMS[0]] = _setitems
-    dispatch[pickle.DICT[0]] = _dict
-    dispatch[pickle.ADDITEMS[0]] = _additems
-    dispatch[pickle.FROZENSET[0]] = _frozenset
