@@ -1,6 +1,5 @@
 """The search: what it proposes, finds, keeps and refuses; the command on a tiny work directory."""
 
-import collections
 import csv
 import itertools
 import json
@@ -218,32 +217,18 @@ def test_every_candidate_keeps_every_budget(space):
     assert skipped > 20 if space is DEEP else skipped == 0
 
 
-def test_the_uniform_networks_within_the_budget_are_in_the_first_population():
-    limits = costs(macs=middle(SPACE, "macs"))
-    first = {c.widths for c in next(generations(limits=limits))}
-    wanted = {w for w in UNIFORM if allows(limits, w)}
-    assert 0 < len(wanted) < len(UNIFORM) and wanted < first
-
-
-def test_the_largest_shallow_networks_within_the_budget_are_in_the_first_population():
+def test_uniform_networks_and_the_largest_shallow_ones_are_in_the_first_population():
     limits, macs = costs(macs=middle(DEEP, "macs", 0.6)), FAMILY.num_macs
     shallow = shallow_networks(DEEP, limits, UNIFORM)
-    assert set(shallow) <= {c.widths for c in next(generations(DEEP, limits=limits))}
+    even = {w for w in UNIFORM if allows(limits, w)}
+    assert 0 < len(even) < len(UNIFORM)
+    assert {*even, *shallow} < {c.widths for c in next(generations(DEEP, limits=limits))}
     assert shallow.pop() == (0, 0, 0, 0, 0)  # two blocks of each stage left out
     wanted = {(widths[0], 0, widths[2], 0, 0) for widths in UNIFORM}
     amounts = sorted({macs(w) for w in wanted if allows(limits, w)}, reverse=True)
     assert set(shallow) <= wanted
     assert list(map(macs, shallow)) == amounts[: budgets.NUM_SHALLOW]
     assert shallow_networks(SPACE, costs(), UNIFORM) == []
-
-
-def test_shallow_networks_of_a_deeper_network_leave_out_up_to_all_skippable_blocks():
-    spec = resnet_spec(32, num_classes=5, stage_widths=(4, 4, 4), image_size=8)
-    family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), Grid())
-    space = budgets.make_space(family, low=1.0, high=1.0, depth=True)
-    found = shallow_networks(space, [], budgets.uniform_networks(space, low=1.0, high=1.0))
-    most = collections.Counter(family.stages).most_common(1)[0][1]
-    assert len(found) == most and len({sum(w == 0 for w in widths) for widths in found}) == most
 
 
 def test_a_search_goes_on_from_what_it_has_evaluated():
@@ -455,14 +440,10 @@ def test_a_measured_latency_is_a_time():
         (("--max_macs=10",), "--max_macs must be at least"),
         (("--max_params=-1",), "--max_params must be above 0"),
         (("--max_macs=inf",), "must be above 0 and finite"),
-        (("--max_macs=3e5", "--min_ratio=0.9", "--max_ratio=0.6"), "got 0.9 and 0.6"),
         (("--max_macs=3e5", "--width_multiple=16"), "none is a multiple of 16"),
         (("--max_macs=3e5", "--num_candidates=0"), "--num_candidates must be at least 1, got 0"),
         (("--max_macs=3e5", "--population=1"), "--population must be at least 2"),
-        (("--max_macs=3e5", "--seed=-1"), "--seed must be at least 0"),
         (("--max_macs=3e5", "--time_limit=-2"), "--time_limit must be above 0"),
-        (("--max_macs=3e5", "--num_samples=0"), "--num_samples must be at least 1"),
-        (("--max_macs=many",), "many"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(workdir, tmp_path, monkeypatch, args, shown):
