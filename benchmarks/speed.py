@@ -36,20 +36,22 @@ from neumeta_jax.commands.command_line import run
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
-from neumeta_jax.errors import UsageError
+from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation import timing
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.files import provenance, storage
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec, morph
+from neumeta_jax.report.tables import table
 from neumeta_jax.runs import training
 from neumeta_jax.runs.config import Experiment, from_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
-PARTS = ("grid", "strategies", "step")
 NUM_CLASSES = 100
+STRATEGY_NETWORKS = 4  # of one shape
+MAP_IMAGES = 8  # on which map is measured on a CPU, where it is slow
 # Flags of numbers: default, value of --smoke, what it says.
 NUMBERS = {
     "repeats": (5, 1, "times that everything but the grid is measured"),
@@ -57,9 +59,7 @@ NUMBERS = {
     "num_networks": (64, 4, "of the grid, all different"),
     "num_images": (2000, 24, "of the grid"),
     "grid_repeats": (2, 1, "times that the grid is measured"),
-    "strategy_networks": (4, 2, "of one shape"),
     "strategy_images": (256, 8, "on which strategies are compared, in one batch"),
-    "map_images": (8, 2, "on which map is measured on a CPU, where it is slow"),
     "train_batch": (0, 4, "images of a training step, 0 for the config's"),
 }
 
@@ -71,8 +71,8 @@ class Row:
     network: str
     part: str
     what: str
-    against: str
     value: float
+    against: str
     reference: float
     unit: str = "s"
 
@@ -81,12 +81,7 @@ class Row:
         return self.value / self.reference
 
 
-@dataclasses.dataclass
-class Findings:
-    """What a part found: lines of the table, and what is no ratio."""
-
-    rows: list[Row] = dataclasses.field(default_factory=list)
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+Findings = tuple[list[Row], dict[str, Any]]  # lines of the table, and what is no ratio
 
 
 # --- what is measured ------------------------------------------------------------------------
@@ -130,13 +125,14 @@ class Case:
     def spec(self) -> ResNetSpec:
         return self.experiment.spec
 
-    def params_of(self, family: ResNetHypernetwork) -> Params:
+    @functools.cached_property
+    def params(self) -> Params:
         """The INR at the backbone's weights where it has a closed form, else at random.
 
         Second moments are those of channels that correlate by a half.
         """
-        spec, needed = family.spec, family.inr.needs_moments
-        blocks = (spec.blocks[n] for n in family.blocks)
+        needed = self.family.inr.needs_moments
+        blocks = (self.spec.blocks[n] for n in self.family.blocks)
         moments = {
             f"{block.name}/conv2/kernel": 0.5 * (np.eye(block.hidden_width + 1) + 1).astype("f")
             for block in blocks
@@ -144,13 +140,8 @@ class Case:
         alpha = self.experiment.recipe.alpha_init
         init = functools.partial(hyper.init, alpha=alpha, from_backbone=needed)
         return jax.jit(init, static_argnums=1)(
-            jax.random.key(0), family, self.backbone, moments=moments if needed else None
+            jax.random.key(0), self.family, self.backbone, moments=moments if needed else None
         )
-
-    @functools.cached_property
-    def params(self) -> Params:
-        """Those of the config's INR, as they are at the first step."""
-        return self.params_of(self.family)
 
 
 def make_case(name: str, args: argparse.Namespace) -> Case:
@@ -220,7 +211,6 @@ def measure_grid(case: Case) -> Findings:
         return sum(int(n) for n in [count(spec, tree, *batch) for batch in batches])
 
     generate = jax.jit(lambda params, row: hyper.generate(family, params, row))
-    macs = np.array([morph(spec, family.blocks, row).num_macs for row in widths.tolist()])
     dense = []
     for row in widths:
         tree = jax.device_get(generate(case.params, jnp.asarray(row)))
@@ -236,29 +226,25 @@ def measure_grid(case: Case) -> Findings:
         args.grid_repeats,
     )
 
-    found = Findings()
-    floor = f"floor: {number} dense forward passes one by one"
-
-    def add(what, value, against=floor, reference=times["floor"], **more):
-        found.rows.append(Row(case.name, "grid", what, against, value, reference, **more))
-
-    add(f"Evaluator of {number} networks, compiled", times["warm"])
-    add(f"Evaluator of {number} networks, with compilations", cold)
+    row = functools.partial(Row, case.name, "grid")
+    floor = f"floor: {number} dense forward passes one by one", times["floor"]
     padded = sum(
-        len(part.members) * morph(spec, family.blocks, part.job.container).num_macs
-        for part in plan.parts
+        len(part.members) * family.num_macs(part.job.container) / 1e6 for part in plan.parts
     )
+    macs = float(family.num_macs(widths).sum()) / 1e6
     what = "multiply-adds an image at the shapes of the buckets"
-    add(what, padded / 1e6, "at the networks' own", float(macs.sum()) / 1e6, unit="M")
-    found.facts |= {
+    rows = [
+        row(f"Evaluator of {number} networks, compiled", times["warm"], *floor),
+        row(f"Evaluator of {number} networks, with compilations", cold, *floor),
+        row(what, padded, "at the networks' own", macs, "M"),
+    ]
+    differing = "networks whose number of correct images differs from the floor's"
+    return rows, {
         "images": f"{len(images):,} in batches of {len(batches[0][1]):,}",
         "buckets": len(plan.parts),
         "strategy": f"{plan.strategy}: {plan.reason}",
-        "networks whose number of correct images differs from the floor's": int(
-            np.sum(num_correct != counts)
-        ),
+        differing: int(np.sum(num_correct != counts)),
     }
-    return found
 
 
 # --- strategies ------------------------------------------------------------------------------
@@ -275,11 +261,11 @@ def one_bucket(family: ResNetHypernetwork, number: int) -> np.ndarray:
 def measure_strategies(case: Case) -> Findings:
     args = case.args
     on_cpu = jax.default_backend() == "cpu"
-    widths = one_bucket(case.family, args.strategy_networks)
-    number = args.strategy_images
-    images, labels = random_images(np.random.default_rng(0), number, case.spec.image_size)
-    found = Findings()
-    found.facts["networks"] = f"{len(widths)} of one shape; whole calls, generation included"
+    widths = one_bucket(case.family, STRATEGY_NETWORKS)
+    images, labels = random_images(
+        np.random.default_rng(0), args.strategy_images, case.spec.image_size
+    )
+    rows, facts = [], {"networks": f"{len(widths)} of one shape; whole calls, generation included"}
 
     def measure(strategies, number):
         def call(strategy):
@@ -298,17 +284,15 @@ def measure_strategies(case: Case) -> Findings:
         calls = {strategy: functools.partial(call, strategy) for strategy in strategies}
         times = timing.fewest(calls, args.repeats)
         for strategy, seconds in times.items():
-            speed = f"{len(widths) * number / seconds:,.0f} images/s"
-            found.facts[f"{strategy}, {number:,} images"] = speed
+            what = f"{strategy}, {number:,} images"
+            facts[what] = f"{len(widths) * number / seconds:,.0f} images/s"
             if strategy != "loop":
-                what = f"{strategy}, {number:,} images"
-                row = Row(case.name, "strategies", what, "loop", seconds, times["loop"])
-                found.rows.append(row)
+                rows.append(Row(case.name, "strategies", what, seconds, "loop", times["loop"]))
 
-    measure(("loop", "vmap") if on_cpu else ("loop", "map", "vmap"), number)
+    measure(("loop", "vmap") if on_cpu else ("loop", "map", "vmap"), len(labels))
     if on_cpu:
-        measure(("loop", "map"), min(args.map_images, number))
-    return found
+        measure(("loop", "map"), min(MAP_IMAGES, len(labels)))
+    return rows, facts
 
 
 # --- training step ---------------------------------------------------------------------------
@@ -423,57 +407,50 @@ def measure_step(case: Case) -> Findings:
     times = timing.fewest(step.functions, case.args.repeats)
     seconds = times["step"] / step.steps
     what = f"training step, {len(step.sizes)} sizes of {recipe.batch_size} images"
-    row = functools.partial(Row, case.name, "step", what)
-    found = Findings()
-    found.rows += [
-        row("its bare forward and backward passes", seconds, times["bare"]),
-        row("a step of SGD on the network itself", seconds, times["plain"] / step.steps),
+    row = functools.partial(Row, case.name, "step", what, seconds)
+    rows = [
+        row("its bare forward and backward passes", times["bare"]),
+        row("a step of SGD on the network itself", times["plain"] / step.steps),
     ]
-    for name, value in step.compile_seconds.items():
-        found.facts[f"compilation, {name}"] = f"{value:.1f} s"
-    found.facts["micro-batch"] = recipe.micro_batch or recipe.batch_size
-    found.facts["steps per call"] = step.steps
-    found.facts["multiply-adds of an image, by size"] = ", ".join(
-        f"{size.num_macs / 1e6:.1f} M" for size in step.sizes
-    )
-    return found
+    seconds_of = step.compile_seconds.items()
+    return rows, {
+        **{f"compilation, {name}": f"{value:.1f} s" for name, value in seconds_of},
+        "micro-batch": recipe.micro_batch or recipe.batch_size,
+        "steps per call": step.steps,
+        "multiply-adds of an image, by size": ", ".join(
+            f"{size.num_macs / 1e6:.1f} M" for size in step.sizes
+        ),
+    }
 
 
 # --- the report ------------------------------------------------------------------------------
 
-MEASURES = {
-    "grid": measure_grid,
-    "strategies": measure_strategies,
-    "step": measure_step,
-}
+MEASURES = {"grid": measure_grid, "strategies": measure_strategies, "step": measure_step}
+PARTS = tuple(MEASURES)
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The table and what stands beside it, from the contents of speed.json."""
-    header = ("network", "part", "what", "against", "ratio", "measured", "reference")
-    lines = [header, ("---",) * 4 + ("---:",) * 3]
-    for row in document["rows"]:
-        lines.append(
-            (
-                *(row[name] for name in ("network", "part", "what", "against")),
-                f"{row['ratio']:.3g}",
-                f"{row['value']:.4g} {row['unit']}",
-                f"{row['reference']:.4g} {row['unit']}",
-            )
-        )
-    blocks = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    cells = [
+        {name: row[name] for name in ("network", "part", "what", "against")}
+        | {
+            "ratio": f"{row['ratio']:.3g}",
+            "measured": f"{row['value']:.4g} {row['unit']}",
+            "reference": f"{row['reference']:.4g} {row['unit']}",
+        }
+        for row in document["rows"]
+    ]
+    blocks = [table(cells, left=4)]
     for part in document["parts"]:
         facts = "\n".join(f"- {name}: {value}" for name, value in part["facts"].items())
-        blocks.append(
-            f"{part['network']}, {part['part']}, {part['seconds']:.0f} s in all:\n\n{facts}"
-        )
-    versions = document["versions"]
-    packages = ", ".join(f"{k} {v}" for k, v in versions.items() if k != "devices")
+        head = f"{part['network']}, {part['part']}, {part['seconds']:.0f} s in all"
+        blocks.append(f"{head}:\n\n{facts}")
     commit = document["commit"] or "not a git checkout"
     changes = " with changes" if document["changed"] else ""
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     blocks.append(
-        f"`{document['command']}`\n\nCommit {commit}{changes}; {versions.get('devices', '')}, "
-        f"{document['cores']} CPU cores; {packages}; {document['wall_seconds']:.0f} s in all."
+        f"`{document['command']}`\n\nCommit {commit}{changes}; {document['cores']} CPU cores; "
+        f"{versions}; {document['wall_seconds']:.0f} s in all."
     )
     return "\n\n".join(blocks) + "\n"
 
@@ -505,21 +482,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(list(argv))
     known = {"networks": [name for name in CONFIGS if name != "tiny"], "parts": PARTS}
     for flag, names in known.items():
-        given = [name.strip() for name in getattr(args, flag).split(",") if name.strip()]
+        given = [name for name in getattr(args, flag).split(",") if name]
         unknown = [name for name in given if name not in names]
-        if unknown or not given:
-            raise UsageError(
-                f"--{flag} must be among {', '.join(names)}, got {', '.join(unknown) or 'none'}."
-            )
+        check(
+            given and not unknown,
+            f"--{flag} must be among {', '.join(names)}, got {', '.join(unknown) or 'none'}.",
+        )
         setattr(args, flag, [name for name in names if name in given])
     if args.smoke:
         args.networks = ["tiny"]
     for name, (default, smoke, _) in NUMBERS.items():
         if getattr(args, name) is None:
             setattr(args, name, smoke if args.smoke else default)
-        lowest = min(default, 1)
-        if getattr(args, name) < lowest:
-            raise UsageError(f"--{name} must be at least {lowest}, got {getattr(args, name)}.")
+        value, lowest = getattr(args, name), min(default, 1)
+        check(value >= lowest, f"--{name} must be at least {lowest}, got {value}.")
     return args
 
 
@@ -540,15 +516,13 @@ def main(argv: Sequence[str]) -> None:
     for name in args.networks:
         case = make_case(name, args)
         for part in args.parts:
-            seconds, found = timing.timed(MEASURES[part], case)
-            rows = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in found.rows]
-            document["rows"] += rows
-            document["parts"].append(
-                {"network": name, "part": part, "seconds": seconds, "facts": found.facts}
-            )
+            seconds, (rows, facts) = timing.timed(MEASURES[part], case)
+            document["rows"] += [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+            about = {"network": name, "part": part, "seconds": seconds, "facts": facts}
+            document["parts"].append(about)
             document["wall_seconds"] = time.perf_counter() - started
             storage.write_json(args.out / "speed.json", document)
-            (args.out / "speed.md").write_text(markdown(document))
+            storage.write_text(args.out / "speed.md", markdown(document))
             print(f"{name}, {part}: {seconds:.0f} s", flush=True)
     print(f"\n{markdown(document)}\nwrote {args.out / 'speed.json'} and speed.md")
 
