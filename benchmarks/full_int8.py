@@ -12,7 +12,6 @@ Writes full_int8_<split>.json to --out and prints a table.
 """
 
 import argparse
-import json
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -21,12 +20,12 @@ import numpy as np
 
 from neumeta_jax.commands import setup
 from neumeta_jax.commands.command_line import run
-from neumeta_jax.errors import UsageError
+from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization, draw
-from neumeta_jax.networks.saved import load_inr
-from neumeta_jax.runs.config import from_config, load_data
-from neumeta_jax.runs.workdir import read_config
+from neumeta_jax.files import storage
+from neumeta_jax.report.tables import table
+from neumeta_jax.runs.workdir import open_run
 
 FILES = {
     "float32, onnxruntime": ("onnx", None),
@@ -46,24 +45,17 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
 
     setup.quiet_logging()
-    config = read_config(args.workdir)
-    if args.data_dir:
-        config["data"]["dir"] = args.data_dir
-    family, params, _ = load_inr(args.workdir)
-    dataset, splits = load_data(config)
-    experiment = from_config(config, dataset)
-    images = getattr(splits, f"{args.split}_images")[: args.num_images]
-    labels = getattr(splits, f"{args.split}_labels")[: args.num_images]
-    if not len(images):
-        raise UsageError(f"{args.workdir} must have a {args.split} split, but it is empty.")
+    opened = open_run({}, args)
+    experiment, splits = opened.load()
+    images, labels = (data[: args.num_images] for data in evaluation_split(splits, args.split))
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
-    num_samples = experiment.evaluation.num_samples
-    key = experiment.key(3) if num_samples > 1 else None  # the noise of eval.py
+    noise = experiment.noise(experiment.evaluation.num_samples)
+    family, params = opened.hypernetwork, opened.params
 
     rows = []
     for ratio in map(float, args.width_ratios.split(",")):
         widths = family.widths(ratio).tolist()
-        spec, tree = draw(family, params, widths, key=key, num_samples=num_samples)
+        spec, tree = draw(family, params, widths, **noise)
         row = {"width_ratio": ratio, "accuracy": {}, "file_bytes": {}}
         for name, (format, int8) in FILES.items():
             with tempfile.TemporaryDirectory() as folder:
@@ -85,19 +77,17 @@ def main(argv: Sequence[str]) -> None:
         print(row, flush=True)
 
     exact, *rounded = FILES
-    lines = ["| width ratio | " + " | ".join(FILES) + " |", "|---" * (1 + len(FILES)) + "|"]
+    cells = []
     for row in rows:
-        wanted = row["accuracy"][exact]
-        cells = [f"{row['width_ratio']:g}", f"{100 * wanted:.2f}"]
-        for name in rounded:
-            found = row["accuracy"][name]
-            cells.append(f"{100 * found:.2f} ({100 * (found - wanted):+.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
+        found = row["accuracy"]
+        change = {name: 100 * (found[name] - found[exact]) for name in rounded}
+        cells.append({"width ratio": f"{row['width_ratio']:g}", exact: f"{100 * found[exact]:.2f}"})
+        cells[-1] |= {n: f"{100 * found[n]:.2f} ({change[n]:+.2f})" for n in rounded}
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     content = {"dataset": experiment.name, "split": args.split, "images": len(images), "rows": rows}
-    (out / f"full_int8_{args.split}.json").write_text(json.dumps(content, indent=1) + "\n")
-    print("\n".join(lines))
+    storage.write_json(out / f"full_int8_{args.split}.json", content)
+    print(table(cells))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Batch size, XLA's flags and the number of epochs follow from DIR/throughput.json: `--minutes` is
 what the steps take, compilation and evaluation not counted. DIR then holds the trained INR as
-`inr_bfloat16.safetensors` (`checkpoint.save_compact`) and `run.tar.gz` with config, metrics, and
+`inr_bfloat16.safetensors` (`saved.save_compact`) and `run.tar.gz` with config, metrics, and
 the tables and figures of the test split, read once, by the parameters of that file.
 
 `--trial=RATE` instead raises the learning rates in a straight line from 0 to RATE for three epochs,
@@ -75,7 +75,7 @@ def main() -> None:
 
     run("train.py", *flags, xla_flags=xla_flags)
     compact = (options.out / "inr_bfloat16.safetensors").absolute()
-    save = "import sys; from neumeta_jax import checkpoint as c; c.save_compact(*sys.argv[1:])"
+    save = "import sys; from neumeta_jax.networks import saved; saved.save_compact(*sys.argv[1:])"
     run("-c", save, str(options.workdir), str(compact))
     if not options.trial:
         # What is tested is what is kept.
