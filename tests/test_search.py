@@ -402,7 +402,9 @@ def test_a_latency_budget_holds_for_what_is_measured_and_notes_are_everywhere(
     monkeypatch.setattr(latency, "milliseconds", measure)
     captions, plot = [], plotting.plot_search
     monkeypatch.setattr(
-        plotting, "plot_search", lambda *args, **o: (captions.append(o["note"]), plot(*args, **o))
+        plotting,
+        "plot_search",
+        lambda *args, **o: (captions.append(o["caption"]), plot(*args, **o)),
     )
     shutil.copytree(workdir, tmp_path / "run")
     config = read(tmp_path / "run", "config.json")
