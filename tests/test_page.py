@@ -6,15 +6,17 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from builders import refused
 
+from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation.rows import GridRow
-from neumeta_jax.evaluation.slices import WeightSlices
-from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.evaluation.slices import WeightSlices, weight_slices as slices_of
+from neumeta_jax.networks import cifar_resnet, linen
 from neumeta_jax.networks.cifar_spec import morph, resnet_spec
 from neumeta_jax.report import page
 
@@ -108,6 +110,33 @@ def test_of_many_widths_some_are_left_out_so_that_a_page_stays_below_two_megabyt
     kernels = np.zeros((148, 3, 3, 160, 128), np.float16)
     wide = WeightSlices("stage2_block1", 128, np.arange(13, 161), kernels)
     assert len(page.render(document(slices=wide)).encode()) < 2e6
+
+
+def test_where_streams_are_narrow_too_the_slice_has_only_the_channels_that_are_there():
+    family = cifar_resnet.hypernetwork(SPEC, range(6), make_inr("grid"), streams=True)
+    backbone = cifar_resnet.init_params(jax.random.key(0), SPEC)
+    slices = slices_of(family, hyper.init(jax.random.key(1), family, backbone))
+    assert slices.block == "stage3_block1" and slices.widths.tolist() == list(range(2, 21))
+    for kernel, width in zip(slices.kernels, slices.widths, strict=True):
+        assert np.isfinite(kernel[:, :, :width, :width]).all()  # block and stream are as wide
+        assert np.isnan(kernel[:, :, width:]).all() and np.isnan(kernel[..., width:]).all()
+    narrow = GridRow(0.5, (2, 2, 4, 4, 8, 8, 2, 4, 8), 1, 2, 0.5, True, interval=(0.4, 0.6))
+    options = {"title": "", "subtitle": "", "trained_range": (0.5, 1.0)}
+    found = page.page_document([narrow], family, slices=slices, **options)
+    values = np.frombuffer(base64.b64decode(found["slices"]["values"]), np.int8)
+    assert values[:40].tolist().count(page.ABSENT) == 2 * 18  # of the width 2
+    assert (found["slices"]["position"], found["channels"]) == (5, "channels")
+    assert found["networks"][0]["interval"] == [0.4, 0.6]
+
+
+def test_a_network_that_is_no_resnet_has_a_page_too():
+    spec = linen.LinenSpec("mlp", '{"widths": [8, 4]}', num_classes=10, image_size=8, channels=1)
+    family = linen.hypernetwork(spec, make_inr("grid"))
+    rows = [GridRow(ratio, (4, 2), 1, 2, 0.5, True) for ratio in (1.0, 0.5)]
+    found = page.page_document(rows, family, title="", subtitle="", trained_range=(0.5, 1.0))
+    assert [(e["depth"], e["shown"]) for e in found["networks"]] == [(3, "4 / 2")]
+    assert found["slices"] is None and found["channels"] == "channels"
+    assert found["full"]["params"] == 64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10
 
 
 def test_what_the_data_hold_cannot_end_their_element():
