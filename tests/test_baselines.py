@@ -1,5 +1,6 @@
 """The comparison on networks of a few channels: parts against references, rows whole."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
 from neumeta_jax.networks.saved import INR_FILE
+from neumeta_jax.report.comparisons import Row
 from neumeta_jax.runs import checkpoint, recipes, training
 from neumeta_jax.runs.config import from_config
 from neumeta_jax.runs.training import TrainState
@@ -88,26 +90,6 @@ def baseline(**fields):
 
 
 # --- parts -----------------------------------------------------------------------------------
-
-
-def test_a_masked_network_in_training_computes_what_the_sliced_one_does():
-    widths = dict(zip(FAMILY.names, (3, 4, 5), strict=True))
-    masked = elastic.mask_params(GROUPS, variables(), widths)
-    small = cifar_spec.morph(SPEC, BLOCKS, (3, 4, 5))
-    wanted = logits(small, elastic.slice_params(GROUPS, variables(), widths), train=True)
-    close(logits(SPEC, masked, train=True), wanted)
-    assert np.abs(wanted - logits(SPEC, variables(), train=True)).max() > 0.01
-
-
-def test_masked_channels_get_no_gradient():
-    def loss(params):
-        tree = elastic.mask_params(GROUPS, {**variables(), "params": params}, {FAMILY.names[0]: 2})
-        return losses.cross_entropy(logits(SPEC, tree, train=True), images()[1])
-
-    layers = jax.jit(jax.grad(loss))(variables()["params"])["stage1_block0"]
-    for kernel, axes in ((layers["conv1"], (0, 1, 2)), (layers["conv2"], (0, 1, 3))):
-        kept = np.abs(kernel["kernel"]).max(axis=axes) > 0
-        assert kept.tolist() == [True, True, False, False]
 
 
 def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
@@ -365,11 +347,6 @@ def read(workdir):
     return json.loads((workdir / "row.json").read_text())
 
 
-FIELDS = """method variant source seed dataset network teacher budget_images sizes network_passes
-teacher_passes training_macs calibration_images storage_bytes continuous switch_images
-switch_seconds wall_seconds command commit device versions"""
-
-
 def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(compare, *arguments("slimmable", place, whole))
@@ -399,7 +376,7 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     assert saved[0] == 4 and ends[0] == ends[1]
     row = read(whole)
     assert row["sizes"] == read(killed)["sizes"]
-    assert set(row) == set(FIELDS.split())
+    assert set(row) == {field.name for field in dataclasses.fields(Row)}
     assert (row["method"], row["variant"]) == ("slimmable, 4 widths", "")
     assert (row["budget_images"], row["network_passes"]) == (64, 128)
     assert [line["images"] for line in row["sizes"]] == [64, 64]
@@ -408,17 +385,11 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     small = cifar_spec.morph(SPEC, BLOCKS, (2, 3, 4))
     assert row["sizes"][1]["num_params"] == small.num_params
     # Kernels once, and a factor and a summand per channel of each width.
-    channels = [2 * sum(norm_channels(s)) for s in (SPEC, small)]
-    kernels = SPEC.num_params - sum(norm_channels(SPEC))
-    assert row["storage_bytes"] == 4 * (kernels + sum(channels))
+    _, norms = runs.split_norms(fresh["params"]["norms"])
+    _, of_full = runs.split_norms(variables()["params"])
+    folded = runs.num_bytes(of_full) // 2  # a bias in place of both
+    assert row["storage_bytes"] == 4 * SPEC.num_params - folded + runs.num_bytes(norms)
     assert "/" not in row["command"].replace("configs/baselines.py", "")
-
-
-def norm_channels(spec):
-    yield spec.stage_widths[0]
-    for block in spec.blocks:
-        yield from (block.hidden_width, block.out_width)
-        yield block.out_width if block.projection else 0
 
 
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):

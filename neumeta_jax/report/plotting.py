@@ -57,63 +57,14 @@ def plot_grid(
     """Draws accuracy against kept width (left) and against multiply-adds (right)."""
     rows = sorted(rows, key=lambda row: row.width_ratio)
     figure = _figure(9.5, 4.0)
-    axes = figure.subplots(1, 2, sharey=True)
-    sizes = ([row.width_ratio for row in rows], [row.num_macs / 1e6 for row in rows])
-    for axis, x, label in zip(axes, sizes, (RATIO, MACS), strict=True):
-        axis.plot(x, _percent(rows), color="0.75", linewidth=1, zorder=1)
-        _mark(axis, x, rows, bars=True)
-        _draw_teacher(axis, teacher_accuracy)
-        _clip(axis, x, rows, teacher_accuracy)
-        _finish(axis, label, TOP_1 if axis is axes[0] else "")
-    axes[0].axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    _legend(figure, axes[0], columns=4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_run(left, [row.width_ratio for row in rows], rows, teacher_accuracy, bars=True)
+    _draw_run(right, [row.num_macs / 1e6 for row in rows], rows, teacher_accuracy, bars=True)
+    left.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
+    _finish(left, RATIO, TOP_1)
+    _finish(right, MACS, "")
+    _legend(figure, left, columns=4)
     _save(figure, path, title, _with_bars(rows, caption))
-
-
-def plot_against_macs(
-    path: str | os.PathLike,
-    rows: Sequence[GridRow],
-    *,
-    title: str,
-    curves: Sequence[Curve] = (),
-    singles: Sequence[Single] = (),
-    caption: str = "",
-) -> None:
-    """Draws accuracy against multiply-adds, with published results (`published.references`).
-
-    The CSV beside it has the columns name, width_ratio, num_macs, accuracy, low, high, trained,
-    source; name is "this run" for the rows of the grid, whose source is empty, as is what does not
-    apply.
-    """
-    rows = sorted(rows, key=lambda row: row.num_macs)
-    figure = _figure(6.4, 4.4)
-    axis = figure.subplots()
-    x = [row.num_macs / 1e6 for row in rows]
-    axis.plot(x, _percent(rows), color=TRAINED, linewidth=1.2, zorder=1)
-    _mark(axis, x, rows, "this run, ", bars=True)
-    header = ("name", "width_ratio", "num_macs", "accuracy", "low", "high", "trained", "source")
-    table: list[tuple] = [header]
-    table += [("this run", r.width_ratio, r.num_macs, *_bounds(r), r.trained, "") for r in rows]
-    for curve, (color, marker) in zip(curves, REFERENCES, strict=False):
-        macs, accuracies = curve.num_macs, curve.accuracies
-        style = {"color": color, "marker": marker, "markersize": 4.5, "linestyle": "--"}
-        of_curve = [n / 1e6 for n in macs], [100 * a for a in accuracies]
-        axis.plot(*of_curve, linewidth=1, label=f"{curve.name} (published)", **style)
-        columns = zip(curve.width_ratios, macs, accuracies, strict=True)
-        table += [(curve.name, *point, "", "", "", curve.source) for point in columns]
-    for number, single in enumerate(singles):
-        point = single.num_macs / 1e6, 100 * single.accuracy
-        label = "trained individually (published)" if number == 0 else None
-        axis.scatter(*point, color="0.25", marker="s", s=24, label=label, zorder=2)
-        offset = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right"}
-        axis.annotate(single.name, point, fontsize=8, color="0.25", **offset)
-        point = single.num_macs, single.accuracy
-        table.append((single.name, "", *point, "", "", "", single.source))
-    axis.margins(x=0.08, y=0.1)  # room for the names of single networks
-    _clip(axis, x, rows, *(a for curve in curves for a in curve.accuracies))
-    _finish(axis, MACS, TOP_1)
-    _legend(figure, axis)
-    _save(figure, path, title, _with_bars(rows, caption), table)
 
 
 def plot_sweep(
@@ -135,14 +86,11 @@ def plot_sweep(
     axis = figure.subplots()
     ratios = [row.width_ratio for row in rows]
     axis.axvspan(*trained_range, color=TRAINED, alpha=0.07, zorder=0)
-    axis.plot(ratios, _percent(rows), color="0.6", linewidth=1, zorder=1)
     if all(row.interval for row in rows):
         low, high = (100 * np.array([_bounds(row)[n] for row in rows]) for n in (1, 2))
         axis.fill_between(ratios, low, high, color="0.5", alpha=0.2, linewidth=0)
         caption = f"Band: 95 % intervals. {caption}"
-    _mark(axis, ratios, rows, size=4.2)
-    _draw_teacher(axis, teacher_accuracy)
-    _clip(axis, ratios, rows, teacher_accuracy)
+    _draw_run(axis, ratios, rows, teacher_accuracy, size=4.2)
     _finish(axis, RATIO, TOP_1)
     _legend(figure, axis, columns=5)
     header = ("series", "width_ratio", "num_macs", "accuracy", "low", "high", "trained")
@@ -151,6 +99,48 @@ def plot_sweep(
     if teacher_accuracy is not None:
         table.append(("teacher", 1.0, "", teacher_accuracy, "", "", ""))
     _save(figure, path, title, caption, table)
+
+
+def plot_against_macs(
+    path: str | os.PathLike,
+    rows: Sequence[GridRow],
+    *,
+    title: str,
+    curves: Sequence[Curve] = (),
+    singles: Sequence[Single] = (),
+    caption: str = "",
+) -> None:
+    """Draws accuracy against multiply-adds, with published results (`published.references`).
+
+    The CSV beside it has the columns name, width_ratio, num_macs, accuracy, low, high, trained,
+    source; name is "this run" for the rows of the grid, whose source is empty, as is what does not
+    apply.
+    """
+    rows = sorted(rows, key=lambda row: row.num_macs)
+    figure = _figure(6.4, 4.4)
+    axis = figure.subplots()
+    header = ("name", "width_ratio", "num_macs", "accuracy", "low", "high", "trained", "source")
+    table: list[tuple] = [header]
+    table += [("this run", r.width_ratio, r.num_macs, *_bounds(r), r.trained, "") for r in rows]
+    for curve, (color, marker) in zip(curves, REFERENCES, strict=False):
+        style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1}
+        x, y = [n / 1e6 for n in curve.num_macs], [100 * a for a in curve.accuracies]
+        axis.plot(x, y, linestyle="--", label=f"{curve.name} (published)", **style)
+        for macs, (ratio, accuracy) in zip(curve.num_macs, curve.points, strict=True):
+            table.append((curve.name, ratio, macs, accuracy, "", "", "", curve.source))
+    for number, one in enumerate(singles):
+        point = one.num_macs / 1e6, 100 * one.accuracy
+        label = "trained individually (published)" if number == 0 else None
+        axis.scatter(*point, color="0.25", marker="s", s=24, label=label, zorder=2)
+        place = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right"}
+        axis.annotate(one.name, point, fontsize=8, color="0.25", **place)
+        table.append((one.name, "", one.num_macs, one.accuracy, "", "", "", one.source))
+    axis.margins(x=0.08, y=0.1)  # room for the names of single networks
+    published = [line[3] for line in table[1:] if line[-1]]
+    _draw_run(axis, [row.num_macs / 1e6 for row in rows], rows, published=published, bars=True)
+    _finish(axis, MACS, TOP_1)
+    _legend(figure, axis)
+    _save(figure, path, title, _with_bars(rows, caption), table)
 
 
 def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
@@ -422,10 +412,6 @@ def _figure(width: float, height: float):
     return figure
 
 
-def _percent(rows: Sequence[GridRow]) -> list[float]:
-    return [100 * row.accuracy for row in rows]
-
-
 def _bounds(row: GridRow) -> tuple[Any, Any, Any]:
     """(accuracy, low, high) in [0, 1]; the interval is empty where it is not known."""
     low, high = row.interval or ("", "")
@@ -436,19 +422,30 @@ def _with_bars(rows: Sequence[GridRow], caption: str) -> str:
     return ("Bars: 95 % intervals. " if any(row.interval for row in rows) else "") + caption
 
 
-def _mark(axis, x, rows: Sequence[GridRow], prefix="", *, size=5.5, bars=False) -> None:
-    """A point for each row at `x`; those of the trained range differ in color and shape."""
+def _draw_run(
+    axis, x, rows: Sequence[GridRow], teacher=None, *, published=(), size=5.5, bars=False
+) -> None:
+    """Draws rows at `x`: a line, and points whose color and shape says what was trained.
+
+    The axis shows the accuracies, in [0, 1], of the `teacher` and what is `published`, too.
+    """
+    prefix, color = ("this run, ", TRAINED) if published else ("", "0.7")
+    axis.plot(x, [100 * row.accuracy for row in rows], color=color, linewidth=1, zorder=1)
     for trained, color, marker in ((True, TRAINED, "o"), (False, UNSEEN, "D")):
         points = [(at, row) for at, row in zip(x, rows, strict=True) if row.trained == trained]
         if not points:
             continue
-        some, errors = [row for _, row in points], None
-        if bars and all(row.interval for row in some):
-            ends = 100 * np.array([_bounds(row) for row in some]).T
+        at, errors = [place for place, _ in points], None
+        if bars and all(row.interval for _, row in points):
+            ends = 100 * np.array([_bounds(row) for _, row in points]).T
             errors = np.abs(ends[1:] - ends[0])
-        label = prefix + ("trained range" if trained else "never trained")
         style = {"color": color, "fmt": marker, "markersize": size, "elinewidth": 1, "capsize": 2}
-        axis.errorbar([at for at, _ in points], _percent(some), errors, label=label, **style)
+        label = prefix + ("trained range" if trained else "never trained")
+        axis.errorbar(at, [100 * row.accuracy for _, row in points], errors, label=label, **style)
+    if teacher is not None:
+        label = f"teacher, {100 * teacher:.1f} %"
+        axis.axhline(100 * teacher, color="0.3", linestyle="--", linewidth=1, label=label)
+    _clip(axis, x, rows, teacher, *published)
 
 
 def _floor(shown: Sequence[float], *, room: float = 1.0) -> float:
@@ -481,12 +478,6 @@ def _clip(axis, x, rows: Sequence[GridRow], *others: float | None) -> None:
             text = f"{100 * row.accuracy:.1f}"
             axis.annotate(text, (at, floor), rotation=90, fontsize=7, color=UNSEEN, **place)
             label = None
-
-
-def _draw_teacher(axis, accuracy: float | None) -> None:
-    if accuracy is not None:
-        label = f"teacher, {100 * accuracy:.1f} %"
-        axis.axhline(100 * accuracy, color="0.3", linestyle="--", linewidth=1, label=label)
 
 
 def _finish(axis, xlabel: str, ylabel: str) -> None:
