@@ -23,7 +23,6 @@ from neumeta_jax.evaluation.rows import GridRow
 from neumeta_jax.evaluation.slices import weight_slices
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
-from neumeta_jax.report import plotting
 
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
 FAMILY = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), Grid(noise_scale=1.0))
@@ -519,12 +518,3 @@ def test_the_table_has_one_line_per_row(rows):
         assert len(line.rsplit("  ", 1)[0]) == len(tables.TABLE_HEADER.rsplit("  ", 1)[0])
         assert f"{row.num_params:,}" in line and f"{100 * row.accuracy:.2f}" in line
         assert line.endswith("trained" if row.trained else "unseen")
-
-
-@pytest.mark.parametrize("teacher_accuracy", [None, 0.5])
-def test_the_figure_is_a_png(tmp_path, rows, teacher_accuracy):
-    path = tmp_path / "grid.png"
-    options = {"trained_range": RANGE, "teacher_accuracy": teacher_accuracy}
-    plotting.plot_grid(path, rows, title="x", **options)
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]

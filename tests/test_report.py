@@ -139,6 +139,9 @@ def test_the_overview_has_a_line_for_each_way_in_which_a_run_was_evaluated(tmp_p
         ["the same, without one block of each stage", "50.00", "", "", ""],
         ["the same, weights in 8 bits", "67.50", "", "", "50.00 (never trained)"],
     ]
+    put(tmp_path, "run/int8.json", {"rows": GRID["rows"][:1], "split": "test"})
+    (line,) = (line for line in make(tmp_path).splitlines() if "8 bits" in line)
+    assert line.split(" | ")[2:6] == ["67.50", "", "", ""]
 
 
 def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_path):

@@ -361,7 +361,8 @@ def above_uniform(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
     """Those of `draw_networks` beside uniform ones: random_networks.json, .csv and .png."""
     target.announce(f"{len(drawn)} networks with a random width in each block")
-    experiment = target.experiment
+    experiment, alone = target.experiment, dataclasses.replace(target.evaluator, compare=False)
+    target = dataclasses.replace(target, evaluator=alone)
     uniform = uniform_networks(experiment.hypernetwork, experiment.trained_range)
     series = [{"series": "uniform"}] * len(uniform) + [{"series": "random"}] * len(drawn)
     rows = target.facts([*uniform, *drawn], series)
@@ -369,7 +370,7 @@ def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
     for row, difference in zip(rows, differences.tolist(), strict=True):
         row["difference"] = difference
     each = np.sort(differences[len(uniform) :])
-    found = {
+    found: dict[str, Any] = {
         "mean_difference": float(each.mean()),
         "worst_difference": float(each[0]),
         "best_tenth_difference": float(each[-max(1, round(len(each) / 10)) :].mean()),
@@ -379,7 +380,7 @@ def write_random_networks(target: Target, drawn: Sequence[Widths]) -> None:
         f"against uniform networks of the same multiply-adds: mean {mean} points, worst {worst}, "
         f"best tenth {best}"
     )
-    target.save("random_networks", rows, csv=False, **found)
+    target.save("random_networks", rows, **found)
     path = target.out / "random_networks.png"
     title = f"{target.title}: widths at random"
     plotting.plot_random_networks(path, rows, title=title, caption=target.caption)
