@@ -9,6 +9,7 @@ from typing import Any
 
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.files import storage
+from neumeta_jax.files.provenance import differences
 from neumeta_jax.search.budgets import Widths
 from neumeta_jax.search.evolution import Candidate, Score
 
@@ -53,9 +54,8 @@ def read_record(path: pathlib.Path, settings: Mapping[str, Any]) -> Record:
         UsageError: if the file is damaged, or of a search with other settings, naming them.
     """
     given = json.loads(json.dumps(settings))
-    record = Record(path, given)
     if not path.exists():
-        return record
+        return Record(path, given)
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
         fields["archive"] = [Candidate(tuple(w), Score(*s), n) for w, s, n in fields["archive"]]
@@ -63,20 +63,15 @@ def read_record(path: pathlib.Path, settings: Mapping[str, Any]) -> Record:
         facts = {tuple(widths): dict(found) for widths, found in fields["facts"]}
         fields["facts"] = collections.defaultdict(dict, facts)
         record = Record(path, **fields)
-        saved = dict(record.settings)
+        differing = ", ".join(differences(dict(record.settings), given))
     except (ValueError, TypeError, KeyError):
         raise UsageError(
             f"{path} must hold a search of this version, but it is damaged or older; remove it to "
             "start anew."
         ) from None
-    differing = [
-        f"{name} (saved {saved.get(name)!r}, given {given.get(name)!r})"
-        for name in sorted({*saved, *given})
-        if saved.get(name) != given.get(name)
-    ]
     check(
         not differing,
-        f"{path} is of a search with other settings; these differ: {', '.join(differing)}; use "
-        "the saved values or another --out.",
+        f"{path} is of a search with other settings; these differ: {differing}; use the saved "
+        "values or another --out.",
     )
     return record
