@@ -34,6 +34,7 @@ import numpy as np
 from neumeta_jax.commands import command_line
 from neumeta_jax.commands.command_line import run
 from neumeta_jax.core import hypernetwork as hyper, losses
+from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError, check
@@ -44,8 +45,9 @@ from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec, morph
 from neumeta_jax.report.tables import table
-from neumeta_jax.runs import training
 from neumeta_jax.runs.config import Experiment, from_config
+from neumeta_jax.runs.loop import Steps, default_steps_per_call
+from neumeta_jax.runs.teacher import TeacherRecipe, teacher_init, teacher_update
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
@@ -151,7 +153,7 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     if args.train_batch:
         recipe |= {"batch_size": args.train_batch, "micro_batch": 0}
     sizes = 1 if recipe["share_images"] else 1 + recipe["num_random_sizes"]
-    per_call = recipe["batch_size"] * sizes * training.default_steps_per_call()
+    per_call = recipe["batch_size"] * sizes * default_steps_per_call()
     rng = np.random.default_rng(0)
     train = random_images(rng, max(per_call, NUM_CLASSES), image_size(name))
     test = random_images(rng, args.num_images, image_size(name))
@@ -319,7 +321,7 @@ def make_step(case: Case) -> Step:
     experiment, family, spec = case.experiment, case.family, case.spec
     recipe, preprocessing = experiment.recipe, experiment.preprocessing
     unroll = jax.default_backend() != "tpu"
-    steps = training.default_steps_per_call()
+    steps = default_steps_per_call()
     images = Images(jnp.asarray(case.dataset.train_images), jnp.asarray(case.dataset.train_labels))
     order = jnp.asarray(np.random.default_rng(0).permutation(len(images.labels)), jnp.int32)
     chunk = (np.int32(0), np.int32(steps), jax.random.key(3), images, order, np.int32(0))
@@ -336,30 +338,23 @@ def make_step(case: Case) -> Step:
 
         functions[name] = advance
 
-    phases = training.phases(family, recipe, num_images=50_000)
-    phase = next(phase for phase in phases if phase.kind == "train")
-    classes = family.spec.num_classes
-    update = training.inr_update(
-        family, recipe, preprocessing, family.forward, num_classes=classes, unroll=unroll
-    )
-    call = training.chunked(update, images_per_step=recipe.images_per_step, steps_per_call=steps)
-    state = training.start_phase(case.params, family, recipe, phase)
-    inputs = training.phase_inputs(family, recipe, phase)
+    phases = recipe.phases(family, num_images=50_000)
+    phase = next(phase for phase in phases if phase.loss)
+    prepare = functools.partial(preprocessing.train, num_classes=family.spec.num_classes)
+    update = inr_update(family, recipe, phase.program, prepare, family.forward, unroll=unroll)
+    call = Steps(update, phase.images_per_step, steps).call
+    state = start_phase(case.params, family, recipe, phase)
+    inputs = phase_inputs(case.params, family, recipe, phase)
     stateful("step", call, state, case.backbone, inputs)
 
-    teacher = training.TeacherRecipe(batch_size=recipe.batch_size)
-    update = training.teacher_update(cifar_resnet.Network(spec), teacher, preprocessing, 10_000)
-    call = training.chunked(update, images_per_step=recipe.batch_size, steps_per_call=steps)
-    stateful(
-        "plain",
-        call,
-        training.teacher_init(jax.random.key(4), cifar_resnet.Network(spec), teacher, 10_000),
-    )
+    network, teacher = cifar_resnet.Network(spec), TeacherRecipe(batch_size=recipe.batch_size)
+    update = teacher_update(network, teacher, preprocessing, 10_000)
+    state = teacher_init(jax.random.key(4), network, teacher, 10_000)
+    stateful("plain", Steps(update, recipe.batch_size, steps).call, state)
 
     # The shapes that the step runs: where it is written out, its smallest size is dense.
-    sizes = [spec] * recipe.num_sizes
-    if unroll and recipe.sandwich and recipe.num_random_sizes and recipe.mode == "at_once":
-        sizes[1] = morph(spec, family.blocks, training.smallest_widths(family, recipe))
+    shapes = phase.sizes.shapes if unroll else [None] * len(phase.sizes)
+    sizes = [spec if widths is None else morph(spec, family.blocks, widths) for widths in shapes]
     trees = [
         jax.jit(cifar_resnet.init_params, static_argnums=1)(jax.random.key(10 + n), size)
         for n, size in enumerate(sizes)

@@ -132,7 +132,7 @@ def _neumeta(config: ConfigDict, *, fitted: bool) -> None:
     """The numbers of NeuMeta's released configurations for CIFAR ResNets; its bugs are off.
 
     Released: a random width for each step, now and then the full one. Here a step has a batch of
-    each, as all steps of `training.inr_update` have the full size.
+    each, as all steps of `update.inr_update` have the full size.
     """
     config.channel_order = "smoothness"
     config.inr = recipes.inr(

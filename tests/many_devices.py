@@ -24,12 +24,15 @@ def main(folder):
     import test_training as tiny
 
     from neumeta_jax.core import hypernetwork as hyper
+    from neumeta_jax.core.devices import data_mesh, replicate
     from neumeta_jax.core.inr import Grid, Projection
+    from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
     from neumeta_jax.evaluation.evaluator import Evaluator, device_mesh
     from neumeta_jax.networks import cifar_resnet
     from neumeta_jax.networks.cifar_spec import resnet_spec
-    from neumeta_jax.runs import training
     from neumeta_jax.runs.checkpoint import Checkpoints
+    from neumeta_jax.runs.loop import Steps
+    from neumeta_jax.runs.teacher import TeacherRecipe, teacher_init, teacher_update
 
     assert jax.device_count() == NUM_DEVICES, jax.devices()
     recipe = dataclasses.replace(tiny.RECIPE, batch_size=8)
@@ -46,7 +49,7 @@ def main(folder):
         ),
         "fit": dataclasses.replace(recipe, fit_steps=NUM_STEPS),
         "depth": dataclasses.replace(tiny.DEPTH, batch_size=8),
-        "teacher": training.TeacherRecipe(batch_size=8, learning_rate=1e-3),
+        "teacher": TeacherRecipe(batch_size=8, learning_rate=1e-3),
     }
     # As few blocks as have one that can be skipped and one that changes the shape.
     spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -63,59 +66,30 @@ def main(folder):
 
     def run(case, devices):
         recipe = recipes[case]
-        mesh = training.data_mesh(recipe, devices=devices)
-        options = {"steps_per_call": 1 if case == "unrolled" else 2, "mesh": mesh, "rest": ()}
+        mesh = data_mesh({"train": recipe}, devices)
         if case == "teacher":
-            update = training.teacher_update(
-                cifar_resnet.Network(spec), recipe, tiny.PREPROCESSING, 10, mesh=mesh
-            )
-            state = training.teacher_init(jax.random.key(0), cifar_resnet.Network(spec), recipe, 10)
-            options["images_per_step"] = recipe.batch_size
+            network, rest, images_per_step = cifar_resnet.Network(spec), (), recipe.batch_size
+            update = teacher_update(network, recipe, tiny.PREPROCESSING, 10, mesh=mesh)
+            state = teacher_init(jax.random.key(0), network, recipe, 10)
         else:
-            kind = case if case in ("fit", "depth") else "train"
+            name = case if case in ("fit", "depth") else "block"
             family, start = plain, params
-            if kind == "depth":
+            if case == "depth":
                 family, start = deep, init(deep, backbone)
-            phase = training.Phase(case, kind, 0, 10, 2, (), 0, 2)
-            update = training.fit_update(family, recipe)
-            if kind != "fit":
-                update = training.inr_update(
-                    family,
-                    recipe,
-                    tiny.PREPROCESSING,
-                    family.forward,
-                    num_classes=spec.num_classes,
-                    unroll=case == "unrolled",
-                    mesh=mesh,
-                    kind=kind,
-                )
-            state = training.start_phase(start, family, recipe, phase)
-            inputs = training.phase_inputs(family, recipe, phase)
-            of_phase = training.phase_recipe(recipe, kind)
-            options |= {"images_per_step": of_phase.images_per_step, "rest": (backbone, inputs)}
-        call = training.chunked(
-            update,
-            images_per_step=options["images_per_step"],
-            steps_per_call=options["steps_per_call"],
-            mesh=mesh,
-        )
-        state = training.run_steps(
-            call,
-            state,
-            start=0,
-            stop=NUM_STEPS,
-            key=jax.random.key(9),
-            images=images,
-            every=(1,),
-            after=lambda *_: None,
-            **options,
-        )
-        return call, state, mesh, options
+            phase = tiny.phase_of(recipe, name, family, new_blocks=())
+            given = family, recipe, phase.program, tiny.prepare, family.forward
+            update = inr_update(*given, unroll=case == "unrolled", mesh=mesh)
+            state = start_phase(start, family, recipe, phase)
+            rest = backbone, phase_inputs(start, family, recipe, phase)
+            images_per_step = phase.images_per_step
+        steps = Steps(update, images_per_step, 1 if case == "unrolled" else 2, mesh)
+        given = {"key": jax.random.key(9), "images": images, "every": (1,), "rest": rest}
+        return steps.call, steps.run(state, range(NUM_STEPS), **given), mesh, rest
 
     states, lowered = {}, {}
     for case in CASES:
         for devices in (jax.devices()[:1], jax.devices()):
-            call, state, mesh, options = run(case, devices)
+            call, state, mesh, rest = run(case, devices)
             for name, value in tiny.leaves(state).items():
                 states[f"{case}/{len(devices)}/{name}"] = value
             lowered[f"{case}/{len(devices)}/programs"] = call._cache_size()
@@ -124,10 +98,10 @@ def main(folder):
             leaf.sharding.is_fully_replicated and len(leaf.devices()) == NUM_DEVICES
             for leaf in jax.tree.leaves(state)
         )
-        args = training.replicate(
+        args = replicate(
             (jax.random.key(0), images, np.arange(tiny.NUM_IMAGES, dtype=np.int32)), mesh
         )
-        rest = training.replicate(options["rest"], mesh)
+        rest = replicate(rest, mesh)
         traced = call.trace(state, np.int32(0), np.int32(2), *args, np.int32(0), *rest)
         for platform in ("tpu", "cuda"):
             text = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -18,6 +18,7 @@ from neumeta_jax.comparison import baseline as baselines, pruning, run as runs, 
 from neumeta_jax.comparison.baseline import Baseline
 from neumeta_jax.core import losses
 from neumeta_jax.core.inr import make_inr
+from neumeta_jax.core.update import TrainState
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
@@ -26,9 +27,9 @@ from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
 from neumeta_jax.networks.saved import INR_FILE
 from neumeta_jax.report.comparisons import Row
-from neumeta_jax.runs import checkpoint, recipes, training
+from neumeta_jax.runs import checkpoint, recipes
 from neumeta_jax.runs.config import from_config
-from neumeta_jax.runs.training import TrainState
+from neumeta_jax.runs.teacher import TeacherRecipe, teacher_optimizer
 
 CONFIG = "configs/baselines.py"
 CONFIGS = load_module(CONFIG)
@@ -266,7 +267,7 @@ def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
     config = {**resolved, "data": {**resolved["data"], "name": "cifar100"}}
     experiment = from_config(config, stand_in())
     recipe = experiment.recipe
-    phases = training.phases(experiment.hypernetwork, recipe, num_images=num_images)
+    phases = recipe.phases(experiment.hypernetwork, num_images=num_images)
     # Each phase is a whole number of steps.
     rounding = 0.5 * len(phases) * recipe.images_per_step
     assert abs(baselines.cost(experiment, row, num_images).images - row.images) <= rounding
@@ -316,12 +317,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch):
-    """Equal rows compile once."""
-    monkeypatch.setattr(training, "chunked", functools.cache(training.chunked))
-
-
 def arguments(preset, place, workdir, *args, **config):
     chosen = {
         "data.dir": place / "tiny.npz",
@@ -367,8 +362,8 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
     assert saves == [2]
     assert "continuing from step 2 of 4" in run(compare, *arguments("slimmable", place, killed))
     fresh = slimmable.make_switchable(FAMILY, variables(), RATIOS)
-    recipe = training.TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
-    template = TrainState(fresh, training.teacher_optimizer(recipe, 4).init(fresh["params"]))
+    recipe = TeacherRecipe(batch_size=16, learning_rate=0.02, weight_decay=5e-4)
+    template = TrainState(fresh, teacher_optimizer(recipe, 4).init(fresh["params"]))
     ends = []
     for workdir in (whole, killed):
         saved = checkpoint.Checkpoints(workdir / "checkpoints" / "slimmable").restore(template)

@@ -16,7 +16,7 @@ from neumeta_jax.core.inr import make_inr
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import UsageError
 from neumeta_jax.networks.cifar_resnet import init_params
-from neumeta_jax.runs import recipes, training
+from neumeta_jax.runs import recipes
 from neumeta_jax.runs.config import from_config
 from neumeta_jax.runs.workdir import check_same_config, read_config
 
@@ -58,10 +58,9 @@ def row(name):
 
 
 def training_phases(experiment):
-    found = training.phases(
-        experiment.hypernetwork, experiment.recipe, num_images=NUM_TRAINING_IMAGES
-    )
-    return [phase for phase in found if phase.kind == "train"]
+    recipe, num_images = experiment.recipe, NUM_TRAINING_IMAGES
+    found = recipe.phases(experiment.hypernetwork, num_images=num_images)
+    return [phase for phase in found if phase.loss and phase.sizes.with_full]
 
 
 def total_steps(experiment):

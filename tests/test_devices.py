@@ -10,15 +10,18 @@ import jax
 import many_devices
 import numpy as np
 import pytest
+from builders import refused
 
 from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.devices import data_mesh
 from neumeta_jax.core.inr import INR_KINDS, Grid, make_inr
+from neumeta_jax.core.recipe import InrRecipe
+from neumeta_jax.core.update import fresh_state
 from neumeta_jax.evaluation.evaluator import device_mesh
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import resnet_spec
-from neumeta_jax.runs import training
 from neumeta_jax.runs.checkpoint import Checkpoints
-from neumeta_jax.runs.training import InrRecipe, TeacherRecipe
+from neumeta_jax.runs.teacher import TeacherRecipe
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SPEC = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -108,7 +111,7 @@ def test_a_checkpoint_of_two_devices_is_continued_on_one(folder):
 
     def fresh(key):
         params = hyper.init(key, family, cifar_resnet.init_params(key, SPEC))
-        return training.TrainState(params, training.inr_optimizer(InrRecipe()).init(params))
+        return fresh_state(params, InrRecipe())
 
     template = jax.eval_shape(fresh, jax.random.key(0))
     restored = Checkpoints(folder / "checkpoints").restore(template)
@@ -131,18 +134,17 @@ def test_a_checkpoint_of_two_devices_is_continued_on_one(folder):
         (
             InrRecipe(batch_size=48, micro_batch=16),
             2,
-            "share of the batch, 24 of 48 images, got 16",
+            "train.micro_batch must divide .*, 24 of 48 images, got 16",
         ),
     ],
 )
 def test_a_batch_that_devices_cannot_share_equally_is_refused(recipe, count, message):
-    with pytest.raises(ValueError, match=message) as error:
-        training.data_mesh(recipe, devices=jax.devices() * count)
-    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    with refused(message):
+        data_mesh({message.partition(".")[0]: recipe}, jax.devices() * count)
 
 
 def test_a_single_device_needs_no_mesh():
-    assert training.data_mesh(InrRecipe(batch_size=31), devices=jax.devices()) is None
+    assert data_mesh({"train": InrRecipe(batch_size=31)}, jax.devices()) is None
 
 
 def test_a_run_is_refused_before_it_starts_where_the_batch_does_not_divide(tmp_path):

@@ -1,6 +1,7 @@
 """Where a loss stops being finite is named: step, block and width."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Projection
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
-from neumeta_jax.runs import checkpoint, diagnosis, training
+from neumeta_jax.runs import checkpoint, diagnosis
 
 config = test_hosts.config
 BLOCKS = [tiny.SPEC.blocks[n].name for n in tiny.FAMILY.blocks]
@@ -27,27 +28,14 @@ def params():
     return tiny.init(tiny.FAMILY, backbone, alpha=0.7, from_backbone=False), backbone
 
 
-def locate(params, backbone, *, number=3, kind="train", family=tiny.FAMILY, **changes):
-    fields = {"batch_size": 4, "sandwich": True, **changes}
+def locate(params, backbone, *, number=3, phase="block", family=tiny.FAMILY, **changes):
+    fields = {"batch_size": 4, "sandwich": True, "fit_steps": 1, **changes}
     chosen = dataclasses.replace(tiny.RECIPE, **fields)
-    phase = training.Phase("x", kind, 0, 10, len(FULL), (), 0, 2)
-    step = diagnosis.step_of(
-        number,
-        jax.random.key(9),
-        num_images=tiny.NUM_IMAGES,
-        images_per_step=chosen.images_per_step,
-    )
-    return diagnosis.locate_in_inr(
-        family,
-        chosen,
-        tiny.PREPROCESSING,
-        params,
-        step,
-        tiny.random_images(),
-        backbone,
-        training.phase_inputs(family, chosen, phase),
-        kind=kind,
-    )
+    found = tiny.phase_of(chosen, phase, family)
+    sizes = {"num_images": tiny.NUM_IMAGES, "images_per_step": found.images_per_step}
+    step = diagnosis.step_of(number, jax.random.key(9), **sizes)
+    given = family, chosen, found, tiny.prepare, params
+    return diagnosis.locate_in_inr(*given, step, tiny.random_images(), backbone)
 
 
 def scaled(params, layer, factor):
@@ -57,11 +45,11 @@ def scaled(params, layer, factor):
 
 def test_finite_parameters_are_not_blamed(params):
     assert locate(*params) == "in the update, not in the networks before it"
-    assert locate(*params, kind="fit") == "in the update, not in the networks before it"
+    assert locate(*params, phase="fit") == "in the update, not in the networks before it"
 
 
-@pytest.mark.parametrize("kind", ["fit", "train"])
-def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, kind):
+@pytest.mark.parametrize("phase", ["fit", "block"])
+def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, phase):
     """All the last block's parameters are spoiled, and no other's."""
     tree, backbone = params
     owners = {stack.name: stack.owners for stack in tiny.FAMILY.stacks}
@@ -73,8 +61,8 @@ def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, ki
         return leaf.at[positions.index(len(FULL) - 1)].set(jnp.nan)
 
     spoiled = {**tree, "inr": jax.tree_util.tree_map_with_path(spoil, tree["inr"])}
-    found = locate(spoiled, backbone, kind=kind)
-    count = 1 if kind == "fit" else tiny.RECIPE.num_sizes
+    found = locate(spoiled, backbone, phase=phase)
+    count = 1 if phase == "fit" else tiny.RECIPE.num_sizes
     assert f"first in the weights of {BLOCKS[-1]} at hidden width " in found
     assert f"in network 1 of {count} with the widths " in found
 
@@ -86,7 +74,8 @@ def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
     found = locate(
         {**tree, "depth": spoiled},
         backbone,
-        kind="depth",
+        phase="depth",
+        depth_epochs=1.0,
         family=family,
         num_random_sizes=3,
         skip_blocks=0.5,
@@ -113,7 +102,8 @@ def test_weights_that_are_not_generated_are_named_too(params):
 
 def test_images_that_are_not_finite_are_named(params, monkeypatch):
     bad = dataclasses.replace(tiny.PREPROCESSING, std=(0.25, float("nan"), 0.25))
-    monkeypatch.setattr(tiny, "PREPROCESSING", bad)
+    prepare = functools.partial(bad.train, num_classes=tiny.SPEC.num_classes)
+    monkeypatch.setattr(tiny, "prepare", prepare)
     assert locate(*params) == "first in the images"
 
 
@@ -144,10 +134,10 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
 
     locate_in_inr = diagnosis.locate_in_inr
 
-    def recorded(hypernetwork, recipe, preprocessing, params, step, *args, **options):
-        drawn.append((hypernetwork, recipe, step))
+    def recorded(hypernetwork, recipe, phase, prepare, params, step, *args):
+        drawn.append((phase, step))
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
-        return locate_in_inr(hypernetwork, recipe, preprocessing, params, step, *args, **options)
+        return locate_in_inr(hypernetwork, recipe, phase, prepare, params, step, *args)
 
     monkeypatch.chdir(recipe.ROOT)
     with monkeypatch.context() as patch:
@@ -156,11 +146,11 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
         args = [config, f"--workdir={workdir}", "--config.train.sandwich=false"]
         message = recipe.refusal("train", *args)
 
-    ((family, chosen, step),) = drawn
+    ((phase, step),) = drawn
     # When it had to happen: the first step that draws these widths.
     for number in range(step.number + 1):
         key = jax.random.split(jax.random.fold_in(step.key, number), 3)[0]
-        widths = np.asarray(training.sample_widths(key, family, chosen, 1))[0]
+        widths = np.asarray(phase.sizes.draw(key))[1]
         if tuple(widths[1:]) == (4, 6):
             break
     assert step.number == number > 5

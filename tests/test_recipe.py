@@ -30,7 +30,7 @@ import pytest
 
 from neumeta_jax import elastic
 from neumeta_jax.commands import setup
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, update
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
@@ -41,7 +41,7 @@ from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.saved import INR_FILE, load_inr, save_compact
-from neumeta_jax.runs import checkpoint, evaluations, logs, plan, training
+from neumeta_jax.runs import backbone, checkpoint, evaluations, inr, logs, loop, plan
 from neumeta_jax.runs.backbone import BACKBONE_FILE
 from neumeta_jax.runs.config import from_config, load_data
 from neumeta_jax.runs.inr import train_inr
@@ -71,9 +71,25 @@ def one_compilation_for_all_runs():
     """The same values give the same jitted function, which JAX compiles once per process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        for name in ("teacher_update", "inr_update", "fit_update", "chunked"):
-            patch.setattr(training, name, functools.cache(getattr(training, name)))
+        patch.setattr(backbone, "teacher_update", once(backbone.teacher_update))
+        patch.setattr(update, "inr_update", once(update.inr_update))
+        steps = once(loop.Steps)
+        for module in (backbone, inr):
+            patch.setattr(module, "Steps", steps)
         yield
+
+
+def once(function):
+    """`function`, which gives the same result for arguments that read the same."""
+    results = {}
+
+    def called(*args, **options):
+        key = repr((args, options))
+        if key not in results:
+            results[key] = function(*args, **options)
+        return results[key]
+
+    return called
 
 
 def call(script, *args):
@@ -90,7 +106,7 @@ def train(workdir, *args):
 def evaluate(workdir, flags, out=""):
     """(folder of the results, what is printed) of eval.py, which trains nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "run_steps", None)
+        patch.setattr(loop.Steps, "run", None)
         given = f"--workdir={workdir}", f"--out={workdir / out}", "--strategy=loop"
         status, printed, err = call("eval", *given, *flags.split())
     assert status == 0, err
@@ -271,7 +287,7 @@ def test_a_projection_starts_at_the_teacher_and_stays_there_without_a_learning_r
 
 
 def test_the_same_command_again_trains_nothing_and_ends_the_same(finished, copied, monkeypatch):
-    monkeypatch.setattr(training, "run_steps", None)
+    monkeypatch.setattr(loop.Steps, "run", None)
     out = train(copied)
     assert "is there already" in out and "continuing from step 26 of 26" in out
     assert_same_result(copied, finished[0])
@@ -996,9 +1012,7 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     dataset, splits = load_data(config)
     experiment = from_config(config, dataset)
     backbone = cifar_resnet.init_params(jax.random.key(0), experiment.spec)
-    stop = training.phases(
-        experiment.hypernetwork, experiment.recipe, num_images=len(splits.train_labels)
-    )[-1].stop
+    stop = inr.phases(experiment, splits)[-1].stop
     found = []
 
     def restore(self, template):

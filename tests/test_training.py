@@ -12,12 +12,25 @@ from networks import refused
 
 from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
+from neumeta_jax.core.optimizer import inr_optimizer
+from neumeta_jax.core.recipe import CHOICES, InrRecipe
+from neumeta_jax.core.sizes import shallowest_widths
+from neumeta_jax.core.update import (
+    PhaseInputs,
+    TrainState,
+    draw_fit,
+    draw_network,
+    inr_update,
+    phase_inputs,
+    rate_scale,
+    start_phase,
+)
 from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, resnet_spec
-from neumeta_jax.runs import training
-from neumeta_jax.runs.training import InrRecipe, Phase, PhaseInputs
+from neumeta_jax.runs.loop import NonFiniteLossError, Steps
+from neumeta_jax.runs.teacher import TeacherRecipe, teacher_init, teacher_update
 
 # Two inner blocks, one in stage 1 and one in stage 2; a grid compiles faster than MLPs.
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -80,43 +93,33 @@ def generate(family, params, widths):
     return hyper.generate(family, params, widths)
 
 
+def prepare(key, images, labels):
+    return PREPROCESSING.train(key, images, labels, SPEC.num_classes)
+
+
+def phase_of(recipe, name="", family=FAMILY, **changes):
+    """The last phase whose name has that in it, ten steps from 0 on, with `changes`."""
+    phase = [p for p in recipe.phases(family, num_images=10_000) if name in p.name][-1]
+    return dataclasses.replace(phase, **{"start": 0, "num_steps": 10, "warmup_steps": 0} | changes)
+
+
 @functools.cache
-def step_of(family, recipe, *, unroll=False, kind="train", steps_per_call=1):
-    """A step, which compiles once for all tests: that is where their time goes."""
-    update = training.inr_update(
-        family,
-        recipe,
-        PREPROCESSING,
-        family.forward,
-        num_classes=family.spec.num_classes,
-        unroll=unroll,
-        kind=kind,
-    )
-    images_per_step = training.phase_recipe(recipe, kind).images_per_step
-    return training.chunked(update, images_per_step=images_per_step, steps_per_call=steps_per_call)
+def compiled(program, recipe, family, images_per_step, unroll):
+    """Compiled once for all tests: that is where their time goes."""
+    update = inr_update(family, recipe, program, prepare, family.forward, unroll=unroll)
+    return Steps(update, images_per_step, 1 if unroll else 5)
 
 
-def step_for(recipe, unroll):
+def steps_of(recipe, name="", family=FAMILY, *, unroll=True):
     """Written out, a step per call, as on CPUs; else in loops, as accelerators run them."""
-    if unroll:
-        return step_of(FAMILY, recipe, unroll=True)
-    return step_of(FAMILY, recipe, steps_per_call=5)
-
-
-@pytest.fixture(scope="module")
-def call():
-    return step_for(RECIPE, True)
-
-
-@pytest.fixture(scope="module")
-def looped_call():
-    return step_for(RECIPE, False)
+    phase = phase_of(recipe, name, family)
+    return compiled(phase.program, recipe, family, phase.images_per_step, unroll)
 
 
 # --- phases ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", training.MODES)
+@pytest.mark.parametrize("mode", CHOICES["mode"])
 @pytest.mark.parametrize("blocks_per_phase", [1, 2, 5])
 @pytest.mark.parametrize("fit_steps, final_epochs", [(0, 0.0), (7, 1.5)])
 def test_phases_cover_all_steps_without_gaps(mode, blocks_per_phase, fit_steps, final_epochs):
@@ -128,13 +131,14 @@ def test_phases_cover_all_steps_without_gaps(mode, blocks_per_phase, fit_steps, 
         epochs=2.0,
         batch_size=5,
     )
-    found = training.phases(family_of(20), recipe, num_images=100)
+    found = recipe.phases(family_of(20), num_images=100)
     assert found[0].start == 0
     for before, after in itertools.pairwise(found):
         assert before.stop == after.start
-    joined = [n for phase in found if phase.kind == "train" for n in phase.new_blocks]
+    joined = [n for phase in found for n in phase.new_blocks]
     assert joined == list(range(5))
     assert all(phase.start < phase.stop for phase in found)
+    assert len({phase.program for phase in found if phase.loss}) == 1
     assert found[-1].num_active == 5
 
 
@@ -142,14 +146,14 @@ def test_resnet56_has_the_papers_23_phases_and_warms_up_where_a_stage_opens():
     spec = resnet_spec(56, num_classes=100)
     family = cifar_resnet.hypernetwork(spec, generated_blocks(spec), PerTensorMLP())
     recipe = InrRecipe()
-    found = training.phases(family, recipe, num_images=50_000)
+    found = recipe.phases(family, num_images=50_000)
     assert len(found) == 23
     per_epoch = 50_000 / 512
-    assert {phase.stop - phase.start for phase in found} == {round(50 * per_epoch)}
+    assert {phase.num_steps for phase in found} == {round(50 * per_epoch)}
     assert [phase.num_active for phase in found] == list(range(1, 24))
     warm = {n + 1: phase.warmup_steps for n, phase in enumerate(found) if phase.warmup_steps}
     assert warm == dict.fromkeys([1, 9, 17], round(20 * per_epoch))
-    assert [phase.stage for phase in found] == [1] * 8 + [2] * 8 + [3] * 7
+    assert ["last" in phase.rates for phase in found] == [False] * 16 + [True] * 7
 
 
 DEPTH = dataclasses.replace(
@@ -158,10 +162,12 @@ DEPTH = dataclasses.replace(
     num_random_sizes=2,
     sandwich=True,
     skip_blocks=0.5,
+    shallow_epochs=1.0,
     depth_epochs=1.0,
     depth_learning_rate=2e-2,
     weight_decay=0.0,
 )
+DEPTH_PHASES = ("shallow", "depth")
 DEEP = cifar_resnet.hypernetwork(SPEC, FAMILY.blocks, Projection(modulated=True, depth_term=True))
 
 
@@ -176,36 +182,35 @@ def test_the_phases_of_the_depth_term_come_last_and_warm_up():
         DEPTH, epochs=2.0, warmup_epochs=0.25, fit_steps=3, shallow_epochs=2.0
     )
     # Ten steps an epoch, with three sizes of four images; then 30 with one and 15 with two.
-    found = training.phases(family, recipe, num_images=120)
-    assert [phase.kind for phase in found] == ["fit", "train", "shallow", "depth"]
+    found = recipe.phases(family, num_images=120)
+    assert [phase.name for phase in found] == ["fit", "all blocks", "shallow", "depth"]
     assert [(p.start, p.stop, p.warmup_steps) for p in found[2:]] == [(23, 83, 8), (83, 98, 4)]
     assert all(phase.new_blocks == () and phase.num_active == 5 for phase in found[2:])
 
 
 @pytest.mark.parametrize(
-    "kind, num_random_sizes, expected",
+    "name, num_random_sizes, expected",
     [("depth", 0, 1), ("depth", 1, 1), ("depth", 3, 3), ("shallow", 3, 1)],
 )
-def test_a_step_of_a_depth_phase_has_no_network_of_full_size(kind, num_random_sizes, expected):
+def test_a_step_of_a_depth_phase_has_no_network_of_full_size(name, num_random_sizes, expected):
     recipe = dataclasses.replace(
-        DEPTH, num_random_sizes=num_random_sizes, shallow_learning_rate=3e-3
+        DEPTH, num_random_sizes=num_random_sizes, shallow_epochs=1.0, shallow_learning_rate=3e-3
     )
-    of_phase = training.phase_recipe(recipe, kind)
-    assert (of_phase.num_sizes, of_phase.images_per_step) == (expected, 4 * expected)
-    assert of_phase.learning_rate == {"depth": 2e-2, "shallow": 3e-3}[kind]
-    assert training.phase_recipe(recipe, "train") == recipe
     family = family_of(20, inr=Projection(depth_term=True))
-    widths = training.step_widths(jax.random.key(0), family, of_phase, kind)
+    phase = phase_of(recipe, name, family)
+    assert (len(phase.sizes), phase.images_per_step) == (expected, 4 * expected)
+    assert phase.rates == {"depth": {"depth": 2e-2, "shallow": 3e-3}[name]}
+    widths = phase.sizes.draw(jax.random.key(0))
     assert len(widths) == expected
-    np.testing.assert_array_equal(widths[0], training.shallowest_widths(family, recipe))
+    np.testing.assert_array_equal(widths[0], shallowest_widths(family, recipe.max_skipped))
 
 
-@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+@pytest.mark.parametrize("kind", DEPTH_PHASES)
 def test_phases_of_the_depth_term_need_one_and_blocks_to_skip(kind):
     epochs = {"shallow_epochs": 0.0, "depth_epochs": 0.0, f"{kind}_epochs": 1.0}
     recipe = dataclasses.replace(DEPTH, **epochs)
     with refused(rf"{kind}_epochs .* inr.depth_term"):
-        training.phases(FAMILY, recipe, num_images=120)
+        recipe.phases(FAMILY, num_images=120)
     for field in ("skip_blocks", "max_skipped"):
         with refused(rf"{kind}_epochs .* needs skip_blocks > 0"):
             dataclasses.replace(recipe, **{field: 0.0})
@@ -213,7 +218,7 @@ def test_phases_of_the_depth_term_need_one_and_blocks_to_skip(kind):
 
 def test_all_phases_warm_up_where_the_recipe_says_so():
     recipe = InrRecipe(warmup_phases="all", epochs=3.0, warmup_epochs=1.0, final_epochs=0.5)
-    found = training.phases(family_of(20), recipe, num_images=5120)
+    found = recipe.phases(family_of(20), num_images=5120)
     assert [phase.warmup_steps for phase in found] == [10] * 5 + [5]  # no longer than the phase
 
 
@@ -223,26 +228,25 @@ def test_all_phases_warm_up_where_the_recipe_says_so():
         (
             InrRecipe(fit_steps=3, epochs=1.0, final_epochs=2.0),
             [
-                ("fit", "fit", 3, (0, 1)),
-                ("block 1 of 2", "train", 10, (0,)),
-                ("block 2 of 2", "train", 10, (1,)),
-                ("final", "train", 20, ()),
+                ("fit", 3, ()),
+                ("block 1 of 2", 10, (0,)),
+                ("block 2 of 2", 10, (1,)),
+                ("final", 20, ()),
             ],
         ),
-        (InrRecipe(mode="at_once", epochs=2.0), [("all blocks", "train", 20, (0, 1))]),
+        (InrRecipe(mode="at_once", epochs=2.0), [("all blocks", 20, (0, 1))]),
         (InrRecipe(epochs=0.0), []),  # phases without steps are left out
     ],
     ids=["blockwise", "at once", "no epochs"],
 )
 def test_fit_comes_first_and_the_final_phase_last(recipe, wanted):
-    found = training.phases(FAMILY, recipe, num_images=5120)
-    assert [(p.name, p.kind, p.stop - p.start, p.new_blocks) for p in found] == wanted
+    found = recipe.phases(FAMILY, num_images=5120)
+    assert [(p.name, p.num_steps, p.new_blocks) for p in found] == wanted
 
 
 # --- recipe ----------------------------------------------------------------------------------
 
 
-CHOICES = [f.name for f in dataclasses.fields(InrRecipe) if f.type in (str, "str")]
 LENGTHS = [f.name for f in dataclasses.fields(InrRecipe) if f.name.endswith("epochs")]
 
 
@@ -276,13 +280,13 @@ def test_a_recipe_that_cannot_be_is_refused(fields, words):
 )
 def test_a_teachers_recipe_refuses_what_trains_nothing(field, value):
     with refused(f"{field}={value}"):
-        training.TeacherRecipe(**{field: value})
+        TeacherRecipe(**{field: value})
 
 
 # --- schedules and widths --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", training.SCHEDULES)
+@pytest.mark.parametrize("schedule", CHOICES["schedule"])
 @pytest.mark.parametrize("num_steps, warmup_steps", [(40, 10), (40, 0), (10, 10)])
 def test_schedules_warm_up_linearly_and_stay_or_fall_by_half_a_cosine(
     schedule, num_steps, warmup_steps
@@ -292,16 +296,19 @@ def test_schedules_warm_up_linearly_and_stay_or_fall_by_half_a_cosine(
     if schedule == "cosine":
         after = 0.5 * (1 + np.cos(np.pi * (done - warmup_steps) / max(num_steps - warmup_steps, 1)))
     wanted = np.where(done < warmup_steps, (done + 1) / max(warmup_steps, 1), after)
-    phase = PhaseInputs(100, num_steps, warmup_steps, np.ones(2, bool), True, {})
-    actual = training.learning_rate_scale(InrRecipe(schedule=schedule), 100 + done, phase)
+    phase = PhaseInputs(100, num_steps, warmup_steps, schedule == "cosine", None, None, None)
+    actual = rate_scale(100 + done, phase)
     np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 WIDE = family_of(20, stage_widths=(16, 32, 64))
 
 
-def drawn(recipe, num=2000, *, family=WIDE, seed=0):
-    return np.asarray(training.sample_widths(jax.random.key(seed), family, recipe, num))
+def drawn(recipe, num=2000, *, family=WIDE, seed=0, name="block"):
+    """int[num, names]: the networks of a step beside the full one."""
+    recipe = dataclasses.replace(recipe, num_random_sizes=num)
+    sizes = phase_of(recipe, name, family).sizes
+    return np.asarray(sizes.draw(jax.random.key(seed)))[int(sizes.with_full) :]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -349,7 +356,7 @@ def test_skipping_leaves_the_other_draws_and_the_smallest_size_alone():
     recipe = InrRecipe(sandwich=True, skip_blocks=1.0, max_skipped=1.0)
     skipping = drawn(recipe, 50, seed=3)
     np.testing.assert_array_equal(skipping[0], plain[0])
-    np.testing.assert_array_equal(skipping[1], training.shallowest_widths(WIDE, recipe))
+    np.testing.assert_array_equal(skipping[1], shallowest_widths(WIDE, 1.0))
     assert (skipping[2:] == 0).any()
     np.testing.assert_array_equal(skipping[2:], np.where(skipping == 0, 0, plain)[2:])
 
@@ -361,8 +368,7 @@ def test_skipping_leaves_the_other_draws_and_the_smallest_size_alone():
 def test_the_shallowest_network_has_full_widths_and_lacks_the_last_blocks_of_each_stage(
     share, wanted
 ):
-    recipe = InrRecipe(skip_blocks=1.0, max_skipped=share)
-    assert training.shallowest_widths(WIDE, recipe) == wanted
+    assert shallowest_widths(WIDE, share) == wanted
 
 
 @pytest.mark.parametrize("sandwich", [True, False])
@@ -371,24 +377,19 @@ def test_the_depth_phase_draws_networks_that_skip_blocks(sandwich):
         sandwich=sandwich,
         skip_blocks=0.1,
         max_skipped=1.0,
-        num_random_sizes=39,
         min_width_ratio=0.25,
+        depth_epochs=1.0,
     )
-
-    def of_step(recipe, kind):
-        return np.asarray(training.step_widths(jax.random.key(0), WIDE, recipe, kind))
-
-    widths = of_step(recipe, "depth")
+    wide = dataclasses.replace(WIDE, inr=Projection(depth_term=True))
+    draw = functools.partial(drawn, num=40, family=wide)
+    widths = draw(recipe, name="depth")
     assert widths.shape == (40, 5)
     # Up to all of 2, 2 and 1 blocks: one network in 3 x 3 x 2 keeps them all.
     assert (widths == 0).any(1).mean() > 0.8
-    of_half = of_step(dataclasses.replace(recipe, max_skipped=0.5), "depth")
+    of_half = draw(dataclasses.replace(recipe, max_skipped=0.5), name="depth")
     np.testing.assert_array_equal(of_half[0], (16, 0, 32, 0, 0))
     smallest = (of_half[1:] == (4, 0, 8, 0, 0)).all(1)
     assert smallest[0] if sandwich else not smallest.any()
-    plain = of_step(recipe, "train")
-    np.testing.assert_array_equal(plain[0], WIDE.full_widths)
-    np.testing.assert_array_equal(plain[1:], drawn(recipe, 39))
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -409,8 +410,8 @@ def test_a_new_block_starts_from_the_previous_block_of_its_stage_only(inr):
     start = init(family, random_backbone(family.spec), alpha=0.7, from_backbone=False)
     recipe = InrRecipe(epochs=1.0, alpha_init=0.25)
     same_stage = {1: 0, 3: 2}
-    for phase in training.phases(family, recipe, num_images=512):
-        state = training.start_phase(start, family, recipe, phase)
+    for phase in recipe.phases(family, num_images=512):
+        state = start_phase(start, family, recipe, phase)
         (new,) = phase.new_blocks
         wanted = np.full(5, 0.7, "float32")
         wanted[new] = 0.25
@@ -426,28 +427,20 @@ def test_a_new_block_starts_from_the_previous_block_of_its_stage_only(inr):
 
 
 @pytest.mark.parametrize(
-    "kind, new_blocks, fields",
-    [
-        ("fit", (0, 1), {}),
-        ("train", (), {}),
-        ("train", (0, 1), {"block_init": "teacher", "alpha_init": 1.0}),
-    ],
+    "new_blocks, fields", [((), {}), ((0, 1), {"block_init": "teacher", "alpha_init": 1.0})]
 )
-def test_blocks_that_do_not_join_or_start_from_the_teacher_are_kept(
-    params, kind, new_blocks, fields
-):
-    phase = Phase("x", kind, 0, 5, 2, new_blocks, 0, 2)
-    state = training.start_phase(params, FAMILY, InrRecipe(**fields), phase)
+def test_blocks_that_do_not_join_or_start_from_the_teacher_are_kept(params, new_blocks, fields):
+    recipe = InrRecipe(**fields)
+    state = start_phase(params, FAMILY, recipe, phase_of(recipe, new_blocks=new_blocks))
     alpha = jnp.ones(2) if fields else params["alpha"]
     chex.assert_trees_all_equal(state.params, {**params, "alpha": alpha})
 
 
 def test_a_phase_starts_with_a_fresh_optimiser_in_buffers_of_its_own(params):
     """The step donates all of them, and a buffer can be donated once."""
-    phase = Phase("x", "train", 0, 5, 1, (0,), 0, 1)
     recipe = dataclasses.replace(RECIPE, ema_decay=0.9)
-    state = training.start_phase(params, FAMILY, recipe, phase)
-    chex.assert_trees_all_equal(state.opt_state, training.inr_optimizer(recipe).init(params))
+    state = start_phase(params, FAMILY, recipe, phase_of(recipe))
+    chex.assert_trees_all_equal(state.opt_state, inr_optimizer(recipe).init(params))
     buffers = [
         [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) if leaf.size]
         for tree in (params, state)
@@ -464,7 +457,7 @@ def first_update(recipe, params):
     """The first update for gradients of ones and noise, without the learning rate."""
     keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(params))))
     grads = jax.tree.map(lambda x: 1 + jax.random.normal(next(keys), x.shape), params)
-    optimizer = training.inr_optimizer(recipe)
+    optimizer = inr_optimizer(recipe)
     return optimizer.update(grads, optimizer.init(params), params)[0]
 
 
@@ -515,7 +508,7 @@ def test_stacking_matrices_of_a_shape_changes_no_update(params):
         lambda x: jnp.sin(jnp.arange(x.size, dtype="f4")).reshape(x.shape), learned
     )
     found = []
-    for optimizer in (plain, training.inr_optimizer(recipe)):
+    for optimizer in (plain, inr_optimizer(recipe)):
         state = optimizer.init(learned)
         for _ in range(2):
             update, state = jax.jit(optimizer.update)(grads, state, learned)
@@ -538,21 +531,19 @@ def test_muon_takes_kernels_outside_the_inr_and_leaves_the_rest_to_adamw(params)
 # --- a step ----------------------------------------------------------------------------------
 
 
-def one_phase(num_active):
-    return Phase("x", "train", 0, 10, num_active, (), 0, FAMILY.stages[num_active - 1])
+def step_once(params, backbone, recipe=RECIPE, name="", family=FAMILY, *, unroll=True, **changes):
+    """(state, metrics) after a step of the phase of that name, with `changes`."""
+    phase = phase_of(recipe, name, family, **{"new_blocks": ()} | changes)
+    state = start_phase(params, family, recipe, phase)
+    inputs = phase_inputs(params, family, recipe, phase)
+    order, zero = jnp.arange(NUM_IMAGES), np.int32(0)
+    place = zero, np.int32(1), jax.random.key(5), random_images(), order, zero
+    call = steps_of(recipe, name, family, unroll=unroll).call
+    return call(state, *place, backbone, inputs)[:2]
 
 
-def step_once(call, params, backbone, phase, recipe=RECIPE, family=FAMILY):
-    state = training.start_phase(params, family, recipe, phase)
-    inputs = training.phase_inputs(family, recipe, phase)
-    order = jnp.arange(NUM_IMAGES)
-    images = random_images()
-    zero = np.int32(0)
-    return call(state, zero, np.int32(1), jax.random.key(5), images, order, zero, backbone, inputs)
-
-
-def test_a_step_changes_active_blocks_and_nothing_else(call, params, backbone):
-    state, _, _ = step_once(call, params, backbone, one_phase(1))
+def test_a_step_changes_active_blocks_and_nothing_else(params, backbone):
+    state, _ = step_once(params, backbone, name="block 1")
     before, after = leaves(params), leaves(state.params)
     for stack in FAMILY.stacks:
         for name in [n for n in before if n.startswith(f"['inr']['{stack.name}']")]:
@@ -566,9 +557,9 @@ def test_a_step_changes_active_blocks_and_nothing_else(call, params, backbone):
 
 
 def test_the_last_block_and_the_head_learn_once_the_last_stage_with_new_blocks_is_reached(
-    call, params, backbone
+    params, backbone
 ):
-    state, _, _ = step_once(call, params, backbone, one_phase(2))
+    state, _ = step_once(params, backbone)
     before, after = leaves(params["learned"]), leaves(state.params["learned"])
     changed = {n.split("'")[1] for n in before if not np.array_equal(before[n], after[n])}
     assert changed == {"stage3_block1", "head"}
@@ -578,26 +569,18 @@ def test_the_last_block_and_the_head_learn_once_the_last_stage_with_new_blocks_i
 @pytest.mark.parametrize("learned, flag", [("all", 1.0), ("none", 0.0)])
 def test_all_or_none_of_the_learned_parameters_train(params, learned, flag):
     recipe = dataclasses.replace(RECIPE, learned=learned)
-    inputs = training.phase_inputs(FAMILY, recipe, one_phase(1))
-    mask = training.update_mask(FAMILY, recipe, params, inputs)
-    assert set(map(float, jax.tree.leaves(mask["learned"]))) == {flag}
+    inputs = phase_inputs(params, FAMILY, recipe, phase_of(recipe, "block 1"))
+    rates = set(map(float, jax.tree.leaves(inputs.rates["learned"])))
+    assert rates == {flag * np.float32(recipe.learned_learning_rate)}
 
 
-def depth_step(deep_params, backbone, recipe, *, unroll, kind, **rates):
-    """A step of `recipe`, with the learning rates `rates` in place of its own."""
-    call = step_of(DEEP, recipe, unroll=unroll, kind=kind)
-    phase = dataclasses.replace(one_phase(2), kind=kind)
-    of_phase = training.phase_recipe(dataclasses.replace(recipe, **rates), kind)
-    return step_once(call, deep_params, backbone, phase, of_phase, DEEP)
-
-
-@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
-@pytest.mark.parametrize("distill_from", training.DISTILL_FROM)
+@pytest.mark.parametrize("kind", DEPTH_PHASES)
+@pytest.mark.parametrize("distill_from", CHOICES["distill_from"])
 def test_the_depth_term_changes_no_network_that_has_all_blocks(
     distill_from, kind, deep_params, backbone
 ):
     recipe = dataclasses.replace(DEPTH, distill_from=distill_from)
-    state, metrics, _ = depth_step(deep_params, backbone, recipe, unroll=True, kind=kind)
+    state, metrics = step_once(deep_params, backbone, recipe, kind, DEEP)
     before, after = leaves(deep_params), leaves(state.params)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed
@@ -609,12 +592,11 @@ def test_the_depth_term_changes_no_network_that_has_all_blocks(
         assert all(np.array_equal(old[name], new[name]) for name in old) == same
 
 
-@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+@pytest.mark.parametrize("kind", DEPTH_PHASES)
 def test_phases_of_the_depth_term_have_a_rate_of_their_own(kind, deep_params, backbone):
     changes = []
     for rate in (1e-2, 2e-2):
-        rates = {f"{kind}_learning_rate": rate}
-        state, *_ = depth_step(deep_params, backbone, DEPTH, unroll=False, kind=kind, **rates)
+        state, _ = step_once(deep_params, backbone, DEPTH, kind, DEEP, rates={"depth": rate})
         changes.append(state.params["depth"])  # zero before
     chex.assert_trees_all_close(changes[1], jax.tree.map(lambda x: 2 * x, changes[0]), rtol=1e-5)
 
@@ -623,14 +605,11 @@ def test_with_no_block_active_the_network_is_the_teacher(params, backbone):
     images = jax.random.normal(jax.random.key(2), (3, 8, 8, 3))
     apply = jax.jit(lambda tree: cifar_resnet.apply(SPEC, tree, images))
     full = jnp.array(FAMILY.full_widths)
-    generated = jax.jit(lambda tree: hyper.generate_tensors(FAMILY, tree, full))(params["inr"])
-    teacher_leaves = hyper.flat(backbone)
-    mix = jax.jit(
-        lambda active: training.mixed_tree(FAMILY, params, generated, teacher_leaves, active, full)
-    )
+    tensors = hyper.flat(backbone)
+    draw = jax.jit(lambda active: draw_network(FAMILY, params, tensors, active, full)[0])
 
     def logits(active):
-        return apply(mix(jnp.array(active)))
+        return apply(draw(jnp.array(active)))
 
     teacher = apply(backbone)
     np.testing.assert_array_equal(logits([False, False]), teacher)
@@ -643,7 +622,7 @@ SHARED = dataclasses.replace(RECIPE, share_images=True)
 
 
 def same_update(one, other):
-    (state, metrics, _), (other_state, other_metrics, _) = one, other
+    (state, metrics), (other_state, other_metrics) = one, other
     chex.assert_trees_all_close(other_metrics, metrics, rtol=1e-4, atol=1e-6)
     # The first moment is the gradient; the update of Adam's first step is its sign.
     chex.assert_trees_all_close(other_state.opt_state, state.opt_state, rtol=1e-3, atol=1e-6)
@@ -657,32 +636,28 @@ def same_update(one, other):
 def test_loops_and_micro_batches_change_nothing_but_rounding(
     recipe, unroll, other_unroll, micro_batch, params, backbone
 ):
-    phase = one_phase(2)
     changed = dataclasses.replace(recipe, micro_batch=micro_batch)
     same_update(
-        *(
-            step_once(step_for(*options), params, backbone, phase)
-            for options in ((recipe, unroll), (changed, other_unroll))
-        )
+        step_once(params, backbone, recipe, unroll=unroll),
+        step_once(params, backbone, changed, unroll=other_unroll),
     )
 
 
-@pytest.mark.parametrize("kind", training.DEPTH_KINDS)
+@pytest.mark.parametrize("kind", DEPTH_PHASES)
 def test_loops_change_no_update_of_the_depth_term(kind, deep_params, backbone):
     same_update(
         *(
-            depth_step(deep_params, backbone, DEPTH, unroll=unroll, kind=kind)
+            step_once(deep_params, backbone, DEPTH, kind, DEEP, unroll=unroll)
             for unroll in (True, False)
         )
     )
 
 
-def test_the_gradient_is_the_mean_over_the_sizes(call, params, backbone):
+def test_the_gradient_is_the_mean_over_the_sizes(params, backbone):
     """Against the loss written out for one size after the other."""
-    phase = one_phase(2)
-    _, metrics, _ = step_once(call, params, backbone, phase)
+    _, metrics = step_once(params, backbone)
     width_key, data_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0), 3)
-    drawn = training.sample_widths(width_key, FAMILY, RECIPE, 1)[0]
+    drawn = phase_of(RECIPE).sizes.draw(width_key)[1]
     images = random_images()
     x, y = PREPROCESSING.train(data_key, images.images[:8], images.labels[:8], SPEC.num_classes)
     keys = jax.random.split(noise_key, 2)
@@ -718,30 +693,17 @@ def toy_update(poisoned=-1):
         params = {"seen": seen, "w": 0.9 * state.params["w"] + noise}
         loss = jnp.where(step == poisoned, jnp.nan, params["w"])
         metrics = {"loss": loss, "grad_norm": jnp.float32(1), "last": jnp.float32(indices[-1])}
-        return training.TrainState(params, state.opt_state), metrics
+        return TrainState(params, state.opt_state), metrics
 
     return update
 
 
-def run_steps(call, state, stop, *, start=0, seed=9, after=None, **options):
-    """`training.run_steps` on the random images, four a step and a step per call."""
-    given = {"images_per_step": 4, "steps_per_call": 1, "every": ()}
-    return training.run_steps(
-        call,
-        state,
-        start=start,
-        stop=stop,
-        key=jax.random.key(seed),
-        images=random_images(),
-        after=after or (lambda *_: None),
-        **given | options,
-    )
-
-
 def run_toy(start, stop, *, steps_per_call, state=None, poisoned=-1, **options):
-    state = state or training.TrainState({"seen": jnp.uint32(7), "w": jnp.float32(0)}, ())
-    call = training.chunked(toy_update(poisoned), images_per_step=4, steps_per_call=steps_per_call)
-    return run_steps(call, state, stop, start=start, steps_per_call=steps_per_call, **options)
+    """Steps on the random images, four a step."""
+    state = state or TrainState({"seen": jnp.uint32(7), "w": jnp.float32(0)}, ())
+    options |= {"key": jax.random.key(9), "images": random_images()}
+    steps = Steps(toy_update(poisoned), 4, steps_per_call)
+    return steps.run(state, range(start, stop), **options)
 
 
 def test_steps_in_chunks_see_the_same_data_in_the_same_order():
@@ -775,31 +737,35 @@ def test_calls_end_at_epochs_and_at_every_stride():
 
 
 def chunk_arguments(params, backbone):
-    """What `looped_call` takes for two steps, on the device."""
-    phase = one_phase(2)
-    state = training.start_phase(params, FAMILY, RECIPE, phase)
-    rest = backbone, training.phase_inputs(FAMILY, RECIPE, phase)
+    """What a looped call takes for two steps, on the device."""
+    phase = phase_of(RECIPE)
+    state = start_phase(params, FAMILY, RECIPE, phase)
+    rest = backbone, phase_inputs(params, FAMILY, RECIPE, phase)
     order = jnp.arange(NUM_IMAGES)
     steps = np.int32(0), np.int32(2), jax.random.key(5), random_images(), order, np.int32(0)
     return jax.device_put((state, *steps, *rest))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_chunk_of_steps_lowers_for_accelerators_and_donates_its_state(
-    looped_call, params, backbone, platform
-):
+def test_a_chunk_of_steps_lowers_for_accelerators_and_donates_its_state(params, backbone, platform):
     args = chunk_arguments(params, backbone)
-    text = looped_call.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    text = (
+        steps_of(RECIPE, "", unroll=False)
+        .call.trace(*args)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(args[0]))
     for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
         assert word not in text
 
 
-def test_a_chunk_of_steps_moves_nothing_between_host_and_device(looped_call, params, backbone):
-    looped_call(*chunk_arguments(params, backbone))  # compiles
+def test_a_chunk_of_steps_moves_nothing_between_host_and_device(params, backbone):
+    call = steps_of(RECIPE, "", unroll=False).call
+    call(*chunk_arguments(params, backbone))  # compiles
     args = chunk_arguments(params, backbone)
     with jax.transfer_guard("disallow"):
-        state, _, bad = looped_call(*args)
+        state, _, bad = call(*args)
     assert int(bad) == -1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(args[0]))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -812,15 +778,15 @@ def test_the_fit_phase_lowers_the_reconstruction_error_and_changes_the_inr_alone
     recipe = dataclasses.replace(
         RECIPE, fit_steps=30, fit_learning_rate=1e-2, noise=False, ema_decay=0.99
     )
-    phase = training.phases(FAMILY, recipe, num_images=NUM_IMAGES)[0]
+    phase = recipe.phases(FAMILY, num_images=NUM_IMAGES)[0]
     error = []
-    end = run_steps(
-        training.chunked(training.fit_update(FAMILY, recipe), images_per_step=8, steps_per_call=1),
-        training.start_phase(params, FAMILY, recipe, phase),
-        phase.stop,
-        images_per_step=8,
+    end = steps_of(recipe, "fit").run(
+        start_phase(params, FAMILY, recipe, phase),
+        range(phase.stop),
+        key=jax.random.key(9),
+        images=random_images(),
         after=lambda step, state, metrics: error.append(metrics["loss"]),
-        rest=(backbone, training.phase_inputs(FAMILY, recipe, phase)),
+        rest=(backbone, phase_inputs(params, FAMILY, recipe, phase)),
     )
     assert len(error) == 30 and error[-1] < 0.8 * error[0]
     for name in ("alpha", "learned"):
@@ -832,44 +798,33 @@ def test_the_fit_phase_lowers_the_reconstruction_error_and_changes_the_inr_alone
     chex.assert_trees_all_equal(end.result, end.params)
 
 
-def test_the_fit_phase_draws_random_widths_with_the_sandwich_too(monkeypatch, params, backbone):
-    recipe = dataclasses.replace(RECIPE, fit_steps=4, fit_widths="random", sandwich=True)
-    phase = training.phases(FAMILY, recipe, num_images=NUM_IMAGES)[0]
-    drawn = []
-
-    class DrawnError(Exception):
-        pass
-
-    def record(hypernetwork, inr_params, widths, **options):
-        drawn.append(tuple(map(int, widths)))
-        raise DrawnError
-
-    monkeypatch.setattr(hyper, "generate_tensors", record)
-    state = training.start_phase(params, FAMILY, recipe, phase)
-    update = training.fit_update(FAMILY, recipe)
-    inputs = training.phase_inputs(FAMILY, recipe, phase)
-    for step in range(1, 20, 2):
-        with pytest.raises(DrawnError):
-            update(state, step, jax.random.key(0), None, None, backbone, inputs)
-    assert len(set(drawn)) > 1
+def test_the_fit_phase_draws_random_widths_with_the_sandwich_too():
+    recipe = dataclasses.replace(
+        RECIPE, fit_steps=4, fit_widths="random", sandwich=True, skip_blocks=1.0
+    )
+    sizes = phase_of(recipe, "fit", WIDE).sizes
+    found = [draw_fit(sizes, jax.random.key(0), n, noise=True).widths for n in range(20)]
+    found = np.concatenate(found)
+    assert (found[::2] == WIDE.full_widths).all()
+    assert len(set(map(tuple, found[1::2]))) > 5 and (found >= WIDE.widths(0.5)).all()
 
 
 # --- teacher ---------------------------------------------------------------------------------
 
 
-def teach(recipe, preprocessing, stop, images_per_step=4, after=None):
+def teach(recipe, preprocessing, stop, images_per_step=4, after=lambda *_: None):
     """(state before, state after) of `stop` steps of 25."""
     spec = resnet_spec(8, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
-    state = training.teacher_init(jax.random.key(0), cifar_resnet.Network(spec), recipe, 25)
-    update = training.teacher_update(cifar_resnet.Network(spec), recipe, preprocessing, 25)
-    call = training.chunked(update, images_per_step=images_per_step, steps_per_call=1)
+    state = teacher_init(jax.random.key(0), cifar_resnet.Network(spec), recipe, 25)
+    update = teacher_update(cifar_resnet.Network(spec), recipe, preprocessing, 25)
     before = leaves(state.params)
-    end = run_steps(call, state, stop, seed=0, images_per_step=images_per_step, after=after)
+    given = {"key": jax.random.key(0), "images": random_images(), "after": after}
+    end = Steps(update, images_per_step, 1).run(state, range(stop), **given)
     return before, leaves(end.params)
 
 
 def test_a_teacher_learns_and_updates_its_statistics():
-    recipe = training.TeacherRecipe(learning_rate=0.05, label_smoothing=0.1)
+    recipe = TeacherRecipe(learning_rate=0.05, label_smoothing=0.1)
     preprocessing = dataclasses.replace(PREPROCESSING, crop_padding=0, flip=False)
     error = []
 
@@ -891,7 +846,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(steps_per_call):
     def after(step, state, metrics):
         seen.append((step, float(state.params["w"])))
 
-    with pytest.raises(training.NonFiniteLossError, match="at step 7 ") as error:
+    with pytest.raises(NonFiniteLossError, match="at step 7 ") as error:
         run_toy(0, 12, steps_per_call=steps_per_call, poisoned=7, every=(2,), after=after)
     assert error.value.step == 7
     assert "\n" not in str(error.value)
@@ -903,29 +858,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(steps_per_call):
 def test_images_that_are_not_finite_stop_the_run_before_anything_is_saved():
     preprocessing = dataclasses.replace(PREPROCESSING, std=(0.25, float("nan"), 0.25))
     seen = []
-    with pytest.raises(training.NonFiniteLossError, match=r"got .*loss = nan.* at step 0") as error:
-        teach(training.TeacherRecipe(), preprocessing, 10, after=lambda *a: seen.append(a))
+    with pytest.raises(NonFiniteLossError, match=r"got .*loss = nan.* at step 0") as error:
+        teach(TeacherRecipe(), preprocessing, 10, after=lambda *a: seen.append(a))
     assert error.value.step == 0
     assert seen == []
 
 
 def test_an_update_that_is_not_finite_is_never_handed_on():
-    recipe = training.TeacherRecipe(learning_rate=float("inf"))
+    recipe = TeacherRecipe(learning_rate=float("inf"))
     finite = []
 
     def after(step, state, metrics):
         finite.append(bool(jnp.isfinite(optax.global_norm(state.params["params"]))))
 
-    with pytest.raises(training.NonFiniteLossError):
+    with pytest.raises(NonFiniteLossError):
         teach(recipe, PREPROCESSING, 10, after=after)
     assert all(finite)
 
 
 def test_the_message_names_phase_and_checkpoint():
-    error = training.NonFiniteLossError(12, {"loss": float("inf")}, phase="fit", last_saved=8)
+    error = NonFiniteLossError(12, {"loss": float("inf")}, phase="fit", last_saved=8)
     assert "loss = inf at step 12 (fit); the checkpoint of step 8 is kept" in str(error)
 
 
 def test_a_step_larger_than_the_training_split_is_refused():
     with refused(r"needs 32 images .* has 24; lower batch_size"):
-        run_steps(None, None, 1, images_per_step=32)
+        Steps(toy_update(), 32, 1).run(
+            None, range(1), key=jax.random.key(0), images=random_images()
+        )

@@ -24,8 +24,8 @@ import sys
 import time
 from typing import Any
 
-# Of which phases: all sizes, and the depth term alone.
-KINDS = ("train", "depth")
+# All sizes, and the depth term alone.
+PHASES = ("all blocks", "depth")
 GRAPHS = "--xla_gpu_enable_command_buffer=+convolution"
 VARIANTS = {  # name: (batch size, XLA flags)
     "256 graphs": (256, GRAPHS),
@@ -77,15 +77,19 @@ def experiment_of(batch_size: int, size: Size):
 
 def worker(batch_size: int, size: Size) -> None:
     """Compiles the steps and prints what it measured."""
+    import functools
+
     import jax
     import jax.numpy as jnp
 
     from neumeta_jax.commands import setup
     from neumeta_jax.core import hypernetwork as hyper
+    from neumeta_jax.core.optimizer import inr_optimizer
+    from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
     from neumeta_jax.data.preprocessing import Images
     from neumeta_jax.evaluation import timing
     from neumeta_jax.networks import cifar_resnet
-    from neumeta_jax.runs import training
+    from neumeta_jax.runs.loop import Steps
 
     setup.configure_jax()
     experiment, splits = experiment_of(batch_size, size)
@@ -93,29 +97,18 @@ def worker(batch_size: int, size: Size) -> None:
     images = Images(jnp.asarray(splits.train_images), jnp.asarray(splits.train_labels))
     backbone = cifar_resnet.init_params(jax.random.key(0), family.spec)
     params = hyper.init(jax.random.key(1), family, backbone, alpha=1.0, from_backbone=True)
-    phases = training.phases(family, recipe, num_images=len(splits.train_labels))
+    phases = recipe.phases(family, num_images=len(splits.train_labels))
     order = jnp.arange(len(splits.train_labels), dtype=jnp.int32)
     key = jax.random.key(2)
-    state = training.start_phase(params, family, recipe, phases[0])
+    state = start_phase(params, family, recipe, phases[0])
+    prepare = functools.partial(experiment.preprocessing.train, num_classes=family.spec.num_classes)
 
-    def runner(kind):
-        """A function that takes `size.steps` steps of the phase of `kind`."""
-        phase = next(phase for phase in phases if phase.kind == kind)
-        update = training.inr_update(
-            family,
-            recipe,
-            experiment.preprocessing,
-            family.forward,
-            num_classes=family.spec.num_classes,
-            unroll=True,
-            kind=kind,
-        )
-        call = training.chunked(
-            update,
-            images_per_step=training.phase_recipe(recipe, kind).images_per_step,
-            steps_per_call=size.steps,
-        )
-        rest = (backbone, training.phase_inputs(family, recipe, phase))
+    def runner(name):
+        """A function that takes `size.steps` steps of the phase of that name."""
+        phase = next(phase for phase in phases if phase.name == name)
+        update = inr_update(family, recipe, phase.program, prepare, family.forward, unroll=True)
+        call = Steps(update, phase.images_per_step, size.steps).call
+        rest = (backbone, phase_inputs(params, family, recipe, phase))
 
         def run():
             nonlocal state
@@ -128,13 +121,13 @@ def worker(batch_size: int, size: Size) -> None:
         return run
 
     started = time.perf_counter()
-    runs = {kind: runner(kind) for kind in KINDS}
+    runs = {name: runner(name) for name in PHASES}
     for run in runs.values():
         jax.block_until_ready(run())
     compile_s = time.perf_counter() - started
 
     # The parts of a step that are no network: what a faster device would not make faster.
-    optimizer = training.inr_optimizer(recipe)
+    optimizer = inr_optimizer(recipe)
 
     @jax.jit
     def optimise(params, opt_state):
@@ -142,14 +135,14 @@ def worker(batch_size: int, size: Size) -> None:
 
     @jax.jit
     def generate(params, key):
-        widths = training.step_widths(key, family, recipe, "train")
+        widths = phases[0].sizes.draw(key)
         trees, pull_back = jax.vjp(
             lambda params: jax.vmap(lambda w: hyper.generate(family, params, w))(widths), params
         )
         return pull_back(trees)
 
     seconds = timing.fewest(runs, 3)
-    step_s, depth_s = (seconds[kind] / size.steps for kind in KINDS)
+    step_s, depth_s = (seconds[name] / size.steps for name in PHASES)
     parts = timing.fewest(
         {
             "optimiser": lambda: optimise(state.params, state.opt_state),

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from neumeta_jax.elastic.widths import check_width_ratio
 from neumeta_jax.errors import check
 from neumeta_jax.networks import cifar_spec
-from neumeta_jax.runs import training
 from neumeta_jax.runs.config import Experiment
 
 TOGETHER = ("slimmable", "universally_slimmable", "inr")  # train several sizes in a step
@@ -145,13 +144,15 @@ def cost(experiment: Experiment, baseline: Baseline, num_images: int) -> Cost:
     soft = baseline.distill_from == "teacher"
     sizes = [family.num_macs(family.widths(ratio)) for ratio in baseline.width_ratios]
     if baseline.method == "inr":
-        phases = training.phases(family, recipe, num_images=num_images)
-        steps = sum(phase.stop - phase.start for phase in phases if phase.kind == "train")
+        phases = recipe.phases(family, num_images=num_images)
+        steps = sum(
+            phase.stop - phase.start for phase in phases if phase.loss and phase.sizes.with_full
+        )
         images, passes = steps * recipe.images_per_step, steps * recipe.batch_size
         soft = recipe.distillation_weight and recipe.distill_from == "teacher"
         sizes = [full] * recipe.num_sizes
         if recipe.sandwich and recipe.mode == "at_once" and recipe.num_random_sizes:
-            sizes[1] = family.num_macs(training.smallest_widths(family, recipe))
+            sizes[1] = family.num_macs(family.widths(recipe.min_width_ratio).tolist())
     elif baseline.method == "universally_slimmable":
         sizes = [full, sizes[-1], *[full] * baseline.num_random_sizes]
     elif baseline.method == "pruning_finetuned":

@@ -16,16 +16,17 @@ from neumeta_jax import elastic
 from neumeta_jax.comparison.baseline import Baseline, Cost, cost
 from neumeta_jax.core import losses
 from neumeta_jax.core.hypernetwork import flat, nested
+from neumeta_jax.core.update import TrainState
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Network, Params, ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec
-from neumeta_jax.runs import training
 from neumeta_jax.runs.backbone import import_teacher
 from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.loop import Steps
 from neumeta_jax.runs.part import Part, Phase
-from neumeta_jax.runs.training import TrainState
+from neumeta_jax.runs.teacher import TeacherRecipe, sgd_step, teacher_optimizer
 from neumeta_jax.runs.workdir import Workdir
 
 _SEED_OF_TRAINING, SEED_OF_ORDER = 4, 5  # parts of a run, see `experiment.phase_key`
@@ -170,8 +171,8 @@ class Run:
         baseline, experiment, splits = self.baseline, self.experiment, self.splits
         images = Images.of(splits.train_images, splits.train_labels)
         fields = ("batch_size", "learning_rate", "momentum", "weight_decay")
-        recipe = training.TeacherRecipe(**{field: getattr(baseline, field) for field in fields})
-        optimizer = training.teacher_optimizer(recipe, baseline.num_steps)
+        recipe = TeacherRecipe(**{field: getattr(baseline, field) for field in fields})
+        optimizer = teacher_optimizer(recipe, baseline.num_steps)
         network, distilled = self.family.network, baseline.distill_from == "teacher"
 
         def update(state, step, key, images, indices, teacher):
@@ -187,7 +188,7 @@ class Run:
                 found = {name: losses.accuracy(of, y) for name, of in ends.items()}
                 return joint_loss(baseline, logits, y, soft), ({"batch_stats": stats}, found)
 
-            return training.sgd_step(optimizer, state, loss_fn)
+            return sgd_step(optimizer, state, loss_fn)
 
         def fresh():
             variables = jax.tree.map(jnp.array, first)  # steps donate their buffers
@@ -199,8 +200,7 @@ class Run:
             name,
             0,
             baseline.num_steps,
-            part.chunked(update, baseline.batch_size),
-            baseline.batch_size,
+            Steps(update, baseline.batch_size),
             begin=lambda _: fresh(),
             locate=lambda state, step: "",
             rest=(network.fold(self.teacher) if distilled else {},),

@@ -1,5 +1,6 @@
-"""The terms of the training loss: float32 scalars, differentiable everywhere."""
+"""The training loss and its terms: float32 scalars, differentiable everywhere."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -84,3 +85,47 @@ def reconstruction(
             error += weight * jnp.sum((x - y) ** 2)
             count += weight * x.size
     return error / jnp.where(count > 0, count, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The weights of the terms of a network's loss.
+
+    Attributes:
+        ce, distillation: of what looks at logits: cross-entropy, and `temperature`'s distillation.
+        norm, reconstruction: of what looks at generated weights, the latter at full width only.
+        distill_from: whose logits are the soft labels, the "teacher"'s or those of the "full"-size
+            network of the same step.
+    """
+
+    ce: float = 1.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    norm: float = 0.0
+    reconstruction: float = 0.0
+    distill_from: str = "teacher"
+
+    def of_logits(
+        self, logits: jax.Array, labels: jax.Array, soft: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, terms to report) on a batch; `soft` are the logits of the soft labels."""
+        terms = {"ce": cross_entropy(logits, labels)}
+        loss = self.ce * terms["ce"]
+        if self.distillation:
+            terms["distillation"] = distillation(logits, soft, temperature=self.temperature)
+            loss += self.distillation * terms["distillation"]
+        terms["accuracy"] = accuracy(logits, labels)
+        return loss, terms
+
+    def of_weights(
+        self,
+        tensors: Mapping[str, jax.Array],
+        teacher: Mapping[str, jax.Array],
+        active: Mapping[str, jax.Array],
+        is_full: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(loss, terms to report) of generated tensors by path; `is_full` is 1 at full width."""
+        norm = weight_norm(tensors, active)
+        error = is_full * reconstruction(tensors, teacher, active)
+        loss = self.norm * norm + self.reconstruction * error
+        return loss, {"norm": norm, "reconstruction": error}

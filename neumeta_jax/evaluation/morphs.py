@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from neumeta_jax.core.recipe import InrRecipe
+from neumeta_jax.core.sizes import skippable
 from neumeta_jax.elastic.widths import MAX_WIDTH_RATIO
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.networks.families import Family
-from neumeta_jax.runs.training import InrRecipe, skippable_blocks
 
 Widths = tuple[int, ...]
 
@@ -112,7 +113,7 @@ def outside_range(family: Family, recipe: InrRecipe, widths: Sequence[int]) -> l
     A skipped block lies inside where training skips as many blocks of its stage.
     """
     skipped = set()
-    for _, members, most in skippable_blocks(family, recipe) if recipe.skip_blocks else ():
+    for _, members, most in skippable(family, recipe.max_skipped) if recipe.skip_blocks else ():
         zeros = [position for position in members if widths[position] == 0]
         skipped |= set(zeros if len(zeros) <= most else ())
     lowest, highest = (

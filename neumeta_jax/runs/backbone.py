@@ -17,9 +17,11 @@ from neumeta_jax.files import trees
 from neumeta_jax.networks import cifar_import
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.linen import LinenSpec
-from neumeta_jax.runs import diagnosis, hosts, training
+from neumeta_jax.runs import diagnosis, hosts
 from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.loop import Steps
 from neumeta_jax.runs.part import Part, Phase
+from neumeta_jax.runs.teacher import teacher_init, teacher_update
 from neumeta_jax.runs.workdir import Workdir
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -62,7 +64,7 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: datasets.Spl
     num_steps = max(1, round(recipe.epochs * len(splits.train_labels) / recipe.batch_size))
 
     def begin(_):
-        return training.teacher_init(key, network, recipe, num_steps)
+        return teacher_init(key, network, recipe, num_steps)
 
     def evaluate(state):
         chosen = experiment.progress_images(splits)
@@ -72,13 +74,12 @@ def train_teacher(workdir: Workdir, experiment: Experiment, splits: datasets.Spl
         return diagnosis.locate_in_teacher(network, preprocessing, state.params, step, images)
 
     part = Part(workdir, experiment.run, "teacher", "teacher", key, images, num_steps, mesh)
-    update = training.teacher_update(network, recipe, preprocessing, num_steps, mesh=mesh)
+    update = teacher_update(network, recipe, preprocessing, num_steps, mesh=mesh)
     phase = Phase(
         "teacher",
         0,
         num_steps,
-        part.chunked(update, recipe.batch_size),
-        recipe.batch_size,
+        Steps(update, recipe.batch_size, mesh=mesh),
         begin,
         locate,
         evaluate=evaluate,

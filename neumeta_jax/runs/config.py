@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from neumeta_jax.core.devices import data_mesh
 from neumeta_jax.core.inr import make_inr
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Preprocessing
@@ -19,7 +20,7 @@ from neumeta_jax.networks import cifar_resnet, cifar_spec, linen
 from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family
-from neumeta_jax.runs import recipes, training
+from neumeta_jax.runs import recipes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Experiment:
         Raises:
             ValueError: if a batch of the run cannot be shared equally.
         """
-        trained = () if self.teacher.file else (self.teacher,)
-        return training.data_mesh(*trained, self.recipe)
+        trained = {} if self.teacher.file else {"teacher": self.teacher}
+        return data_mesh({**trained, "train": self.recipe})
 
     def accuracy(
         self, tree: Params, images: np.ndarray, labels: np.ndarray, network: Any = None

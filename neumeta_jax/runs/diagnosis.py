@@ -13,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax import elastic
-from neumeta_jax.core import hypernetwork as hyper, losses
+from neumeta_jax.core import hypernetwork as hyper, losses, update
+from neumeta_jax.core.recipe import InrRecipe, Phase
 from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
 from neumeta_jax.networks.families import Family
-from neumeta_jax.runs import training
-from neumeta_jax.runs.training import InrRecipe, PhaseInputs
 
 
 class Step(NamedTuple):
-    """What a step of `training.run_steps` saw: its number, its key, int[images] indices."""
+    """What a step of `Steps.run` saw: its number, its key, int[images] indices."""
 
     number: int
     key: jax.Array
@@ -32,7 +31,7 @@ class Step(NamedTuple):
 
 
 def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: int) -> Step:
-    """Step `number` of `training.run_steps` with `key`."""
+    """Step `number` of `Steps.run` with `key`."""
     order_key, step_key = jax.random.split(key)
     epoch, position = divmod(number, num_images // images_per_step)
     order = preprocessing.epoch_order(order_key, epoch, num_images)
@@ -90,96 +89,67 @@ def locate_in_teacher(
 def locate_in_inr(
     hypernetwork: Family,
     recipe: InrRecipe,
-    preprocessing: Preprocessing,
+    phase: Phase,
+    prepare: update.Prepare,
     params: Mapping,
     step: Step,
     images: Images,
     teacher: Mapping,
-    phase: PhaseInputs,
-    *,
-    kind: str,
 ) -> str:
-    """Where a step of INR training is first not finite, for an error's sentence; "" if nowhere.
+    """Where a step of INR training is first not finite, for an error's sentence; "" of others.
 
-    Of ResNets only. `params` are those before the step, `step` and `images` what it saw, `teacher`
-    and `phase` its other arguments; `kind` is that of the phase, "fit" or one of
-    `training.STEP_KINDS`.
+    Of ResNets only. `params` are those before the step, `step` and `images` what it saw; the others
+    are those of `update.inr_update`, `teacher` the full-size tree.
     """
     if not isinstance(hypernetwork, ResNetHypernetwork):
         return ""
-    spec, blocks = hypernetwork.spec, hypernetwork.blocks
-    names = [spec.blocks[n].name for n in blocks]
-    step_key = jax.random.fold_in(step.key, step.number)
-    if kind == "fit":
-        width_key, noise_key = jax.random.split(step_key)
-        networks = [(np.array(hypernetwork.full_widths, np.int32), noise_key)]
-        if recipe.fit_widths == "random" and step.number % 2:
-            free = training.without_extremes(recipe)
-            drawn = training.sample_widths(width_key, hypernetwork, free, 1)[0]
-            networks = [(np.asarray(drawn), noise_key)]
-        x = y = None
+    spec = hypernetwork.spec
+    names = [spec.blocks[n].name for n in hypernetwork.blocks]
+    active = np.arange(len(names)) < phase.num_active
+    x = y = jnp.zeros(0)
+    if phase.loss is None:
+        drawn = update.draw_fit(phase.sizes, step.key, step.number, noise=recipe.noise)
     else:
-        width_key, data_key, noise_key = jax.random.split(step_key, 3)
-        recipe = training.phase_recipe(recipe, kind)
-        rows = np.asarray(training.step_widths(width_key, hypernetwork, recipe, kind))
-        networks = list(zip(rows, jax.random.split(noise_key, recipe.num_sizes), strict=True))
-        batch = (array[step.indices] for array in images)
-        prepare = jax.jit(preprocessing.train, static_argnums=3)
-        x, y = prepare(data_key, *batch, spec.num_classes)
-        if not np.isfinite(np.asarray(x, np.float32)).all():
+        drawn = update.draw(phase.sizes, step.key, step.number, active, noise=recipe.noise)
+        x, y = jax.jit(prepare)(drawn.data, *(array[step.indices] for array in images))
+        if _first({"images": x}, ["images"]):
             return "first in the images"
 
     @jax.jit
-    def generate(params, widths, key):
-        noise_key = key if recipe.noise else None
-        return hyper.generate_tensors(hypernetwork, params["inr"], widths, key=noise_key)
+    def network(params, widths, key):
+        tensors = hypernetwork.groups.leaves(teacher)
+        return update.draw_network(hypernetwork, params, tensors, active, widths, key)
 
     @jax.jit
-    def look(params, generated, widths, x, y):
-        originals = hypernetwork.groups.leaves(teacher)
-        widths = jnp.where(phase.active, widths, jnp.array(hypernetwork.full_widths))
-        tree = training.mixed_tree(hypernetwork, params, generated, originals, phase.active, widths)
-        family = cifar_resnet.family(spec)
+    def look(tree, x, y):
         hidden = [cifar_resnet.hidden_group(block) for block in spec.blocks]
-        moments = elastic.moments(family, tree, x.astype(jnp.float32), hidden)
-        moments = {path.partition("/")[0]: moment for path, moment in moments.items()}
+        moments = elastic.moments(cifar_resnet.family(spec), tree, x.astype(jnp.float32), hidden)
+        gradient = jax.grad(lambda tree: losses.cross_entropy(cifar_resnet.apply(spec, tree, x), y))
+        return {path.partition("/")[0]: m for path, m in moments.items()}, gradient(tree)
 
-        def loss(tree):
-            return losses.cross_entropy(cifar_resnet.apply(spec, tree, x), y)
-
-        return tree, moments, jax.grad(loss)(tree)
-
-    for number, (widths, key) in enumerate(networks):
-        of_block = dict(zip(names, (int(width) for width in widths), strict=True))
-
-        def sentence(what, name, of_block=of_block, number=number):
-            width = of_block.get(name) or next(
-                (block.hidden_width for block in spec.blocks if block.name == name), None
-            )
-            at = f" at hidden width {width}" if width is not None else ""
-            return (
-                f"first in the {what} of {name}{at}, in network {number + 1} of "
-                f"{len(networks)} with the widths {','.join(map(str, of_block.values()))}"
-            )
-
-        generated = generate(params, widths, key)
-        of_weights = hyper.nested(generated)
-        if name := _first(of_weights, names):
-            return sentence("weights", name)
-        if x is None or y is None:
-            continue
-        batch = slice(None)
-        if not recipe.share_images:
+    order = [*cifar_resnet.param_shapes(spec)]
+    for number, widths in enumerate(np.asarray(drawn.widths)):
+        noise = None if drawn.noise is None else drawn.noise[number]
+        tree, generated = network(params, widths, noise)
+        found = [("weights", hyper.nested(generated), names)]
+        if phase.loss is not None:
             batch = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-        tree, moments, gradient = look(params, generated, widths, x[batch], y[batch])
-        order = [*cifar_resnet.param_shapes(spec)]
-        for what, found, searched in (
-            ("weights", tree, order),
-            ("activations", moments, order),
-            ("gradient", gradient, order[::-1]),
-        ):
-            if name := _first(found, searched):
-                return sentence(what, name)
+            batch = slice(None) if recipe.share_images else batch
+            moments, gradient = look(tree, x[batch], y[batch])
+            found += [
+                ("weights", tree, order),
+                ("activations", moments, order),
+                ("gradient", gradient, order[::-1]),
+            ]
+        sizes = {block.name: block.hidden_width for block in spec.blocks}
+        sizes |= dict(zip(names, widths, strict=True))
+        for what, values, searched in found:
+            if name := _first(values, searched):
+                at = f" at hidden width {sizes[name]}" if name in sizes else ""
+                return (
+                    f"first in the {what} of {name}{at}, in network {number + 1} of "
+                    f"{len(phase.sizes)} with the widths {','.join(map(str, widths))}"
+                )
     return "in the update, not in the networks before it"
 
 

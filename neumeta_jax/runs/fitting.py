@@ -1,6 +1,5 @@
 """Training of a family of any network on arrays: what train.py does, as one function."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.hypernetwork import Hypernetwork
-from neumeta_jax.data.preprocessing import Images
-from neumeta_jax.runs import training
-from neumeta_jax.runs.training import InrRecipe
+from neumeta_jax.core.recipe import InrRecipe
+from neumeta_jax.core.update import Objective, inr_update, phase_inputs, start_phase
+from neumeta_jax.errors import check
+from neumeta_jax.runs.loop import Steps
 
 # What has proved itself on ResNets (results/): all groups at once, soft labels, three sizes a step.
 RECIPE = InrRecipe(
@@ -43,17 +43,6 @@ RECIPE = InrRecipe(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _AsGiven:
-    """In place of `Preprocessing`: inputs as they are, or as `augment` changes them."""
-
-    augment: Callable | None
-
-    def train(self, key, images, labels, num_classes):
-        del num_classes
-        return (images if self.augment is None else self.augment(key, images)), labels
-
-
 def fit(
     hypernetwork: Hypernetwork,
     apply: Callable,
@@ -65,7 +54,7 @@ def fit(
     key: jax.Array | None = None,
     family: elastic.Family | None = None,
     augment: Callable | None = None,
-    objective: training.Objective | None = None,
+    objective: Objective | None = None,
     after: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains the INR so that one set of parameters serves every width.
@@ -91,15 +80,15 @@ def fit(
         The trained parameters, of the structure of `params`.
 
     Raises:
-        ValueError: if there are too few inputs for a step.
-        training.NonFiniteLossError: naming the step.
+        UsageError: if there are too few inputs for a step.
+        loop.NonFiniteLossError: naming the step.
     """
     labels, x = jnp.asarray(labels), jnp.asarray(x)
-    if len(x) != len(labels) or len(x) < recipe.images_per_step:
-        raise ValueError(
-            f"fit needs as many labels as inputs and at least {recipe.images_per_step} for a step "
-            f"of this recipe, got {len(x)} inputs and {len(labels)} labels."
-        )
+    check(
+        len(x) == len(labels) and len(x) >= recipe.images_per_step,
+        f"fit needs as many labels as inputs and at least {recipe.images_per_step} for a step "
+        f"of this recipe, got {len(x)} inputs and {len(labels)} labels.",
+    )
 
     def forward(tree, x, widths):
         if widths is None or family is None:
@@ -107,47 +96,35 @@ def fit(
         at = hypernetwork.by_name(widths)
         return elastic.apply_at(family, elastic.slice_params(family.groups, tree, at), x, at)
 
+    def prepare(key, x, labels):
+        return (x if augment is None else augment(key, x)), labels
+
     key = jax.random.key(0) if key is None else key
     full = np.array(hypernetwork.full_widths, np.int32)
     teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
-    phases = training.phases(hypernetwork, recipe, num_images=len(x))
-    chunk = training.default_steps_per_call()
-    per_epoch = len(x) // recipe.images_per_step
+    phases = recipe.phases(hypernetwork, num_images=len(x))
+    unroll = jax.default_backend() != "tpu"
+    programs: dict[Any, Steps] = {}
     for number, phase in enumerate(phases):
-        at_phase = training.phase_recipe(recipe, phase.kind)
-        if phase.kind == "fit":
-            update = training.fit_update(hypernetwork, recipe)
-        else:
-            update = training.inr_update(
-                hypernetwork,
-                recipe,
-                _AsGiven(augment),
-                forward,
-                num_classes=0,
-                unroll=jax.default_backend() != "tpu",
-                objective=objective,
-                kind=phase.kind,
+        program = phase.program
+        if program not in programs:
+            update = inr_update(
+                hypernetwork, recipe, program, prepare, forward, unroll=unroll, objective=objective
             )
-        call = training.chunked(
-            update, images_per_step=at_phase.images_per_step, steps_per_call=chunk
-        )
+            programs[program] = Steps(update, phase.images_per_step)
+        per_epoch = len(x) // phase.images_per_step
 
-        def report(step, state, metrics):
+        def report(step, state, metrics, per_epoch=per_epoch):
             if after is not None and (step % per_epoch == 0 or step == phases[-1].stop):
                 after(step, metrics)
 
-        state = training.run_steps(
-            call,
-            training.start_phase(dict(params), hypernetwork, recipe, phase),
-            start=phase.start,
-            stop=phase.stop,
+        state = programs[program].run(
+            start_phase(dict(params), hypernetwork, recipe, phase),
+            range(phase.start, phase.stop),
             key=jax.random.fold_in(key, number),
-            images=Images(x, labels),
-            images_per_step=at_phase.images_per_step,
-            steps_per_call=chunk,
-            every=(),
+            images=(x, labels),
+            rest=(teacher, phase_inputs(params, hypernetwork, recipe, phase)),
             after=report,
-            rest=(teacher, training.phase_inputs(hypernetwork, recipe, phase)),
         )
         params = state.result
     return dict(params)

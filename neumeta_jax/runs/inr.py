@@ -8,24 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, recipe as recipes, update
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError
 from neumeta_jax.networks import saved
 from neumeta_jax.networks.cifar_resnet import Params
-from neumeta_jax.runs import backbone as backbones, diagnosis, hosts, training
+from neumeta_jax.runs import backbone as backbones, diagnosis, hosts
 from neumeta_jax.runs.config import Experiment
+from neumeta_jax.runs.loop import Steps
 from neumeta_jax.runs.part import Part, Phase, Profile
-from neumeta_jax.runs.training import TrainState
 from neumeta_jax.runs.workdir import Workdir
 
 NUM_IDLE_IMAGES = 500
-SHOWN = {
-    "fit": ("loss",),
-    "train": ("loss", "ce", "accuracy", "full_accuracy"),
-    **dict.fromkeys(training.DEPTH_KINDS, ("loss", "ce", "accuracy", "shallow_accuracy")),
-}
 
 
 def load_start(experiment: Experiment) -> Params | None:
@@ -47,10 +42,10 @@ def load_start(experiment: Experiment) -> Params | None:
     return params
 
 
-def phases(experiment: Experiment, splits: datasets.Splits) -> tuple[training.Phase, ...]:
+def phases(experiment: Experiment, splits: datasets.Splits) -> tuple[recipes.Phase, ...]:
     """The phases of the INR's training in order; none where the recipe has no steps."""
     num_images = len(splits.train_labels)
-    return training.phases(experiment.hypernetwork, experiment.recipe, num_images=num_images)
+    return experiment.recipe.phases(experiment.hypernetwork, num_images=num_images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,92 +56,77 @@ class _Training:
     splits: datasets.Splits
     backbone: Params
     part: Part
+    shapes: Params
 
-    def update(self, kind: str):
-        """The function of a step of phases of `kind`."""
-        experiment, family = self.experiment, self.experiment.hypernetwork
-        if kind == "fit":
-            return training.fit_update(family, experiment.recipe)
-        return training.inr_update(
-            family,
-            experiment.recipe,
-            experiment.preprocessing,
-            family.forward,
-            num_classes=experiment.spec.num_classes,
-            unroll=jax.default_backend() != "tpu",
-            mesh=self.part.mesh,
-            kind=kind,
-        )
+    @property
+    def prepare(self) -> update.Prepare:
+        experiment = self.experiment
+        num_classes = experiment.spec.num_classes
+        return functools.partial(experiment.preprocessing.train, num_classes=num_classes)
 
-    def phases(self, phases: tuple[training.Phase, ...]) -> list[Phase]:
-        calls = {}
-        for kind in dict.fromkeys(phase.kind for phase in phases):
-            calls[kind] = self.part.chunked(self.update(kind), self._images_per_step(kind))
+    def phases(self, phases: tuple[recipes.Phase, ...]) -> list[Phase]:
+        family, unroll = self.experiment.hypernetwork, jax.default_backend() != "tpu"
+        given = family, self.experiment.recipe
+        steps: dict[recipes.Program, Steps] = {}
+        for phase in phases:
+            program, mesh = phase.program, self.part.mesh
+            if program not in steps:
+                made = program, self.prepare, family.forward
+                one = update.inr_update(*given, *made, unroll=unroll, mesh=mesh)
+                steps[program] = Steps(one, phase.images_per_step, mesh=mesh)
         return [
-            self._phase(phase, calls[phase.kind], f"[{number}/{len(phases)}] {phase.name}")
+            self._phase(phase, steps[phase.program], f"[{number}/{len(phases)}] {phase.name}")
             for number, phase in enumerate(phases, 1)
         ]
 
-    def _images_per_step(self, kind: str) -> int:
-        return training.phase_recipe(self.experiment.recipe, kind).images_per_step
-
-    def _phase(self, phase: training.Phase, call, title: str) -> Phase:
-        experiment, family = self.experiment, self.experiment.hypernetwork
-        recipe, kind = experiment.recipe, phase.kind
-        inputs = training.phase_inputs(family, recipe, phase)
+    def _phase(self, phase: recipes.Phase, steps: Steps, title: str) -> Phase:
+        family, recipe = self.experiment.hypernetwork, self.experiment.recipe
+        inputs = update.phase_inputs(self.shapes, family, recipe, phase)
 
         def begin(params):
-            return training.start_phase(params, family, recipe, phase)
+            return update.start_phase(params, family, recipe, phase)
 
         def evaluate(state):
-            if kind == "fit":
-                return {}
-            return self._accuracies(state.result, inputs.active, kind in training.DEPTH_KINDS)
+            return self._accuracies(state.result, phase) if phase.loss else {}
 
         def locate(state, step):
-            seen = step, self.part.images, self.backbone, inputs
-            preprocessing = experiment.preprocessing
-            return diagnosis.locate_in_inr(
-                family, recipe, preprocessing, state.params, *seen, kind=kind
-            )
+            given = family, recipe, phase, self.prepare, state.params
+            return diagnosis.locate_in_inr(*given, step, self.part.images, self.backbone)
 
         return Phase(
             title,
             phase.start,
             phase.stop,
-            call,
-            self._images_per_step(kind),
+            steps,
             begin,
             locate,
             rest=(self.backbone, inputs),
-            shown=SHOWN[kind],
+            shown=("loss", "ce", "accuracy", phase.sizes.metric) if phase.loss else ("loss",),
             evaluate=evaluate,
-            looks_at_images=kind != "fit",
+            looks_at_images=phase.loss is not None,
         )
 
-    def _accuracies(self, params: Params, active: np.ndarray, shallow: bool) -> dict[str, float]:
+    def _accuracies(self, params: Params, phase: recipes.Phase) -> dict[str, float]:
         """Validation accuracy of the network as the phase has it, at a few widths.
 
-        `shallow` networks skip as many blocks as training skips.
+        Without the blocks that the first network of its steps skips.
         """
         experiment, family = self.experiment, self.experiment.hypernetwork
         images, labels = experiment.progress_images(self.splits)
-        shallowest = np.array(training.shallowest_widths(family, experiment.recipe))
+        active = np.arange(len(family.names)) < phase.num_active
+        full, first = (np.array(w) for w in (family.full_widths, phase.sizes.fixed[0]))
         found = {}
         for ratio in experiment.evaluation.progress_ratios if len(labels) else ():
-            widths = family.widths(ratio)
-            widths = jnp.asarray(np.where(shallowest == 0, 0, widths) if shallow else widths)
-            tree = _mixed_network(family, params, widths, self.backbone, active)
+            widths = np.where(active, np.where(first == 0, 0, family.widths(ratio)), full)
+            tree = _network(family, params, jnp.asarray(widths), self.backbone, active)
             found[str(ratio)] = experiment.accuracy(tree, images, labels)
         return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mixed_network(hypernetwork, params, widths, backbone, active):
-    widths = jnp.where(active, widths, jnp.array(hypernetwork.full_widths))
-    generated = hyper.generate_tensors(hypernetwork, params["inr"], widths)
-    originals = hypernetwork.groups.leaves(backbone)
-    return training.mixed_tree(hypernetwork, params, generated, originals, active, widths)
+def _network(hypernetwork, params, widths, backbone, active):
+    tensors = hypernetwork.groups.leaves(backbone)
+    return update.draw_network(hypernetwork, params, tensors, active, widths)[0]
 
 
 def train_inr(
@@ -173,10 +153,8 @@ def train_inr(
     )
     key = experiment.key(1)
 
-    def template(backbone):
-        params = init(key, backbone=backbone)
-        opt_state = training.inr_optimizer(recipe).init(params)
-        return TrainState(params, opt_state, params if recipe.ema_decay else None)
+    def first(backbone):
+        return update.fresh_state(init(key, backbone=backbone), recipe)
 
     def initial():
         if given is not None:
@@ -198,8 +176,9 @@ def train_inr(
         experiment.mesh(),
         profile,
     )
-    shared = _Training(experiment, splits, backbone, part)
-    return part.train(shared.phases(of_recipe), jax.eval_shape(template, backbone), initial)
+    template = jax.eval_shape(first, backbone)
+    shared = _Training(experiment, splits, backbone, part, template.params)
+    return part.train(shared.phases(of_recipe), template, initial)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
@@ -222,6 +201,6 @@ def find_idle(experiment: Experiment, params: Params, splits: datasets.Splits) -
     """What of the family does nothing on the first `NUM_IDLE_IMAGES` training images."""
     images = jnp.asarray(splits.train_images[:NUM_IDLE_IMAGES])
     family = experiment.hypernetwork
-    smallest = training.smallest_widths(family, experiment.recipe)
+    smallest = family.widths(experiment.recipe.min_width_ratio).tolist()
     images = experiment.preprocessing.evaluate(images)
     return diagnosis.idle_parts(family, params, images, smallest)

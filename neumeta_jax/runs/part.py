@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neumeta_jax.core.devices import on_default_device
+from neumeta_jax.core.update import TrainState
 from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError, check
-from neumeta_jax.runs import checkpoint, diagnosis, hosts, recipes, training
+from neumeta_jax.runs import checkpoint, diagnosis, hosts, recipes
 from neumeta_jax.runs.logs import Progress
-from neumeta_jax.runs.training import TrainState
+from neumeta_jax.runs.loop import NonFiniteLossError, Steps
 from neumeta_jax.runs.workdir import Workdir
 
 MAX_PROFILED = 1000  # steps; no browser opens the trace of many more
@@ -81,8 +83,7 @@ class Phase:
 
     Attributes:
         title: for progress.
-        call: their function, of `Part.chunked`; `rest` are its last arguments.
-        images_per_step: images of a step.
+        steps: of their update; `rest` are its last arguments. Phases that share it share a program.
         begin: the state before `start`, of what the phase before ended with.
         locate: where a step that is not finite goes wrong, of the state before it; "" if unknown.
         shown: metrics that progress shows.
@@ -93,8 +94,7 @@ class Phase:
     title: str
     start: int
     stop: int
-    call: Callable
-    images_per_step: int
+    steps: Steps
     begin: Callable[[Any], TrainState]
     locate: Callable[[TrainState, diagnosis.Step], str]
     rest: tuple = ()
@@ -113,7 +113,7 @@ class Part:
         key: PRNG key of the steps.
         images: of the training split.
         num_steps: of the part.
-        mesh: the devices that share out the batches, see `training.data_mesh`.
+        mesh: the devices that share out the batches, see `devices.data_mesh`.
         profile: the steps to be profiled, if any.
     """
 
@@ -130,13 +130,6 @@ class Part:
     @property
     def saved(self) -> checkpoint.Checkpoints:
         return checkpoint.Checkpoints(self.workdir.path / "checkpoints" / self.name)
-
-    def chunked(self, update: Callable, images_per_step: int) -> Callable:
-        """The `Phase.call` of an update; phases that share one share what it compiles to."""
-        steps = training.default_steps_per_call()
-        return training.chunked(
-            update, images_per_step=images_per_step, steps_per_call=steps, mesh=self.mesh
-        )
 
     def restore(self, template: TrainState) -> tuple[int, TrainState] | None:
         """The newest checkpoint, read by the first process for all of them."""
@@ -193,15 +186,11 @@ class Part:
         """The steps of a phase from `start` on."""
         settings, after = self.settings, _After(self, phase, start)
         run = functools.partial(
-            training.run_steps,
-            phase.call,
+            phase.steps.run,
             key=self.key,
             images=self.images,
-            images_per_step=phase.images_per_step,
-            steps_per_call=training.default_steps_per_call(),
             every=(settings.log_every, settings.checkpoint_every, settings.eval_every),
             rest=phase.rest,
-            mesh=self.mesh,
         )
         spans = [(start, phase.stop, nullcontext())]
         if self.profile:
@@ -209,14 +198,14 @@ class Part:
         try:
             for first, last, within in spans:
                 with within:
-                    state = run(state, start=first, stop=last, after=after)
-        except training.NonFiniteLossError as error:
+                    state = run(state, range(first, last), after=after)
+        except NonFiniteLossError as error:
             where = ""
             try:
                 where = self._locate(phase, run, before, error.step)
             except Exception as failure:  # the error itself must be told in any case
                 _log.warning("where the loss stopped being finite was not found: %r", failure)
-            raise training.NonFiniteLossError(
+            raise NonFiniteLossError(
                 error.step,
                 error.metrics,
                 phase=phase.title,
@@ -225,21 +214,21 @@ class Part:
             ) from None
         finally:
             after.progress.clear()
-        return training.on_default_device(state, self.mesh)
+        return on_default_device(state, self.mesh)
 
     def _locate(self, phase: Phase, run: Callable, before: Callable, bad: int) -> str:
         """Where step `bad` stops being finite."""
         first, good = before()
         print(f"step {bad} is not finite; finding out where, from step {first} on", flush=True)
         if first < bad:
-            good = run(good, start=first, stop=bad, after=lambda *_: None)
+            good = run(good, range(first, bad))
         step = diagnosis.step_of(
             bad,
             self.key,
             num_images=len(self.images.labels),
-            images_per_step=phase.images_per_step,
+            images_per_step=phase.steps.images_per_step,
         )
-        return phase.locate(training.on_default_device(good, self.mesh), step)
+        return phase.locate(on_default_device(good, self.mesh), step)
 
 
 class _After:
@@ -247,7 +236,7 @@ class _After:
 
     def __init__(self, part: Part, phase: Phase, start: int):
         self.part, self.phase, self.last_saved = part, phase, start
-        images_per_step = phase.images_per_step if phase.looks_at_images else 0
+        images_per_step = phase.steps.images_per_step if phase.looks_at_images else 0
         self.progress = Progress(part.num_steps, images_per_step)
 
     def __call__(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
@@ -263,7 +252,7 @@ class _After:
         if log:
             record = {**metrics, "images_per_second": round(rate, 1)}
         if due(part.settings.eval_every):
-            found = phase.evaluate(training.on_default_device(state, part.mesh))
+            found = phase.evaluate(on_default_device(state, part.mesh))
             if found:
                 text = "  ".join(f"{k}: {100 * v:.2f} %" for k, v in found.items())
                 title = f"{phase.title} | step {step} | validation top-1 at width"

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import describe_inr
+from neumeta_jax.core.recipe import Phase
 from neumeta_jax.data import datasets
 from neumeta_jax.elastic.family import num_values
 from neumeta_jax.errors import check
 from neumeta_jax.evaluation import timing
 from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.networks.cifar_resnet import Params
-from neumeta_jax.runs import backbone, inr, training
+from neumeta_jax.runs import backbone, inr
 from neumeta_jax.runs.config import Experiment
 
 
@@ -30,8 +31,7 @@ def check_start(
     """
     phases = inr.phases(experiment, splits)
     check(phases, "The training recipe has no steps; raise train.epochs or train.fit_steps.")
-    kinds = {phase.kind for phase in phases} - {"fit"}
-    sizes = [training.phase_recipe(experiment.recipe, kind).images_per_step for kind in kinds]
+    sizes = [phase.images_per_step for phase in phases if phase.loss]
     of_teacher = 0 if experiment.teacher.file else experiment.teacher.batch_size
     check_steps(len(splits.train_labels), train=max(sizes, default=0), teacher=of_teacher)
     evaluation_split(splits, experiment.evaluation.split)
@@ -145,7 +145,7 @@ def _memory(experiment: Experiment, shapes: Params, splits: datasets.Splits) -> 
     )
 
 
-def _time(experiment: Experiment, phases: Sequence[training.Phase]) -> str:
+def _time(experiment: Experiment, phases: Sequence[Phase]) -> str:
     """Measures a forward pass and one generation here and adds up what the phases need."""
     family, recipe = experiment.hypernetwork, experiment.recipe
     network, dtype = family.network, experiment.preprocessing.dtype
@@ -164,11 +164,10 @@ def _time(experiment: Experiment, phases: Sequence[training.Phase]) -> str:
     total = 0.0
     for phase in phases:
         step = 4 * generation
-        if phase.kind != "fit":
+        if phase.loss:
             targets = forward * bool(recipe.distillation_weight)
-            num_sizes = training.phase_recipe(recipe, phase.kind).num_sizes
-            step = num_sizes * (4 * (forward + generation) + targets)
-        total += (phase.stop - phase.start) * step
+            step = len(phase.sizes) * (4 * (forward + generation) + targets)
+        total += phase.num_steps * step
     return (
         f"time       about {total / 60:.1f} minutes for the INR on this device (forward pass of "
         f"{recipe.batch_size} images {1e3 * forward:.1f} ms, generation {1e3 * generation:.1f} ms; "

@@ -3,7 +3,7 @@
     config = recipes.defaults("projection", modulated=True)
     config.train.epochs = 60.0
 
-Fields are described where they are used: `training.InrRecipe` and `TeacherRecipe`, the INR kinds in
+Fields are described where they are used: `InrRecipe` and `TeacherRecipe`, the INR kinds in
 `inr`, `Data`, `Network`, `Evaluation` and `Run` here.
 """
 
@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from neumeta_jax.core.inr import describe_inr, make_inr
+from neumeta_jax.core.recipe import InrRecipe
 from neumeta_jax.errors import check
-from neumeta_jax.runs.training import InrRecipe, TeacherRecipe
+from neumeta_jax.runs.teacher import TeacherRecipe
 
 CHANNEL_ORDERS = ("smoothness", "importance", "as_trained")
 DTYPES = ("float32", "bfloat16")

@@ -15,6 +15,7 @@ again only where another result is wanted, and say why in the commit.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -27,6 +28,8 @@ import safetensors.numpy
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
+from neumeta_jax.core.recipe import InrRecipe
+from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
 from neumeta_jax.data.preprocessing import Images, Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.export import safetensors as saved
@@ -34,8 +37,6 @@ from neumeta_jax.export.network import Network, Normalization, draw
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
 from neumeta_jax.networks.cifar_spec import ResNetSpec, generated_blocks, morph, resnet_spec
-from neumeta_jax.runs import training
-from neumeta_jax.runs.training import InrRecipe
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8)
@@ -131,19 +132,13 @@ def step(kind: str) -> Any:
         jnp.asarray(rng.randint(0, 256, (12, 8, 8, 3)), jnp.uint8),
         jnp.asarray(rng.randint(0, SMALL.num_classes, 12), jnp.int32),
     )
-    (phase,) = training.phases(family, recipe, num_images=120)
-    state = training.start_phase(params, family, recipe, phase)
+    (phase,) = recipe.phases(family, num_images=120)
+    state = start_phase(params, family, recipe, phase)
+    prepare = functools.partial(PREPROCESSING.train, num_classes=SMALL.num_classes)
     update = jax.jit(
-        training.inr_update(
-            family,
-            recipe,
-            PREPROCESSING,
-            family.forward,
-            num_classes=SMALL.num_classes,
-            unroll=False,
-        )
+        inr_update(family, recipe, phase.program, prepare, family.forward, unroll=False)
     )
-    inputs = training.phase_inputs(family, recipe, phase)
+    inputs = phase_inputs(params, family, recipe, phase)
     state, metrics = update(
         state, np.int32(3), jax.random.key(5), images, np.arange(12), backbone, inputs
     )
