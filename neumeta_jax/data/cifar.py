@@ -8,7 +8,7 @@ import gzip
 import io
 import pathlib
 import tarfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,30 +19,21 @@ from neumeta_jax.files import pickles
 
 
 class _Files(NamedTuple):
-    places: tuple[str, ...]
-    train: tuple[str, ...]
-    test: tuple[str, ...]
+    places: list[str]
+    train: list[str]
+    test: list[str]
     label_key: bytes
     label_bytes: int  # in a row of the binary version; the last of them is the class
 
 
+_PLACES_10 = ["cifar-10-python.tar.gz", "cifar-10-batches-py"]
+_PLACES_10 += ["cifar-10-binary.tar.gz", "cifar-10-batches-bin"]
+_PLACES_100 = ["cifar-100-python.tar.gz", "cifar-100-python"]
+_PLACES_100 += ["cifar-100-binary.tar.gz", "cifar-100-binary"]
+_BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 FILES = {
-    "cifar10": _Files(
-        ("cifar-10-python.tar.gz", "cifar-10-batches-py")
-        + ("cifar-10-binary.tar.gz", "cifar-10-batches-bin"),
-        tuple(f"data_batch_{i}" for i in range(1, 6)),
-        ("test_batch",),
-        label_key=b"labels",
-        label_bytes=1,
-    ),
-    "cifar100": _Files(
-        ("cifar-100-python.tar.gz", "cifar-100-python")
-        + ("cifar-100-binary.tar.gz", "cifar-100-binary"),
-        ("train",),
-        ("test",),
-        label_key=b"fine_labels",
-        label_bytes=2,  # coarse, then fine
-    ),
+    "cifar10": _Files(_PLACES_10, _BATCHES, ["test_batch"], b"labels", 1),
+    "cifar100": _Files(_PLACES_100, ["train"], ["test"], b"fine_labels", 2),  # coarse, then fine
 }
 
 
@@ -65,7 +56,7 @@ def find(name: str, root: pathlib.Path) -> pathlib.Path | None:
 def load(name: str, place: pathlib.Path) -> Arrays:
     """The arrays in a tar archive or a folder, in whichever version it holds."""
     files = FILES[name]
-    wanted = files.train + files.test
+    wanted = [*files.train, *files.test]
     contents = _read_files(place, {*wanted, *(f"{file}.bin" for file in wanted)})
     end = ".bin" if contents and contents.keys().isdisjoint(wanted) else ""
     missing = [file + end for file in wanted if file + end not in contents]
@@ -75,25 +66,30 @@ def load(name: str, place: pathlib.Path) -> Arrays:
         "fetch the archive again or check the name of the data set.",
     )
 
-    def read(batches: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        pixels, labels = [], []
-        for batch in batches:
-            source = f"{batch + end} in {place}"
-            with reading(source):
-                if end:
-                    rows = np.frombuffer(contents[batch + end], np.uint8)
-                    rows = rows.reshape(-1, files.label_bytes + 3072)
-                    pixels.append(rows[:, files.label_bytes :])
-                    labels.append(rows[:, files.label_bytes - 1])
-                else:
-                    content = _Unpickler(contents[batch], source).load()
-                    pixels.append(content[b"data"].array().reshape(-1, 3072))
-                    labels.append(_flat_labels(content[files.label_key], len(pixels[-1])))
+    def read(batches: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [_read_batch(contents[b + end], f"{b + end} in {place}", files) for b in batches]
         # A row is a plane of red, one of green, one of blue.
-        images = np.concatenate(pixels).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images), np.concatenate(labels)
+        images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        return images, np.concatenate([labels for _, labels in parts])
 
     return *read(files.train), *read(files.test)
+
+
+def _read_batch(content: bytes, source: str, files: _Files) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [num, 3072] and labels [num] of a batch, binary where its name says so."""
+    with reading(source):
+        if source.startswith(tuple(f"{name}.bin" for name in (*files.train, *files.test))):
+            rows = np.frombuffer(content, np.uint8).reshape(-1, files.label_bytes + 3072)
+            return rows[:, files.label_bytes :], rows[:, files.label_bytes - 1]
+        found = _Unpickler(content, source).load()
+        pixels, labels = found[b"data"].array().reshape(-1, 3072), found[files.label_key]
+        # NumPy would follow lists inside lists, of which a hundred bytes can make 2**64.
+        if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+            raise TypeError("labels must be a list of integers")
+        if len(labels) != len(pixels):
+            raise ValueError(f"{len(labels)} labels for {len(pixels)} images")
+        return pixels, np.array(labels)
 
 
 def _read_files(place: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:
@@ -114,16 +110,6 @@ def _read_files(place: pathlib.Path, names: Collection[str]) -> dict[str, bytes]
                 if name in names and member.isreg() and (file := archive.extractfile(member)):
                     contents[name] = file.read()
     return contents
-
-
-def _flat_labels(labels: object, count: int) -> np.ndarray:
-    """`labels`, a list of integers out of a pickle, as an array [count]."""
-    # NumPy would follow lists inside lists, of which a hundred bytes can make 2**64.
-    if not isinstance(labels, list) or any(type(label) is not int for label in labels):
-        raise TypeError("labels must be a list of integers")
-    if len(labels) != count:
-        raise ValueError(f"{len(labels)} labels for {count} images")
-    return np.array(labels)
 
 
 class _PickledDtype:

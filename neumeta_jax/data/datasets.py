@@ -39,11 +39,8 @@ class Dataset:
 
     Attributes:
         name: what `NORMALIZATION` and logs call it.
-        train_images: uint8 [num_train, size, size, channels].
-        train_labels: int32 [num_train].
-        test_images: uint8 [num_test, size, size, channels].
-        test_labels: int32 [num_test].
-        num_classes: labels are in [0, num_classes).
+        train_images, test_images: uint8 [num, size, size, channels].
+        train_labels, test_labels: int32 [num], in [0, num_classes).
     """
 
     name: str
@@ -186,11 +183,7 @@ def load_dataset(
        $TFDS_DATA_DIR or ~/tensorflow_datasets; reading that needs no TensorFlow;
     5. `data_dir` is a folder with images by class, see `images`; any `name` will do.
 
-    Args:
-        name: of the data set.
-        data_dir: a file or folder; by default where `neumeta fetch` puts things, then
-            tensorflow-datasets' folder.
-        image_size: to which images in folders are scaled; other data sets have to have it.
+    `image_size` is the one to which images in folders are scaled; other data has to have it.
 
     Raises:
         FileNotFoundError: if nothing suitable is there; says what was looked for and found.
@@ -268,10 +261,7 @@ def _what_is_missing(name: str, root: pathlib.Path) -> str:
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and standard deviation of each channel, of pixels scaled to [0, 1].
-
-    Args:
-        images: uint8 [num, height, width, channels].
+    """Mean and deviation of each channel of uint8 [num, height, width, channels], scaled to [0, 1].
 
     >>> channel_statistics(np.array([0, 255], np.uint8).reshape(2, 1, 1, 1))
     ((0.5,), (0.5,))
@@ -293,10 +283,7 @@ def split_validation(dataset: Dataset, *, num_validation: int, seed: int) -> Spl
     Each class gives in proportion to its size, to within one image. Both parts keep the order of
     the original, and equal arguments give equal splits on every machine.
 
-    Args:
-        dataset: see `Dataset`.
-        num_validation: images to set apart; 0 leaves the validation arrays empty.
-        seed: in [0, 2**32); chooses which images.
+    `seed`, in [0, 2**32), chooses which; 0 images leave the validation arrays empty.
 
     >>> splits = split_validation(load_dataset("digits"), num_validation=100, seed=0)
     >>> splits.train_images.shape, np.bincount(splits.validation_labels).tolist()

@@ -20,7 +20,7 @@ from neumeta_jax.data.splits import stratified
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.files import archives, storage
 
-# Train images, train labels, test images, test labels; not yet checked.
+# Train images and labels, test images and labels; not yet checked.
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 MAX_BYTES = 2**28  # of a file, uncompressed; the archives of CIFAR have 180 MB
@@ -70,12 +70,8 @@ def load_digits() -> Arrays:
 
     Values 0..16 become round(value * 255 / 16), so 0 -> 0, 8 -> 128 and 16 -> 255.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"The data set 'digits' needs scikit-learn, got {error}; pip install scikit-learn."
-        ) from error
+    from sklearn import datasets  # Here, as below, because the import is slow.
+
     digits: Any = datasets.load_digits()
     images = ((digits.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)
     test = stratified(digits.target, round(0.2 * len(images)), seed=0)
@@ -93,8 +89,7 @@ def load_npz(path: pathlib.Path) -> Arrays:
         f"{path} must hold the arrays {', '.join(wanted)}, got {', '.join(keys) or 'none'}; "
         "save it again with these names.",
     )
-    train_images, train_labels, test_images, test_labels = arrays
-    return train_images, train_labels, test_images, test_labels
+    return arrays[0], arrays[1], arrays[2], arrays[3]
 
 
 def _read_numbers(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -134,10 +129,8 @@ def load_idx(name: str, paths: dict[str, pathlib.Path]) -> Arrays:
         f"{next(iter(paths.values())).parent} must hold all four IDX files of {name}, got none "
         f"called {', '.join(missing)}[.gz]; add the missing ones.",
     )
-    train_images, train_labels, test_images, test_labels = (
-        _read_idx(paths[file]) for file in IDX_FILES
-    )
-    return train_images, train_labels, test_images, test_labels
+    arrays = [_read_idx(paths[file]) for file in IDX_FILES]
+    return arrays[0], arrays[1], arrays[2], arrays[3]
 
 
 def _read_idx(path: pathlib.Path) -> np.ndarray:
@@ -174,13 +167,8 @@ def find_prepared(name: str, root: pathlib.Path) -> pathlib.Path | None:
 
 def load_prepared(prepared: pathlib.Path) -> Arrays:
     """What tensorflow-datasets has prepared as array_record; reading it needs no TensorFlow."""
-    try:
-        import tensorflow_datasets as tfds  # Here, because the import is slow.
-    except ImportError as error:
-        raise ImportError(
-            f"Reading {str(prepared)!r} needs tensorflow-datasets, got {error}; "
-            "pip install tensorflow-datasets importlib_resources."
-        ) from error
+    import tensorflow_datasets as tfds
+
     with reading(prepared):
         builder = tfds.builder_from_directory(prepared)
         file_format = getattr(builder.info.file_format, "value", None)
@@ -195,10 +183,6 @@ def load_prepared(prepared: pathlib.Path) -> Arrays:
 
 def _stack_examples(examples: Any) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of anything with a length and dicts as items."""
-    first = examples[0]["image"]
-    images = np.empty((len(examples), *first.shape), first.dtype)
-    labels = np.empty(len(examples), np.int32)
-    for i in range(len(examples)):
-        example = examples[i]
-        images[i], labels[i] = example["image"], example["label"]
-    return images, labels
+    decoded = [examples[i] for i in range(len(examples))]
+    images = np.stack([example["image"] for example in decoded])
+    return images, np.array([example["label"] for example in decoded], np.int32)

@@ -72,12 +72,7 @@ def _classes(folder: pathlib.Path) -> _Classes:
 
 def _read_images(paths: Sequence[pathlib.Path], image_size: int | None) -> np.ndarray:
     """uint8 [num, size, size, channels] of files, 3 channels unless all are gray."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            f"Reading images needs pillow, got {error}; pip install pillow."
-        ) from error
+    from PIL import Image, ImageOps  # Here, because most data needs none.
 
     @contextlib.contextmanager
     def opened(path: pathlib.Path) -> Iterator[Any]:
