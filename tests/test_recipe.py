@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -866,6 +867,28 @@ def test_random_widths_need_a_range_to_be_drawn_from(finished):
     for draw in (choices.draw_width_ratios, drawn):
         with pytest.raises(UsageError, match=r"range is 1.0..1.0; use --width_ratios or --spec"):
             draw(experiment.trained_range, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "split, section, field, seen",
+    [
+        ("validation", "teacher", "file", True),
+        ("validation", "train", "init_from", True),
+        ("test", "teacher", "file", False),
+    ],
+)
+def test_an_imported_network_may_have_seen_the_validation_images(
+    finished, capsys, split, section, field, seen
+):
+    config = read_config(finished[0])
+    images = types.SimpleNamespace(split=split, labels=[0])
+    for value in (str(finished[0] / "from_elsewhere"), ""):
+        config[section][field] = value
+        experiment = from_config(config, datasets.load_dataset("digits"))
+        target = evaluations.Target(finished[0], finished[0], experiment, images)
+        assert target.teacher_may_have_seen is (wanted := seen and bool(value))
+        target.announce("a grid")
+        assert ("may have been trained on these" in capsys.readouterr().out) is wanted
 
 
 def test_a_sweep_is_24_widths_from_a_tenth_to_one_and_a_quarter_unless_others_are_given():

@@ -126,7 +126,7 @@ class Target:
         split, number = self.evaluator.split, len(self.evaluator.labels)
         print(f"\n{what}, {split} split, {number} images; trained range {low}..{high}", flush=True)
         if self.teacher_may_have_seen:
-            print("note: the teacher that was imported may have been trained on these images")
+            print("note: the network that the run began with may have been trained on these images")
 
     def rows(self, width_ratios: Sequence[float]) -> Iterator[GridRow]:
         return self.evaluator.rows(width_ratios, self.experiment.trained_range)
