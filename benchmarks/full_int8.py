@@ -11,15 +11,15 @@ CPU. Ranges of activations are measured on the first 512 training images.
 Writes full_int8_<split>.json to --out and prints a table.
 """
 
-import argparse
 import pathlib
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from neumeta_jax.commands import setup
-from neumeta_jax.commands.command_line import run
+from neumeta_jax.commands import command_line, setup
+from neumeta_jax.errors import check
+from neumeta_jax.evaluation.choices import parse_width_ratios
 from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization, draw
@@ -34,18 +34,21 @@ FILES = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--width_ratios", default="1,0.75,0.5,0.25")
-    parser.add_argument("--num_images", type=int, help="the first ones; default: all")
-    parser.add_argument("--data_dir", help="where the data lies, if it has moved")
-    args = parser.parse_args(argv[1:])
+FLAGS: command_line.Flags = {
+    **command_line.WORKDIR,
+    "out": (str, "", "Folder of the results."),
+    "split": (("validation", "test"), "validation", "Whose images."),
+    "width_ratios": (list, ["1", "0.75", "0.5", "0.25"], "Comma-separated."),
+    "num_images": (int, None, "The first ones; default: all."),
+    **command_line.DATA_DIR,
+}
 
+
+def main(argv: Sequence[str]) -> None:
+    config, args = command_line.parse(argv, FLAGS, config_required=False)
+    check(args.workdir and args.out, "--workdir=DIR and --out=DIR are required.")
     setup.quiet_logging()
-    opened = open_run({}, args)
+    opened = open_run(config, args)
     experiment, splits = opened.load()
     images, labels = (data[: args.num_images] for data in evaluation_split(splits, args.split))
     normalization = Normalization(experiment.preprocessing.mean, experiment.preprocessing.std)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     family, params = opened.hypernetwork, opened.params
 
     rows = []
-    for ratio in map(float, args.width_ratios.split(",")):
+    for ratio in parse_width_ratios(args.width_ratios):
         widths = family.widths(ratio).tolist()
         spec, tree = draw(family, params, widths, **noise)
         row = {"width_ratio": ratio, "accuracy": {}, "file_bytes": {}}
@@ -91,4 +94,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

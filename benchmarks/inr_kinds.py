@@ -15,7 +15,6 @@ The papers' INR of a ResNet56 has 187.8 M parameters and takes a minute or more 
 Writes inr_kinds_resnet<depth>.json and .md to --out.
 """
 
-import argparse
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from neumeta_jax.commands.command_line import run
+from neumeta_jax.commands import command_line
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import INR, Grid, PerTensorMLP, Projection, describe_inr
 from neumeta_jax.errors import check
@@ -55,7 +55,16 @@ KINDS: dict[str, tuple[str, INR]] = {
 }
 
 
-def measure(name: str, spec: Any, backbone: Any, args: argparse.Namespace) -> dict[str, Any]:
+FLAGS: command_line.Flags = {
+    "depth": (int, 20, "Of the ResNet, 6n + 2."),
+    "out": (str, "", "Folder of the results."),
+    "kinds": (list, list(KINDS), "Names with commas between."),
+    "repeats": (int, 20, "Generations of a kind."),
+    "batch_size": (int, 500, "Of the forward pass."),
+}
+
+
+def measure(name: str, spec: Any, backbone: Any, args: flags.FlagValues) -> dict[str, Any]:
     """What is known of a kind."""
     description, inr = KINDS[name]
     blocks = cifar_spec.generated_blocks(spec, "inner")
@@ -112,24 +121,17 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6n + 2")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the results")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="names with commas between")
-    parser.add_argument("--repeats", type=int, default=20, help="generations of a kind")
-    parser.add_argument("--batch_size", type=int, default=500, help="of the forward pass")
-    args = parser.parse_args(list(argv[1:]))
-    names = args.kinds.split(",")
-    unknown = [name for name in names if name not in KINDS]
-    check(not unknown, f"--kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}.")
-    for name in ("repeats", "batch_size"):
-        check(getattr(args, name) >= 1, f"--{name} must be at least 1, got {getattr(args, name)}.")
+    _, args = command_line.parse(argv, FLAGS, config_required=False)
+    check(args.out, "--out=DIR is required; the results go there.")
+    unknown = ", ".join(name for name in args.kinds if name not in KINDS)
+    check(not unknown, f"--kinds must be among {', '.join(KINDS)}, got {unknown}.")
+    command_line.check_at_least(args, repeats=1, batch_size=1)
     # A compilation that is read from a cache would be timed as one.
     jax.config.update("jax_enable_compilation_cache", False)
 
     spec, rows = cifar_spec.resnet_spec(args.depth, num_classes=100), []
     backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(jax.random.key(0), spec)
-    for name in names:
+    for name in args.kinds:
         rows.append(measure(name, spec, backbone, args))
         print(f"{name}: {rows[-1]['generation_seconds']:.3g} s", flush=True)
 
@@ -141,12 +143,12 @@ def main(argv: Sequence[str]) -> None:
         f"widths, after compilation, and of as many forward passes of {args.batch_size} images, "
         f"which took turns; the latter are scaled to {NUM_IMAGES:,} images.\n"
     )
-    path = args.out / f"inr_kinds_resnet{args.depth}"
-    args.out.mkdir(parents=True, exist_ok=True)
+    path = pathlib.Path(args.out, f"inr_kinds_resnet{args.depth}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     storage.write_json(path.with_suffix(".json"), document)
     storage.write_text(path.with_suffix(".md"), text)
     print(f"\n{text}\nwrote {path}.json and .md")
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

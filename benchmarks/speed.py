@@ -18,18 +18,18 @@ float32 on CPUs; what generation costs is measured by inr_kinds.py. The parts:
 Writes speed.json and speed.md to --out after each part.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from neumeta_jax.commands import command_line
 from neumeta_jax.commands.command_line import run
@@ -37,7 +37,7 @@ from neumeta_jax.core import hypernetwork as hyper, losses
 from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
-from neumeta_jax.errors import UsageError, check
+from neumeta_jax.errors import check
 from neumeta_jax.evaluation import timing
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.files import provenance, storage
@@ -50,7 +50,7 @@ from neumeta_jax.runs.loop import Steps, default_steps_per_call
 from neumeta_jax.runs.teacher import TeacherRecipe, teacher_init, teacher_update
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIGS = {"resnet20": "resnet20.py", "resnet56": "resnet56.py", "tiny": "resnet20.py"}
+NETWORKS = ("resnet20", "resnet56")
 NUM_CLASSES = 100
 STRATEGY_NETWORKS = 4  # of one shape
 MAP_IMAGES = 8  # on which map is measured on a CPU, where it is slow
@@ -91,16 +91,13 @@ Findings = tuple[list[Row], dict[str, Any]]  # lines of the table, and what is n
 
 def load_config(network: str) -> dict[str, Any]:
     """The config of a network as nested dicts."""
-    flags = ["", f"--config={ROOT}/configs/{CONFIGS[network]}"]
-    config, _ = command_line.parse(flags, {}, config_required=True)
-    if network == "tiny":
+    tiny = network == "tiny"
+    arguments = ["", f"--config={ROOT}/configs/{'resnet20' if tiny else network}.py"]
+    config, _ = command_line.parse(arguments, {}, config_required=True)
+    if tiny:
         config["network"] |= {"depth": 14, "stage_widths": (4, 6, 8)}
         config["train"] |= {"num_random_sizes": 1}
     return config
-
-
-def image_size(network: str) -> int:
-    return 8 if network == "tiny" else 32
 
 
 def random_images(rng: np.random.Generator, number: int, size: int) -> tuple[Any, Any]:
@@ -114,7 +111,7 @@ class Case:
     """A network with the INR and the recipe of its config, and random data for it."""
 
     name: str
-    args: argparse.Namespace
+    args: flags.FlagValues
     experiment: Experiment
     dataset: datasets.Dataset
     backbone: Params
@@ -146,7 +143,7 @@ class Case:
         )
 
 
-def make_case(name: str, args: argparse.Namespace) -> Case:
+def make_case(name: str, args: flags.FlagValues) -> Case:
     config = load_config(name)
     config["dtype"] = "float32" if jax.default_backend() == "cpu" else config["dtype"]
     recipe = config["train"]
@@ -155,8 +152,9 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
     sizes = 1 if recipe["share_images"] else 1 + recipe["num_random_sizes"]
     per_call = recipe["batch_size"] * sizes * default_steps_per_call()
     rng = np.random.default_rng(0)
-    train = random_images(rng, max(per_call, NUM_CLASSES), image_size(name))
-    test = random_images(rng, args.num_images, image_size(name))
+    image_size = 8 if name == "tiny" else 32
+    train = random_images(rng, max(per_call, NUM_CLASSES), image_size)
+    test = random_images(rng, args.num_images, image_size)
     dataset = datasets.make_dataset(config["data"]["name"], *train, *test, num_classes=NUM_CLASSES)
     experiment = from_config(config, dataset)
     backbone = jax.jit(cifar_resnet.init_params, static_argnums=1)(
@@ -450,53 +448,37 @@ def markdown(document: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+FLAGS: command_line.Flags = {
+    "out": (str, "", "Folder of the results."),
+    "networks": (list, list(NETWORKS), "Names with commas between."),
+    "parts": (list, list(PARTS), "Names with commas between."),
+    "smoke": (bool, False, "Everything, on a tiny network."),
+    **{name: (int, None, f"{text}; default {n}.") for name, (n, _, text) in NUMBERS.items()},
+}
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}; --help lists the flags.")
 
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, checked; `networks` and `parts` as lists.
-
-    Raises:
-        UsageError: for a flag or a value that cannot be.
-    """
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="folder of the results")
-    parser.add_argument("--networks", default="resnet20,resnet56", help="names with commas between")
-    parser.add_argument("--parts", default=",".join(PARTS), help="names with commas between")
-    parser.add_argument("--smoke", action="store_true", help="everything, on a tiny network")
-    for name, (default, _, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{text}; default {default}")
-    args = parser.parse_args(list(argv))
-    known = {"networks": [name for name in CONFIGS if name != "tiny"], "parts": PARTS}
-    for flag, names in known.items():
-        given = [name for name in getattr(args, flag).split(",") if name]
-        unknown = [name for name in given if name not in names]
-        check(
-            given and not unknown,
-            f"--{flag} must be among {', '.join(names)}, got {', '.join(unknown) or 'none'}.",
-        )
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags, checked; UsageError for one or a value that cannot be."""
+    _, args = command_line.parse(argv, FLAGS, config_required=False)
+    check(args.out, "--out=DIR is required; the results go there.")
+    for flag, names in (("networks", NETWORKS), ("parts", PARTS)):
+        given = getattr(args, flag)
+        unknown = ", ".join(name for name in given if name not in names)
+        check(not unknown, f"--{flag} must be among {', '.join(names)}, got {unknown}.")
         setattr(args, flag, [name for name in names if name in given])
     if args.smoke:
         args.networks = ["tiny"]
     for name, (default, smoke, _) in NUMBERS.items():
         if getattr(args, name) is None:
             setattr(args, name, smoke if args.smoke else default)
-        value, lowest = getattr(args, name), min(default, 1)
-        check(value >= lowest, f"--{name} must be at least {lowest}, got {value}.")
+        command_line.check_at_least(args, **{name: min(default, 1)})
     return args
 
 
 def main(argv: Sequence[str]) -> None:
-    args = parse(argv[1:])
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = parse(argv)
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     # A compilation that is read from a cache would be timed as one.
     jax.config.update("jax_enable_compilation_cache", False)
     started = time.perf_counter()
@@ -516,10 +498,10 @@ def main(argv: Sequence[str]) -> None:
             about = {"network": name, "part": part, "seconds": seconds, "facts": facts}
             document["parts"].append(about)
             document["wall_seconds"] = time.perf_counter() - started
-            storage.write_json(args.out / "speed.json", document)
-            storage.write_text(args.out / "speed.md", markdown(document))
+            storage.write_json(out / "speed.json", document)
+            storage.write_text(out / "speed.md", markdown(document))
             print(f"{name}, {part}: {seconds:.0f} s", flush=True)
-    print(f"\n{markdown(document)}\nwrote {args.out / 'speed.json'} and speed.md")
+    print(f"\n{markdown(document)}\nwrote {out / 'speed.json'} and speed.md")
 
 
 if __name__ == "__main__":
