@@ -2,21 +2,18 @@
 
 import gzip
 import io
-import math
 import os
 import pickle
 import struct
 import tarfile
 
 import chex
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Call, flipped, npz_bytes, refused, unzipped, zipped
+from builders import Call, npz_bytes, refused
 from sklearn.datasets import load_digits
 
-from neumeta_jax.data import datasets, formats, preprocessing
+from neumeta_jax.data import datasets, formats
 from neumeta_jax.errors import UsageError
 
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -158,15 +155,12 @@ def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path, write):
     assert not marker.exists()
 
 
-UNREADABLE = (b"", b"\x80\x02}(", b"garbage", pickle.dumps({b"data": 3}))
-FLOATS = {b"fine_labels": [1], b"data": np.zeros((1, 3072))}
-
-
 @pytest.mark.parametrize(
     ("file", "content", "match"),
     [
-        *[("python/test", content, "complete and readable") for content in UNREADABLE],
-        ("python/test", pickle.dumps(FLOATS, protocol=2), "pixels must be uint8"),
+        ("python/test", b"garbage", "complete and readable"),
+        ("python/test", pickle.dumps({b"data": 3}), "complete and readable"),
+        ("python/test", pickle.dumps({b"data": np.zeros((1, 3072))}, 2), "pixels must be uint8"),
         ("binary/test.bin", bytes(3075), "cannot reshape"),
     ],
 )
@@ -176,18 +170,6 @@ def test_damaged_batch_is_named(tmp_path, file, content, match):
     write_folder(tmp_path, files | {f"cifar-100-{file}": content})
     with refused(match, f"{name} in ", tmp_path):
         datasets.load_dataset("cifar100", data_dir=tmp_path)
-
-
-@pytest.mark.parametrize("version", ["python", "binary"])
-def test_truncated_or_damaged_tar_is_one_sentence(tmp_path, version):
-    path = tmp_path / f"cifar-10-{version}.tar.gz"
-    write_tar(path, cifar_files("cifar10", version, random_arrays()))
-    content = path.read_bytes()
-    damaged = [content[: int(kept * len(content))] for kept in (0, 0.3, 0.9, 0.999)]
-    for case in [*damaged, flipped(content, len(content) // 2)]:
-        path.write_bytes(case)
-        with refused("must", path):
-            datasets.load_dataset("cifar10", data_dir=tmp_path)
 
 
 def test_links_in_a_tar_are_not_followed(tmp_path):
@@ -239,23 +221,18 @@ def test_fashion_mnist_in_its_own_folder_is_not_taken_for_mnist_beside_it(tmp_pa
     assert_holds(datasets.load_dataset("mnist", data_dir=tmp_path), GRAY)
 
 
-def test_truncated_impossible_and_missing_idx_files_are_named(tmp_path):
-    files = idx_files(GRAY)
-    write_folder(tmp_path, files)
-    name = "train-images-idx3-ubyte"
-    content = files[name]
-    (tmp_path / name).unlink()
+def test_missing_and_impossible_idx_files_are_named(tmp_path):
+    name, *others = idx_files(GRAY)
+    write_folder(tmp_path, dict.fromkeys(others, b""))
     with refused("add the missing ones", tmp_path, f"{name}[.gz]"):
         datasets.load_dataset("mnist", data_dir=tmp_path)
-    for kept in (0, 3, 10, 200):
-        for file, part in {name: content, f"{name}.gz": gzip.compress(content)}.items():
-            (tmp_path / file).write_bytes(part[:kept])
-            with refused("must", name):
-                datasets.load_dataset("mnist", data_dir=tmp_path)
-            (tmp_path / file).unlink()
-    (tmp_path / name).write_bytes(bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"x")
-    with refused("for its shape", name, (2**32 - 1) ** 3):
-        datasets.load_dataset("mnist", data_dir=tmp_path)
+    for content, match in [
+        (b"", "header 0, 0, 8, 3 and sizes, got nothing"),
+        (bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"x", f"must have {(2**32 - 1) ** 3} bytes"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with refused(match, name):
+            datasets.load_dataset("mnist", data_dir=tmp_path)
 
 
 # NumPy archives
@@ -273,21 +250,14 @@ def test_npz_is_read_with_any_name(tmp_path, as_folder):
     assert_holds(datasets.load_dataset("mnist", data_dir=path), GRAY)  # with an axis for channels
 
 
-def test_npz_files_that_are_damaged_or_hold_something_else_are_refused(tmp_path):
+def test_npz_files_that_hold_something_else_are_refused(tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "mnist.npz"
-    good = npz_of(GRAY)
-    truncated = [good[:kept] for kept in (0, 10, 500, -30)]
-    truncated += [zipped({name: content[:-5] for name, content in unzipped(good).items()})]
     calls = np.array([Call(os.system, f"echo x > {marker}")] * len(GRAY[1]))
-    cases = [(content, "complete and readable") for content in truncated]
-    cases += [
+    others = npz_bytes({"train_images": np.zeros(3), "x": np.zeros(3)})
+    for content, match in [
         (npz_of([GRAY[0], calls, *GRAY[2:]]), "train_labels.npy holds no numbers"),
-        (
-            npz_bytes({"train_images": np.zeros(3), "x": np.zeros(3)}),
-            "s, got train_images, x; save",
-        ),
-    ]
-    for content, match in cases:
+        (others, "s, got train_images, x; save"),
+    ]:
         path.write_bytes(content)
         with refused(match, path):
             datasets.load_dataset("mnist", data_dir=tmp_path)
@@ -493,16 +463,14 @@ def test_split_is_disjoint_complete_ordered_and_stratified(num_validation, seed)
 
 def test_split_depends_on_the_seed_alone():
     dataset = labelled(np.arange(300) % 10)
-    first, again, other = (
-        indices_of(
-            datasets.split_validation(dataset, num_validation=30, seed=seed).validation_images
-        )
-        for seed in (5, 5, 6)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert set(first) != set(other)
+
+    def held_out(seed):
+        splits = datasets.split_validation(dataset, num_validation=30, seed=seed)
+        return indices_of(splits.validation_images).tolist()
+
+    assert held_out(5) == held_out(5) != held_out(6)
     # Golden: a split that changes with a version of NumPy would leak validation into training.
-    assert first[:5].tolist() == [1, 9, 12, 14, 17]
+    assert held_out(5)[:5] == [1, 9, 12, 14, 17]
 
 
 def test_impossible_split_is_refused():
@@ -510,116 +478,3 @@ def test_impossible_split_is_refused():
     for num_validation, seed in ((-1, 0), (301, 0), (3, -1), (3, 2**32)):
         with refused("choose"):
             datasets.split_validation(dataset, num_validation=num_validation, seed=seed)
-
-
-def test_epoch_order_is_a_permutation_that_depends_on_key_and_epoch_alone():
-    order = jax.jit(preprocessing.epoch_order, static_argnums=2)
-    key = jax.random.key(0)
-    first = order(key, 0, 101)
-    assert first.dtype == jnp.int32
-    np.testing.assert_array_equal(jnp.sort(first), np.arange(101))
-    np.testing.assert_array_equal(first, preprocessing.epoch_order(key, jnp.asarray(0), 101))
-    others = [order(key, 1, 101), order(jax.random.key(1), 0, 101)]
-    assert all((first != other).any() for other in others)
-
-
-# Augmentation
-
-augment = jax.jit(preprocessing.augment, static_argnames=("crop_padding", "flip"))
-
-
-def distinct_images(num, height, width):
-    return np.random.default_rng(0).integers(1, 256, (num, height, width, 3), np.uint8)
-
-
-@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (2, False), (2, True)])
-def test_augment_returns_all_shifted_and_mirrored_images_and_no_others(padding, flip):
-    images = distinct_images(1000, 5, 7)
-    result = augment(jax.random.key(1), images, crop_padding=padding, flip=flip)
-    assert result.dtype == jnp.uint8
-    again, other = (
-        augment(jax.random.key(seed), images, crop_padding=padding, flip=flip) for seed in (1, 2)
-    )
-    np.testing.assert_array_equal(result, again)
-    assert (result != other).any() == (padding > 0 or flip)
-    padded = np.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
-    places = np.ndindex(2 * padding + 1, 2 * padding + 1)
-    ways = [padded[:, top : top + 5, left : left + 7] for top, left in places]
-    ways += [way[:, :, ::-1] for way in ways] if flip else []
-    matches = np.array([(way == result).all((1, 2, 3)) for way in ways])
-    assert (matches.sum(0) == 1).all()
-    # Uniform: each count is binomial; six standard deviations.
-    expected = 1000 / len(ways)
-    assert matches.sum(1).min() > 0
-    assert np.abs(matches.sum(1) - expected).max() < 6 * math.sqrt(expected)
-
-
-def test_augment_refuses_what_it_cannot_crop():
-    images = np.zeros((2, 4, 4, 3), np.uint8)
-    for found, padding, word in [
-        (images.astype(np.float32), 1, "float32"),
-        (images[0], 1, "[4, 4, 3]"),
-        (images, -1, "crop_padding=-1"),
-    ]:
-        with refused("got", word):
-            augment(jax.random.key(0), found, crop_padding=padding, flip=True)
-
-
-def test_normalize_is_its_formula_for_as_many_channels_as_it_has_means():
-    images = distinct_images(3, 4, 4)
-    mean, std = datasets.NORMALIZATION["cifar100"]
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        result = jax.jit(lambda images: preprocessing.normalize(images, mean, std))(images)
-    assert result.dtype == jnp.float32
-    np.testing.assert_allclose(result, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
-    with refused("channel_statistics", "3 channels", "got 1 and 1"):
-        preprocessing.normalize(images, (0.5,), (0.5,))
-    for scaled in (images / 255, np.float32(images)):
-        with refused("takes uint8 pixels from 0 to 255", f"got {scaled.dtype}"):
-            preprocessing.normalize(scaled, mean, std)
-
-
-mix = jax.jit(preprocessing.mix, static_argnames=("mixup", "cutmix"))
-
-
-def numbered(batch=64, size=16):
-    """Image n and target n are n everywhere, so that what is mixed says of what it is made."""
-    images = jnp.broadcast_to(
-        jnp.arange(batch, dtype=jnp.float32)[:, None, None, None], (batch, size, size, 3)
-    )
-    return images, jnp.eye(batch)
-
-
-def test_mixup_has_one_share_of_the_image_before_and_the_same_share_of_its_target():
-    images, targets = numbered()
-    x, y = (np.asarray(a) for a in mix(jax.random.key(0), images, targets, mixup=1.0, cutmix=0.0))
-    assert np.ptp(x, axis=(1, 2, 3)).max() < 1e-5  # one share for the whole image
-    np.testing.assert_allclose(y.sum(axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(x[:, 0, 0, 0], y @ np.arange(len(y)), rtol=1e-4, atol=1e-4)
-    rest = np.diag(y)
-    np.testing.assert_allclose(1 - rest, np.diag(np.roll(y, 1, axis=1)), atol=1e-6)
-    assert rest.min() < 0.1 and rest.max() > 0.9 and 0.4 < rest.mean() < 0.6
-
-
-def test_cutmix_has_a_box_of_the_image_before_and_its_area_of_the_target():
-    images, targets = numbered()
-    x, y = (np.asarray(a) for a in mix(jax.random.key(1), images, targets, mixup=0.0, cutmix=1.0))
-    other = x[..., 0] != np.arange(len(y))[:, None, None]
-    for n, box in enumerate(other):
-        rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
-        assert set(np.unique(x[n])) <= {n, (n - 1) % len(y)}
-        assert box.sum() == len(rows) * len(columns)  # a box, without holes
-        for edge in (rows, columns):
-            assert len(edge) == 0 or np.ptp(edge) == len(edge) - 1
-        np.testing.assert_allclose(y[n, n], 1 - box.mean(), atol=1e-6)
-        np.testing.assert_allclose(y[n, n - 1], box.mean(), atol=1e-6)
-    assert other.mean(axis=(1, 2)).min() < 0.1 and other.mean(axis=(1, 2)).max() > 0.5
-
-
-def test_images_are_mixed_in_the_shares_asked_for():
-    images, targets = numbered(batch=4096, size=4)
-    x, _ = mix(jax.random.key(2), images, targets[:, :1], mixup=0.25, cutmix=0.0)
-    changed = np.asarray((x != images).any(axis=(1, 2, 3)))
-    assert 0.22 < changed.mean() < 0.28
-    same = mix(jax.random.key(2), images, targets[:, :1], mixup=0.0, cutmix=0.0)
-    chex.assert_trees_all_equal(same, (images, targets[:, :1]))
