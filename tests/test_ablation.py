@@ -1,14 +1,11 @@
 """benchmarks/ablation.py with a train.py that trains nothing."""
 
 import csv
-import importlib.util
-import pathlib
 
 import pytest
+from networks import ROOT, load_module
 
 from neumeta_jax.errors import UsageError
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Fails where it is told to.
 STUB = """
@@ -29,11 +26,7 @@ grid = {"split": "validation", "num_inr_params": 1234, "rows": rows}
 
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
-    path = ROOT / "benchmarks" / "ablation.py"
-    spec = importlib.util.spec_from_file_location("benchmark_ablation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    stub = tmp_path / "train.py"
+    module, stub = load_module("benchmarks/ablation.py"), tmp_path / "train.py"
     stub.write_text(STUB)
     monkeypatch.setattr(module, "TRAIN", stub)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

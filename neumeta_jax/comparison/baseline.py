@@ -121,14 +121,12 @@ def within_budget(config: Mapping[str, Any], budget: float, num_images: int) -> 
 
 
 class Cost(NamedTuple):
-    """What training took.
+    """What training took, without what generates weights.
 
-    Attributes:
-        images: that are drawn; by networks that are trained one by one: by each.
-        network_passes: images that passed forward and backward through a network, over all sizes.
-        teacher_passes: images that passed forward through the teacher, for soft labels.
-        macs: multiply-adds of both, a backward pass as two forward passes; masked networks count at
-            the full shape that they are computed at. Without what generates weights.
+    `images` are drawn, by networks that are trained one by one each; `network_passes` of them went
+    forward and backward through a network, over all sizes, and `teacher_passes` forward through the
+    teacher. `macs` are the multiply-adds of both, a backward pass as two forward passes and masked
+    networks at the full shape that they are computed at.
     """
 
     images: int

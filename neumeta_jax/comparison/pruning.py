@@ -15,6 +15,7 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_resnet import Params, ResNetHypernetwork
+from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.runs.backbone import measure_moments
 from neumeta_jax.runs.config import Experiment
 
@@ -99,28 +100,27 @@ def ordered_teacher(run: Run, criterion: str) -> Params:
     return elastic.permute(cifar_resnet.linen_groups(run.family.spec), run.teacher, orders)
 
 
+def _network(
+    run: Run, ordered: Params, recalibrated: bool, ratio: float
+) -> tuple[ResNetSpec, Params]:
+    small, variables = sliced(run.family, ordered, ratio)
+    if recalibrated and ratio < 1:  # the full size is the teacher
+        variables = run.recalibrated(small, variables)
+    return small, cifar_resnet.fold_batch_norm(variables)
+
+
 def families(run: Run) -> Iterator[tuple[str, str, Family]]:
     """(folder, variant, family) of each criterion, with and without statistics measured anew."""
     baseline, number = run.baseline, len(run.calibration[0])
+    ratios, calibration = baseline.width_ratios, baseline.calibration_images
     for criterion in dict.fromkeys((baseline.criterion, *baseline.criteria)):
         ordered = ordered_teacher(run, criterion)
-
-        def recalibrated(ratio, ordered=ordered):
-            small, variables = sliced(run.family, ordered, ratio)
-            if ratio < 1:  # the full size is the teacher
-                variables = run.recalibrated(small, variables)
-            return small, cifar_resnet.fold_batch_norm(variables)
-
-        def plain(ratio, ordered=ordered):
-            small, variables = sliced(run.family, ordered, ratio)
-            return small, cifar_resnet.fold_batch_norm(variables)
-
-        ratios, first = baseline.width_ratios, criterion == baseline.criterion
-        measured = baseline.calibration_images
+        network = functools.partial(_network, run, ordered)
+        folder = "" if criterion == baseline.criterion else f"{criterion}_recalibrated"
         stored = run.storage_bytes(ordered, ratios)
-        folder = "" if first else f"{criterion}_recalibrated"
-        found = Family(recalibrated, stored, True, number, measured, ratios)
+        found = Family(functools.partial(network, True), stored, True, number, calibration, ratios)
         yield folder, f"{criterion}, statistics recalibrated", found
-        measured *= criterion in ("taylor", "surgeon")
-        found = Family(plain, run.storage_bytes(ordered), True, 0, measured, ratios)
+        measured = calibration if criterion in ("taylor", "surgeon") else 0
+        stored = run.storage_bytes(ordered)
+        found = Family(functools.partial(network, False), stored, True, 0, measured, ratios)
         yield criterion, criterion, found

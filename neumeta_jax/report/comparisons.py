@@ -18,16 +18,9 @@ ROW_FILE = "row.json"
 class Row:
     """A method at one seed: what `neumeta compare` writes to row.json.
 
-    Attributes:
-        method, variant, source: of the method, for tables.
-        seed, dataset, network, teacher: of the run; the teacher is a file's name or None.
-        budget_images: training images that are drawn.
-        sizes: for each size its "width_ratio", "compression" in percent, "widths", "num_params",
-            "num_macs", training "images", and accuracies on "validation" and "test" in percent.
-        network_passes, teacher_passes, training_macs: see `comparison.baseline.Cost`.
-        calibration_images, storage_bytes, continuous, switch_images: see `comparison.run.Family`.
-        switch_seconds, wall_seconds: of a change of size, and of all.
-        command, commit, device, versions: how it was made.
+    `sizes` have "width_ratio", "compression" in percent, "widths", "num_params", "num_macs",
+    training "images", and accuracies on "validation" and "test" in percent. For what training took
+    see `comparison.baseline.Cost`, for what a family needs `comparison.run.Family`.
     """
 
     method: str

@@ -265,8 +265,7 @@ def plot_search(
         below = [100 * row["accuracy"] for row in rows if 100 * row["accuracy"] < floor]
         if below:
             x = [scale * row[column] for row in rows if 100 * row["accuracy"] >= floor]
-            room = 0.04 * (max(x) - min(x))
-            axis.set_xlim(min(x) - room, max(x) + room)
+            axis.set_xlim(left=min(x) - 0.04 * (max(x) - min(x)))
             _end(axis, floor, best)
             count = f"{len(below)} networks lie below the axis, from {min(below):.1f} %"
             caption = f"{count}. {caption}".strip()
