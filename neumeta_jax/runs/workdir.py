@@ -72,7 +72,7 @@ def check_same_data(workdir: pathlib.Path, fingerprint: str) -> None:
         not made_with or not fingerprint or made_with == fingerprint,
         f"The data must be those that the run in {workdir} was made with, of fingerprint "
         f"{made_with}, but those here have {fingerprint}; use the former, or evaluate others with "
-        "eval.py --out=FOLDER.",
+        "neumeta eval --out=FOLDER.",
     )
 
 
