@@ -61,9 +61,9 @@ class Run:
         return (self.workdir / "lock").exists()
 
     def _partial_checkpoints(self) -> set[tuple[str, int]]:
-        """Names and inodes of what a save has begun to write and not yet renamed."""
+        """Names and inodes of what orbax has begun to write and not yet renamed."""
         found = set()
-        for path in (self.workdir / "checkpoints").glob("*/*.partial"):
+        for path in (self.workdir / "checkpoints").glob("*/*tmp*"):
             with contextlib.suppress(FileNotFoundError):
                 found.add((str(path), path.stat().st_ino))
         return found

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import resource
+import shutil
 import tempfile
 import zipfile
 
@@ -26,7 +27,7 @@ from neumeta_jax.files.trees import load_tree, save_tree
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.networks.saved import INR_FILE, load_inr, save_inr
-from neumeta_jax.runs import logs
+from neumeta_jax.runs import checkpoint, logs
 from neumeta_jax.runs.checkpoint import Checkpoints
 
 RAMP = np.arange(24, dtype="float32").reshape(2, 3, 4)
@@ -183,20 +184,26 @@ def flip(path):
     path.write_bytes(flipped(content, len(content) // 2, bits=0x10))
 
 
-def damage(saved, harm=halve, step=3):
-    harm(saved.path(step))
+def damage(saved, harm=halve, pattern="**/*", most=None, step=3):
+    """Harms the `most` largest files, or all, or whole folders of a checkpoint."""
+    found = (saved.directory / str(step)).glob(pattern)
+    found = [path for path in found if path.is_dir() == (harm is shutil.rmtree)]
+    assert found
+    for path in sorted(found, key=lambda path: -path.stat().st_size)[:most]:
+        harm(path)
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def of_another_state(path):
-    tree, _ = load_tree(path)
-    save_tree(path, tree, {"leaves": []})
-
-
-DAMAGE = [halve, flip, empty, of_another_state]
+ARRAYS = "**/d/*"
+DAMAGE = [
+    (halve,),
+    (pathlib.Path.unlink,),
+    (shutil.rmtree, "state"),
+    (shutil.rmtree, "meta"),
+    (halve, "**/*", 1),
+    (halve, ARRAYS, 1),
+    (pathlib.Path.unlink, ARRAYS),
+    (flip, ARRAYS),
+]
 
 
 def test_the_newest_checkpoint_is_restored_and_runs_in_the_programs_of_a_fresh_one(saved):
@@ -221,21 +228,22 @@ def test_only_the_newest_are_kept_and_complete_when_the_call_returns(saved, tmp_
 
 @pytest.mark.parametrize("harm", DAMAGE)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_it(saved, harm, caplog):
-    damage(saved, harm)
+    damage(saved, *harm)
     with caplog.at_level(logging.WARNING, "neumeta_jax"):
         assert_restores(saved, 1)
     (record,) = [r for r in caplog.records if r.name.startswith("neumeta_jax")]
     assert record.levelno == logging.WARNING
     message = record.getMessage()
-    assert f"{saved.path(3)} is damaged" in message and "\n" not in message
+    assert f"{saved.directory / '3'} is damaged" in message and "\n" not in message
     assert saved.steps() == [1]
-    assert (saved.directory / "3.damaged").is_file()  # it stays for whoever wants to look
+    assert (saved.directory / "3.damaged").is_dir()  # it stays for whoever wants to look
     saved.save(2, state_of(2))
     assert_restores(saved, 2)
 
 
-def test_a_damaged_checkpoint_can_be_saved_again(saved):
-    damage(saved)
+@pytest.mark.parametrize("harm", DAMAGE[:3])
+def test_a_damaged_checkpoint_can_be_saved_again(saved, harm):
+    damage(saved, *harm)
     saved.save(3, state_of(30))
     step, state = saved.restore(TEMPLATE)
     assert step == 3
@@ -250,7 +258,7 @@ def test_a_damaged_checkpoint_is_never_dropped(saved):
         for step in (2, 3):
             saved.save(step, state_of(step))
         if number == 0:
-            saved.path(2).unlink()
+            shutil.rmtree(saved.directory / "2")
             saved.save(1, state_of(1))
     saved.save(4, state_of(4))
     assert saved.steps() == [3, 4]
@@ -267,17 +275,19 @@ def test_checkpoints_of_which_none_is_intact_are_refused_and_stay_where_they_are
     assert saved.steps() == [1, 3]
 
 
-def test_any_bit_of_a_checkpoint_that_differs_is_noticed(saved):
-    content = saved.path(3).read_bytes()
-    for position in range(0, len(content), len(content) // 40):
-        saved.path(3).write_bytes(flipped(content, position, bits=0x10))
-        assert_restores(saved, 1)
-
-
-def test_checkpoints_of_an_earlier_version_are_not_taken_for_none(tmp_path):
-    (tmp_path / "500" / "state").mkdir(parents=True)
-    with refused("that an earlier one wrote with orbax; finish the run", tmp_path):
-        Checkpoints(tmp_path).restore(TEMPLATE)
+@pytest.mark.parametrize("harm", [flip, halve, pathlib.Path.unlink])
+def test_any_harmed_file_of_a_checkpoint_is_noticed_or_does_not_matter(saved, tmp_path, harm):
+    """One file at a time; what comes back is one of the two states, bit for bit."""
+    intact = shutil.copytree(saved.directory, tmp_path / "intact")
+    fallen_back = 0
+    for file in [path for path in (saved.directory / "3").rglob("*") if path.is_file()]:
+        harm(file)
+        step, state = saved.restore(TEMPLATE)
+        assert_equal(state, state_of(step))
+        fallen_back += step == 1
+        shutil.rmtree(saved.directory)
+        shutil.copytree(intact, saved.directory)
+    assert fallen_back >= 1
 
 
 @pytest.mark.parametrize(
@@ -295,7 +305,8 @@ def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
     images = path.with_name("images.npz")
     images.write_bytes(b"")
     readers = {
-        (safetensors, "safe_open"): lambda: (load_tree(path), saved.restore(TEMPLATE)),
+        (checkpoint, "_digest"): lambda: saved.restore(TEMPLATE),
+        (safetensors, "safe_open"): lambda: load_tree(path),
         (pathlib.Path, "read_bytes"): lambda: torch_files.read_tensors(path),
         (zipfile, "ZipFile"): lambda: datasets.load_dataset("mine", data_dir=images),
     }
@@ -309,9 +320,10 @@ def test_what_the_machine_refuses_is_not_blamed_on_a_checkpoint_or_a_file(
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved):
+    folder = next((saved.directory / "3").glob("**/d"))
     with (
-        forbidden(saved.path(3)),
-        refused("could not be read", saved.path(3), error=storage.StorageError),
+        forbidden(folder),
+        refused("could not be read", saved.directory, error=storage.StorageError),
     ):
         saved.restore(TEMPLATE)
     assert_restores(saved, 3)
@@ -334,8 +346,10 @@ def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path
 
 
 def test_what_a_killed_save_leaves_behind_is_no_checkpoint(saved):
-    partial = saved.path(5).with_name("5.safetensors.partial")
-    partial.write_bytes(saved.path(3).read_bytes()[:100])
+    """Orbax writes under a temporary name first."""
+    partial = saved.directory / "5.orbax-checkpoint-tmp"
+    shutil.copytree(saved.directory / "3", partial)
+    damage(saved, step=partial.name)
     assert saved.steps() == [1, 3]
     assert_restores(saved, 3)
     saved.save(5, state_of(5))
@@ -374,14 +388,14 @@ def forbidden(folder, mode=0):
 @pytest.mark.parametrize("fault", ["File too large", "Permission denied"])
 def test_a_save_on_a_full_or_read_only_disk_says_so_and_keeps_the_last_checkpoint(saved, fault):
     disk = no_file_beyond(200) if "large" in fault else forbidden(saved.directory, 0o555)
-    words = saved.path(5), "the checkpoint of step 3 is kept"
+    words = saved.directory / "5", "the checkpoint of step 3 is kept"
     with disk, refused(fault, *words, error=storage.StorageError):
         saved.save(5, state_of(5))
     assert saved.steps() == [1, 3]
     assert_restores(saved, 3)
     saved.save(5, state_of(5))  # once there is room
     assert_restores(saved, 5)
-    assert not list(saved.directory.glob("*.partial"))
+    assert not list(saved.directory.glob("*tmp*"))
 
 
 @pytest.mark.parametrize("size", [0, 100])

@@ -498,9 +498,11 @@ def test_a_second_request_to_stop_stops_at_once(tmp_path):
 
 def test_a_truncated_checkpoint_resumes_from_the_one_before_it(finished, copied, caplog):
     (copied / INR_FILE).unlink()
-    saved = checkpoint.Checkpoints(copied / "checkpoints" / "inr")
-    damaged = saved.path(saved.steps()[-1])
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    newest = checkpoint.Checkpoints(copied / "checkpoints" / "inr").steps()[-1]
+    damaged = copied / "checkpoints" / "inr" / str(newest)
+    for path in damaged.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     out = train(copied)
     assert "continuing from step 24 of 26" in out
     assert any(f"{damaged} is damaged" in record.getMessage() for record in caplog.records)
@@ -526,7 +528,7 @@ def test_a_disk_that_is_full_at_a_save_is_one_line_and_costs_no_step(
         patch.setattr(checkpoint.Checkpoints, "save", save_on_full_disk)
         message = refusal("train", CONFIG, f"--workdir={workdir}")
     folder = workdir / "checkpoints" / "teacher"
-    assert f"{folder / '9.safetensors'} could not be written (" in message
+    assert f"{folder / '9'} could not be written (" in message
     assert "the checkpoint of step 6 is kept" in message
     assert "teacher: continuing from step 6 of 20" in train(workdir)
     assert_same_result(workdir, reference)
@@ -1047,3 +1049,8 @@ def test_a_run_that_continues_does_not_initialise_again(monkeypatch, tmp_path):
     monkeypatch.setattr("neumeta_jax.runs.backbone.measure_moments", refuse)
     params = train_inr(Workdir(tmp_path, logs.Metrics(None)), experiment, splits, backbone)
     assert params is found[0].params
+
+
+def test_importing_the_library_leaves_orbax_for_the_first_checkpoint():
+    program = "import sys, neumeta_jax.commands.train; assert 'orbax.checkpoint' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -24,8 +24,8 @@ def configure_jax() -> None:
 
 
 def quiet_logging() -> None:
-    """This package's messages on standard error; absl and JAX only from errors on."""
+    """This package's messages on standard error; orbax and absl only from errors on."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     logging.getLogger("neumeta_jax").setLevel(logging.INFO)
-    for name in ("absl", "jax"):
+    for name in ("absl", "orbax", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)

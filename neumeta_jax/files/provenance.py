@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("neumeta-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("neumeta-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:

@@ -76,7 +76,7 @@ def system_error(error: Exception) -> int | None:
     if number := getattr(error, "errno", None):
         return number
     found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
-    return int(found[1] or found[2]) if found else None  # of safetensors
+    return int(found[1] or found[2]) if found else None  # of tensorstore, of safetensors
 
 
 def check_is_damage(path: str | os.PathLike, error: Exception) -> None:
