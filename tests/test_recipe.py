@@ -665,13 +665,31 @@ def test_a_work_directory_belongs_to_a_config_once_something_is_saved(tmp_path, 
         pass
 
 
-def test_a_dry_run_describes_the_run_and_writes_nothing(tmp_path):
+OWN = "--config=configs/own.py"
+RESNET = f"{OWN} --config.network.factory= --config.network.depth=14"
+DEPTH = "--config.train.shallow_epochs=1 --config.train.depth_epochs=1 --config.inr.depth_term=True"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (CONFIG, ['"depth": 14', "ResNet14", "26 in 4 phases", "block 2 of 2"]),
+        (f"{OWN}:vit", ["network    ViT", "in 1 phases", "all blocks"]),
+        (RESNET, ["ResNet14", "elastic groups of channels: 9 of", "in 1 phases"]),
+        (
+            f"{RESNET} --config.generated=all --config.train.skip_blocks=0.5 {DEPTH}",
+            ["in 3 phases", "shallow", "depth "],
+        ),
+    ],
+    ids=["blockwise", "factory", "full", "depth"],
+)
+def test_a_dry_run_describes_any_run_and_writes_nothing(tmp_path, flags, words):
     workdir = tmp_path / "run"
-    status, out, err = call("train", CONFIG, f"--workdir={workdir}", "--dry_run")
+    status, out, err = call("train", *flags.split(), f"--workdir={workdir}", "--dry_run")
     assert (status, err) == (0, "")
     assert not workdir.exists()
-    for text in ('"depth": 14', "ResNet14", "26 in 4 phases", "block 2 of 2", "about"):
-        assert text in out
+    for text in (*words, "minutes for the INR on this device"):
+        assert text in out, text
 
 
 # --- eval.py ---------------------------------------------------------------------------------
