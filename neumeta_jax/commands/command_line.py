@@ -108,7 +108,8 @@ def _help(text: str, table: Flags) -> str:
     values = flags.FlagValues()
     define(values, table)
     others = "Flags, besides --config=RECIPE[:PRESET] and --config.FIELD=VALUE:"
-    return f"{text.strip()}\n\n{others}\n{values.get_help()}"
+    _, _, listed = values.module_help(__name__).partition(":\n")  # without the module's name
+    return f"{text.strip()}\n\n{others}\n{listed}"
 
 
 def _missing_device() -> str:
