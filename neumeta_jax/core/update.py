@@ -121,7 +121,7 @@ def _rate_tree(params, hypernetwork, rates, active):
         return chosen and path not in hypernetwork.groups.frozen
 
     def at_rate(mask, rate):
-        return jax.tree.map(lambda m: np.float32(rate) * np.asarray(m, np.float32), mask)
+        return jax.tree.map(lambda m: np.float32(rate) * np.float32(m), mask)
 
     learned = hyper.nested({path: learns(path) for path in hyper.flat(params["learned"])})
     mask = inr.update_mask(params["inr"], stacks, active)

@@ -59,8 +59,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains the INR so that one set of parameters serves every width.
 
-    A step takes the full network, the smallest and random ones on the same batch; all learn the
-    labels and, softly, the logits of the network that `params` start at.
+    All networks of a step learn the labels and, softly, the logits of the one of `params`.
 
     Args:
         hypernetwork: the family.
@@ -69,12 +68,11 @@ def fit(
         x: inputs, float[n, ...] or int[n, ...], as `apply` takes them.
         labels: int[n], float[n, classes], or whatever `objective` takes.
         recipe: of the training; `dataclasses.replace(fitting.RECIPE, epochs=...)` changes it.
-        key: PRNG key, default 0.
         family: of `apply`; with it the smallest network runs at its own shapes, which saves time.
         augment: `augment(key, x)` of a batch.
         objective: `objective(logits, labels, soft)` to (loss, terms to report) of one network, in
             place of cross-entropy and distillation; `soft` are the logits of the full network.
-        after: called with (step, metrics) after each epoch.
+        key, after: PRNG key, default 0; called with (step, metrics) after each epoch.
 
     Returns:
         The trained parameters, of the structure of `params`.
@@ -103,14 +101,12 @@ def fit(
     full = np.array(hypernetwork.full_widths, np.int32)
     teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
     phases = recipe.phases(hypernetwork, num_images=len(x))
-    unroll = jax.default_backend() != "tpu"
+    options = {"unroll": jax.default_backend() != "tpu", "objective": objective}
     programs: dict[Any, Steps] = {}
     for number, phase in enumerate(phases):
         program = phase.program
         if program not in programs:
-            update = inr_update(
-                hypernetwork, recipe, program, prepare, forward, unroll=unroll, objective=objective
-            )
+            update = inr_update(hypernetwork, recipe, program, prepare, forward, **options)
             programs[program] = Steps(update, phase.images_per_step)
         per_epoch = len(x) // phase.images_per_step
 

@@ -90,15 +90,15 @@ class INR(abc.ABC):
         return copied
 
     def update_mask(
-        self, inr_params: Params, stacks: Sequence[TensorStack], active: jax.Array
+        self, inr_params: Params, stacks: Sequence[TensorStack], active: np.ndarray
     ) -> Params:
         """A tree that broadcasts against `inr_params`: 1 where only `active` groups learn, else 0.
 
-        `active` is bool[names] and may be traced.
+        `active` is bool[names]; of `inr_params` only the shapes count.
         """
         mask = {}
         for stack in stacks:
-            flags = jnp.asarray(active)[jnp.array(stack.owners)].astype(jnp.float32)
+            flags = np.asarray(active)[list(stack.owners)].astype(np.float32)
             mask[stack.name] = jax.tree.map(
                 lambda p, f=flags: f.reshape((-1,) + (1,) * (p.ndim - 1)), inr_params[stack.name]
             )
@@ -107,7 +107,7 @@ class INR(abc.ABC):
     def depth_mask(self, inr_params: Params, stacks: Sequence[TensorStack]) -> Params:
         """A tree that broadcasts against `inr_params`: 1 for the `depth_term`, else 0."""
         del stacks
-        return jax.tree.map(lambda _: jnp.float32(0), inr_params)
+        return jax.tree.map(lambda _: np.float32(0), inr_params)
 
 
 def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:

@@ -191,15 +191,15 @@ class Projection(INR):
         mask = super().update_mask(inr_params, stacks, active)
         for leaves in mask.values():
             if "moments" in leaves:  # measured, not learned
-                leaves["moments"] = jnp.zeros_like(leaves["moments"])
+                leaves["moments"] = np.zeros_like(leaves["moments"])
         return mask
 
     def depth_mask(self, inr_params, stacks):
         mask = super().depth_mask(inr_params, stacks)
         if self.depth_term:
-            last = jnp.arange(self.num_terms + 1) == self.num_terms
+            last = np.arange(self.num_terms + 1) == self.num_terms
             for stack in stacks:
-                mask[stack.name]["values"] = last.astype(jnp.float32)[:, None, None, None]
+                mask[stack.name]["values"] = last.astype(np.float32)[:, None, None, None]
         return mask
 
 
