@@ -329,6 +329,14 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved)
     assert_restores(saved, 3)
 
 
+def test_a_tree_that_may_not_be_read_is_not_taken_for_a_damaged_one(saved):
+    path = saved.directory / "tree.safetensors"
+    save_tree(path, TREE, METADATA)
+    with forbidden(path), refused("could not be read", path, error=storage.StorageError):
+        load_tree(path)
+    assert_holds(path)
+
+
 @pytest.mark.parametrize("setting", STRICT)
 def test_strict_settings_of_jax_change_nothing_in_what_is_loaded(saved, tmp_path, setting):
     spec = resnet_spec(14, num_classes=3, stage_widths=(2, 2, 3), image_size=8)
