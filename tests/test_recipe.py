@@ -30,7 +30,7 @@ import numpy as np
 import pytest
 
 from neumeta_jax import elastic
-from neumeta_jax.commands import setup
+from neumeta_jax.commands import evaluations, setup
 from neumeta_jax.core import hypernetwork as hyper, update
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.saved import INR_FILE, load_inr, save_compact
-from neumeta_jax.runs import backbone, checkpoint, evaluations, inr, logs, loop, plan
+from neumeta_jax.runs import backbone, checkpoint, inr, logs, loop, plan
 from neumeta_jax.runs.backbone import BACKBONE_FILE
 from neumeta_jax.runs.config import from_config, load_data
 from neumeta_jax.runs.inr import train_inr

@@ -12,14 +12,13 @@ neumeta eval --teacher=FILE --config=resnet56 --config.data.dir=DIR
 
 import pathlib
 
-from neumeta_jax.commands import command_line, setup
+from neumeta_jax.commands import command_line, evaluations, setup
 from neumeta_jax.data import sources
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation import choices
 from neumeta_jax.evaluation.evaluator import evaluation_split
 from neumeta_jax.evaluation.morphs import load_morph
 from neumeta_jax.networks import cifar_import
-from neumeta_jax.runs import evaluations
 from neumeta_jax.runs.backbone import fold_and_order
 from neumeta_jax.runs.config import for_teacher, load_data
 from neumeta_jax.runs.workdir import open_run

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from neumeta_jax.commands import command_line
+from neumeta_jax.commands import command_line, evaluations
 from neumeta_jax.errors import check
 from neumeta_jax.evaluation.choices import parse_width_ratios
 from neumeta_jax.evaluation.morphs import load_morph
@@ -31,7 +31,6 @@ from neumeta_jax.networks.cifar_resnet import Params
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.families import Family, Size
 from neumeta_jax.report import page
-from neumeta_jax.runs import evaluations
 from neumeta_jax.runs.workdir import open_run
 from neumeta_jax.search import latency
 from neumeta_jax.search.latency import Network

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from neumeta_jax.commands import command_line, setup
+from neumeta_jax.commands import command_line, evaluations, setup
 from neumeta_jax.errors import Interrupted, check
 from neumeta_jax.evaluation.morphs import morph_to_dict, note_range
 from neumeta_jax.files import storage
@@ -33,7 +33,7 @@ from neumeta_jax.files.provenance import file_digest, versions
 from neumeta_jax.files.storage import locked
 from neumeta_jax.networks.saved import INR_FILE
 from neumeta_jax.report import plotting
-from neumeta_jax.runs import diagnosis, evaluations
+from neumeta_jax.runs import diagnosis
 from neumeta_jax.runs.config import Experiment
 from neumeta_jax.runs.inr import find_idle
 from neumeta_jax.runs.workdir import open_run

@@ -13,14 +13,13 @@ Several hosts train together with `--distributed` or `--coordinator_address`, se
 import json
 import time
 
-from neumeta_jax.commands import command_line, setup
+from neumeta_jax.commands import command_line, evaluations, setup
 from neumeta_jax.errors import check
 from neumeta_jax.files import provenance
 from neumeta_jax.runs import (
     backbone as backbones,
     config as configs,
     diagnosis,
-    evaluations,
     hosts,
     inr,
     logs,

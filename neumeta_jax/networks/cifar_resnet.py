@@ -57,13 +57,8 @@ class ResNet(nn.Module):
     spec: ResNetSpec
 
     @nn.compact
-    def __call__(self, images, *, train: bool = False, hidden_masks: Mapping | None = None):
-        """Logits float[batch, classes] of normalised images float[batch, size, size, channels].
-
-        `hidden_masks` holds, by block name, factors [hidden_width] on the block's hidden channels:
-        with ones and zeros the network computes what one without the masked channels does.
-        """
-        masks = hidden_masks or {}
+    def __call__(self, images, *, train: bool = False):
+        """Logits float[batch, classes] of normalised images float[batch, size, size, channels]."""
 
         def conv(x, width, name, *, stride=1, size=3):
             return nn.Conv(
@@ -88,7 +83,7 @@ class ResNet(nn.Module):
         x = nn.relu(norm(conv(images, self.spec.stage_widths[0], "stem"), "stem_bn"))
         for block in self.spec.blocks:
             if block.hidden_width:
-                x = _BatchNormBlock(block, name=block.name)(x, conv, norm, masks.get(block.name))
+                x = _BatchNormBlock(block, name=block.name)(x, conv, norm)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.spec.num_classes, name="head")(x)
 
@@ -97,11 +92,9 @@ class _BatchNormBlock(nn.Module):
     block: Block
 
     @nn.compact
-    def __call__(self, x, conv, norm, mask=None):
+    def __call__(self, x, conv, norm):
         block = self.block
         y = nn.relu(norm(conv(x, block.hidden_width, "conv1", stride=block.stride), "bn1"))
-        if mask is not None:
-            y = y * mask.astype(y.dtype)
         y = norm(conv(y, block.out_width, "conv2"), "bn2")
         if block.projection:
             x = conv(x, block.out_width, "shortcut", stride=block.stride, size=1)
