@@ -44,6 +44,7 @@ SHORT = {
     "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
     "--config=configs/resnet56.py": "--config=configs/resnet56.py --config.data.num_validation=50",
     "--config=baselines:slimmable": "--config=baselines:slimmable --config.data.num_validation=50",
+    "--profile=100:110": "--profile=2:4",
     "--budget=0.5": "--budget=0.001",
     "--num_candidates=100": "--num_candidates=12 --population=4 --num_images=40",
     "--num_candidates=50": "--num_candidates=12 --population=4 --num_images=40",

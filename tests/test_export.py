@@ -369,7 +369,7 @@ def nothing_runs(monkeypatch):
     "change, shown",
     [
         ({"workdir": None}, "An export needs --workdir"),
-        ({"workdir": "nowhere"}, "nowhere must be a work directory of train.py"),
+        ({"workdir": "nowhere"}, "nowhere must be the work directory of a training run"),
         ({"format": None}, "An export needs --format"),
         ({"format": "coreml"}, "<safetensors|torch|onnx|stablehlo|litert>"),
         ({"out": None}, "An export needs --out"),

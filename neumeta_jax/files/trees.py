@@ -55,7 +55,7 @@ def load_tree(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; train.py writes it when it is done.")
+        raise FileNotFoundError(f"There is no file {path}; training writes it when it is done.")
     try:
         path.open("rb").close()  # safetensors calls missing what may not be read
         with safetensors.safe_open(path, framework="numpy") as file:

@@ -34,7 +34,7 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{workdir} must be a work directory of train.py, but it has no config.json."
+            f"{workdir} must be the work directory of a training run, but it has no config.json."
         )
     try:
         config = json.loads(path.read_text())
