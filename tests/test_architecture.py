@@ -141,3 +141,10 @@ WITHOUT_CHANNELS = {name: value for name, value in FIELDS.items() if name != "ch
 def test_what_no_network_can_be_is_refused(impossible, words):
     with refused(words):
         impossible()
+
+
+def test_a_network_is_called_by_the_layers_that_are_there():
+    spec = resnet_spec(20, num_classes=10)
+    assert spec.title == "ResNet20"
+    blocks = generated_blocks(spec)
+    assert morph(spec, blocks, [0] * len(blocks)).title == f"ResNet{20 - 2 * len(blocks)}"

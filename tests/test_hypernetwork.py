@@ -735,6 +735,14 @@ def test_widths_that_do_not_fit_are_refused(widths, words, dense):
         hyper.generate(family, params, widths, sizes=sizes)
 
 
+@pytest.mark.parametrize("widths", [(4, 5, 6), (4, -1, 6), (4, 4, 0)])
+def test_traced_widths_that_do_not_fit_give_nan(widths):
+    family, params = case(INRS["cell grid"])
+    for leaf in jax.tree.leaves(generate(family, params, widths)):
+        assert np.isnan(leaf).all()
+    assert not np.isnan(generate(family, params, (4, 4, 6))["head"]["kernel"]).any()
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

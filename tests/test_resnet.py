@@ -220,6 +220,13 @@ def test_resampling_averages_over_cells():
     assert resample._cache_size() == 1
 
 
+def test_images_of_numpys_float64_are_taken_as_float32():
+    spec = small_spec()
+    params, images = random_params(spec), random_images(spec)
+    logits = cifar_resnet.apply(spec, params, np.asarray(images, np.float64))
+    assert_close(logits, apply(spec, params, images), 1e-5)
+
+
 def test_bfloat16_images_give_float32_logits_close_to_those_of_float32_images():
     spec = small_spec()
     params, images = random_params(spec), random_images(spec)

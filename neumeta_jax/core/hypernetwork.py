@@ -455,7 +455,8 @@ def generate(
 
     A pure function, for use under `jit`, `vmap` and `grad`. The tree has the full shape whatever
     the widths, with the channels beyond them set to zero, so that one compilation serves every
-    network; `resize.slice_params` cuts out the dense one.
+    network; `resize.slice_params` cuts out the dense one. Where widths are traced, those out of
+    range cannot be refused: they make all weights NaN.
 
     Args:
         hypernetwork: the family.
@@ -499,9 +500,17 @@ def generate(
     )
     tensors = skip_init(hypernetwork, tensors, params["alpha"])
     tree = assemble(hypernetwork, learned_at(hypernetwork, params, widths, sizes) | tensors)
+    if isinstance(widths, jax.core.Tracer):
+        most = hypernetwork.full_widths if sizes is None else sizes
+        within = (widths >= np.array(hypernetwork.lowest)) & (widths <= np.array(most))
+        tree = jax.tree.map(lambda x: _nan_unless(jnp.all(within), x), tree)
     if dtype is not None:
         tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     return tree
+
+
+def _nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.where(condition, x, jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def assemble(hypernetwork: Hypernetwork, leaves: Mapping[str, Any]) -> Any:

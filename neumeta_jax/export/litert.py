@@ -205,7 +205,7 @@ def to_litert(network: Network, *, normalize: bool = False) -> bytes:
     images = graph.normalize(images, network) if normalize else images
     for operation, name, (x, *arguments) in operations(spec):
         getattr(graph, operation)(name, images if x == INPUT_NAME else x, *arguments)
-    return graph.to_bytes(f"resnet{spec.depth}", network.texts)
+    return graph.to_bytes(spec.title.lower(), network.texts)
 
 
 def _quantized(content: bytes, images: np.ndarray) -> bytes:

@@ -110,7 +110,7 @@ def apply(spec: ResNetSpec, params: Mapping, images: jax.Array) -> jax.Array:
     `params` is a folded tree, kernels HWIO; images are normalised, float[batch, size, size,
     channels]. The computation runs in their type; logits are float32[batch, classes].
     """
-    x = _relu(_affine(images, params["stem"]))
+    x = _relu(_affine(jnp.asarray(images), params["stem"]))
     for block in spec.blocks:
         if block.hidden_width:  # else max(0, x) of a stream that is already non-negative
             x = _apply_block(block, params[block.name], x)

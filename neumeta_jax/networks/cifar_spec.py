@@ -122,7 +122,7 @@ class ResNetSpec:
 
     @property
     def title(self) -> str:
-        return f"ResNet{self.depth}"
+        return f"ResNet{self.num_layers}"
 
     @property
     def num_layers(self) -> int:
