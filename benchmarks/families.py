@@ -12,6 +12,7 @@ validation images.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rates", default="3e-3,1e-3", help="Of the tuning.")
     parser.add_argument("--data_dir", help="Folder or .npz of the data set, if not the digits.")
+    parser.add_argument("--workdir", type=pathlib.Path, help="Where runs live and are resumed.")
     parser.add_argument("--smoke", action="store_true", help="Seconds of everything.")
     options = parser.parse_args()
     given = ["--config.train.epochs=1", "--config.teacher.epochs=1"] if options.smoke else []
@@ -151,11 +153,12 @@ def main() -> None:
     path = options.out / f"{options.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     runs, rows = before.get("runs", {}), before.get("rows", [])
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        workdir = options.workdir or stack.enter_context(tempfile.TemporaryDirectory())
         for name in options.families.split(","):
             start = time.perf_counter()
             kept = [row for row in rows if row["family"] != name]
-            for found in measure(name, pathlib.Path(folder) / name, rates, given):
+            for found in measure(name, pathlib.Path(workdir) / name, rates, given):
                 rows = [*kept, *found]
                 runs[name] = {
                     "command": " ".join(["python", *sys.argv]),

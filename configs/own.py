@@ -48,7 +48,7 @@ TEACHERS = {  # epochs, rate, weight decay
     "vgg_cifar100": (6, 3e-3, 0.05),
     "vit_cifar100": (8, 1e-3, 0.05),
 }
-CIFAR100_EPOCHS = {"vgg_cifar100": 3.0, "vit_cifar100": 1.5}  # of the INR
+CIFAR100_EPOCHS = {"vgg_cifar100": 1.5, "vit_cifar100": 1.5}  # of the INR
 PRESETS = ("", *FIELDS)
 
 
