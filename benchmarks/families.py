@@ -2,7 +2,7 @@
 
     python benchmarks/families.py --out=results/families [--families=vgg,vit]
     python benchmarks/families.py --out=results/families --name=cifar100 --data_dir=FOLDER_OR_NPZ \\
-        --families=vgg_cifar100,vit_cifar100 --rates=1e-3
+        --families=vgg_cifar100 --ratios=0.75,0.5,0.25 --rates=1e-3
 
 For each preset of `configs/own.py`: what train.py makes of it, and for every width the first
 channels of the same teacher, in the same order of importance, tuned alone on as many images as the
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,11 +35,12 @@ RATIOS = (1.0, 0.75, 0.5, 0.25)
 
 
 def tuned(
-    experiment: lab.Experiment, teacher: Any, splits: Any, sizes: list[dict[str, int]], rate: float
+    experiment: lab.Experiment, teacher: Any, splits: Any, sizes: Sequence[Any], rate: float
 ) -> list[Any]:
     """The teacher cut to each of `sizes` and tuned on as many images as the INR's recipe takes.
 
-    Each is tuned alone; what they share are the images, and the soft labels of the teacher.
+    Sizes are {group: width}. Each is tuned alone; what they share are the images and the teacher's
+    soft labels.
     """
     family, recipe = experiment.hypernetwork.network.family, experiment.recipe
     params = [core.slice_params(family.groups, teacher, widths) for widths in sizes]
@@ -95,9 +96,9 @@ def accuracy(experiment: lab.Experiment, params: Any, widths: dict[str, int], sp
 
 
 def measure(
-    name: str, folder: pathlib.Path, rates: list[float], options: list[str]
+    name: str, folder: pathlib.Path, ratios: list[float], rates: list[float], options: list[str]
 ) -> Iterator[list[dict[str, Any]]]:
-    """A row for each width of one family: first what the INR makes, then with the tuning."""
+    """A row for each width of one family, then again with those of `ratios` cut and tuned."""
     start = time.perf_counter()
     command = [sys.executable, "train.py", f"--config=configs/own.py:{name}", *options]
     subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
@@ -110,6 +111,7 @@ def measure(
     hypernetwork, rows = experiment.hypernetwork, []
     chosen = [[int(width) for width in hypernetwork.widths(ratio)] for ratio in RATIOS]
     sizes = [hypernetwork.by_name(widths) for widths in chosen]
+    full = accuracy(experiment, teacher, sizes[0], test)
     for ratio, numbers, widths in zip(RATIOS, chosen, sizes, strict=True):
         tree = hyper.generate(hypernetwork, opened.params, np.array(numbers))
         ours = core.slice_params(hypernetwork.groups, tree, widths)
@@ -120,7 +122,7 @@ def measure(
                 "width_ratio": ratio,
                 "num_params": hypernetwork.num_params(numbers),
                 "num_macs": hypernetwork.num_macs(numbers),
-                "teacher": accuracy(experiment, teacher, sizes[0], test),
+                "teacher": full,
                 "sliced": accuracy(experiment, sliced, widths, test),
                 "sliced_and_tuned": None,
                 "one_inr": accuracy(experiment, ours, widths, test),
@@ -128,8 +130,10 @@ def measure(
             }
         )
     yield rows
+    pairs = zip(rows, sizes, strict=True)
+    rows_of, sizes = zip(*(pair for pair in pairs if pair[0]["width_ratio"] in ratios), strict=True)
     found = [tuned(experiment, teacher, splits, sizes, rate) for rate in rates]
-    for row, widths, *others in zip(rows, sizes, *found, strict=True):
+    for row, widths, *others in zip(rows_of, sizes, *found, strict=True):
         best = max(others, key=lambda params: accuracy(experiment, params, widths, validation))
         row["sliced_and_tuned"] = accuracy(experiment, best, widths, test)
         print({k: round(v, 4) if type(v) is float else v for k, v in row.items()}, flush=True)
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--name", default="families", help="Of the files that are written.")
     parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--ratios", default=",".join(map(str, RATIOS)), help="Widths to tune.")
     parser.add_argument("--rates", default="3e-3,1e-3", help="Of the tuning.")
     parser.add_argument("--data_dir", help="Folder or .npz of the data set, if not the digits.")
     parser.add_argument("--workdir", type=pathlib.Path, help="Where runs live and are resumed.")
@@ -148,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     given = ["--config.train.epochs=1", "--config.teacher.epochs=1"] if options.smoke else []
     given += [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
-    rates = [float(rate) for rate in options.rates.split(",")]
+    ratios, rates = ([float(n) for n in x.split(",")] for x in (options.ratios, options.rates))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -158,7 +163,7 @@ def main() -> None:
         for name in options.families.split(","):
             start = time.perf_counter()
             kept = [row for row in rows if row["family"] != name]
-            for found in measure(name, pathlib.Path(workdir) / name, rates, given):
+            for found in measure(name, pathlib.Path(workdir) / name, ratios, rates, given):
                 rows = [*kept, *found]
                 runs[name] = {
                     "command": " ".join(["python", *sys.argv]),

@@ -6,7 +6,7 @@
 
 Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
 `neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included;
-`:vgg_cifar100` and `:vit_cifar100` are larger ones on CIFAR-100, half an hour to an hour each.
+`:vgg_cifar100` and `:vit_cifar100` are larger ones on CIFAR-100, with `--config.data.dir`.
 In the second command `network.factory` names a function or class "module:name" that makes a
 flax.linen module: images to logits, with `train` as an argument if batch norm or dropout need it.
 Without a preset and a factory it is an MLP.
@@ -48,7 +48,7 @@ TEACHERS = {  # epochs, rate, weight decay
     "vgg_cifar100": (6, 3e-3, 0.05),
     "vit_cifar100": (8, 1e-3, 0.05),
 }
-CIFAR100_EPOCHS = {"vgg_cifar100": 1.5, "vit_cifar100": 1.5}  # of the INR
+CIFAR100_EPOCHS = {"vgg_cifar100": 1.5, "vit_cifar100": 3.0}  # of the INR
 PRESETS = ("", *FIELDS)
 
 
