@@ -2,7 +2,7 @@
 
     python benchmarks/families.py --out=results/families [--families=vgg,vit]
     python benchmarks/families.py --out=results/families --name=cifar100 --data_dir=FOLDER_OR_NPZ \\
-        --families=vgg_cifar100 --ratios=0.75,0.5,0.25 --rates=1e-3
+        --families=vgg_cifar100,vit_cifar100 --rates=1e-3
 
 For each preset of `configs/own.py`: what train.py makes of it, and for every width the first
 channels of the same teacher, in the same order of importance, tuned alone on as many images as the
