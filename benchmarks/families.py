@@ -2,7 +2,7 @@
 
     python benchmarks/families.py --out=results/families [--families=vgg,vit]
     python benchmarks/families.py --out=results/families --name=cifar100 --data_dir=FOLDER_OR_NPZ \\
-        --families=vgg_cifar100,vit_cifar100 --rates=1e-3
+        --families=vgg_cifar100,vit_cifar100
 
 For each preset of `configs/own.py`: what train.py makes of it, and for every width the first
 channels of the same teacher, in the same order of importance, tuned alone on as many images as the
@@ -98,7 +98,7 @@ def accuracy(experiment: lab.Experiment, params: Any, widths: dict[str, int], sp
 def measure(
     name: str, folder: pathlib.Path, ratios: list[float], rates: list[float], options: list[str]
 ) -> Iterator[list[dict[str, Any]]]:
-    """A row for each width of one family, then again with those of `ratios` cut and tuned."""
+    """A row for each width of one family, again after each rate that `ratios` are tuned at."""
     start = time.perf_counter()
     command = [sys.executable, "train.py", f"--config=configs/own.py:{name}", *options]
     subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
@@ -125,6 +125,7 @@ def measure(
                 "teacher": full,
                 "sliced": accuracy(experiment, sliced, widths, test),
                 "sliced_and_tuned": None,
+                "rate": None,
                 "one_inr": accuracy(experiment, ours, widths, test),
                 "train_minutes": round(minutes, 2),
             }
@@ -132,12 +133,16 @@ def measure(
     yield rows
     pairs = zip(rows, sizes, strict=True)
     rows_of, sizes = zip(*(pair for pair in pairs if pair[0]["width_ratio"] in ratios), strict=True)
-    found = [tuned(experiment, teacher, splits, sizes, rate) for rate in rates]
-    for row, widths, *others in zip(rows_of, sizes, *found, strict=True):
-        best = max(others, key=lambda params: accuracy(experiment, params, widths, validation))
-        row["sliced_and_tuned"] = accuracy(experiment, best, widths, test)
-        print({k: round(v, 4) if type(v) is float else v for k, v in row.items()}, flush=True)
-    yield rows
+    best = [0.0] * len(sizes)
+    for rate in rates:
+        networks = tuned(experiment, teacher, splits, sizes, rate)
+        for n, (row, params, widths) in enumerate(zip(rows_of, networks, sizes, strict=True)):
+            score = accuracy(experiment, params, widths, validation)
+            if score > best[n]:
+                best[n], row["rate"] = score, rate
+                row["sliced_and_tuned"] = accuracy(experiment, params, widths, test)
+            print({k: round(v, 4) if type(v) is float else v for k, v in row.items()}, flush=True)
+        yield rows
 
 
 def main() -> None:
