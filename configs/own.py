@@ -4,7 +4,8 @@
     neumeta train --config=own --config.network.factory=my_module:MyNet --workdir=/tmp/mine
 
 Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
-`neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included.
+`neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included;
+`:vgg_cifar100` and `:vit_cifar100` are larger ones on CIFAR-100, with `--config.data.dir`.
 In the second command `network.factory` names a function or class "module:name" that makes a
 flax.linen module: images to logits, with `train` as an argument if batch norm or dropout need it.
 Without a preset and a factory it is an MLP.
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 
 from neumeta_jax.runs import recipes
 
-# Sizes and rates for the digits, chosen on validation images.
+# Sizes and rates, chosen on validation images.
 FIELDS: dict[str, dict[str, Any]] = {
     "mlp": {"widths": (256, 128)},
     "vgg": {"stages": ((16, 16), (32, 32), (64,)), "dense": (64,)},
@@ -29,8 +30,24 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "resnet": {"blocks": (1, 1, 1), "bottleneck": False, "width": 16, "stem": "cifar"},
     "vit": {"patch": 2, "width": 48, "depth": 2, "heads": 4, "mlp_ratio": 2.0},
+    "vgg_cifar100": {"stages": ((32,), (64,), (128, 128))},
+    "vit_cifar100": {
+        "patch": 4,
+        "width": 96,
+        "depth": 4,
+        "heads": 4,
+        "mlp_ratio": 2.0,
+        "pool": "mean",
+    },
 }
-TEACHERS = {"mlp": (60, 3e-3, 0.05), "vit": (200, 6e-3, 0.3), "mobilenet": (25, 5e-3, 0.05)}
+TEACHERS = {  # epochs, rate, weight decay
+    "mlp": (60, 3e-3, 0.05),
+    "vit": (200, 6e-3, 0.3),
+    "mobilenet": (25, 5e-3, 0.05),
+    "vgg_cifar100": (6, 3e-3, 0.05),
+    "vit_cifar100": (8, 1e-3, 0.05),
+}
+CIFAR100_EPOCHS = {"vgg_cifar100": 1.5, "vit_cifar100": 3.0}  # of the INR
 PRESETS = ("", *FIELDS)
 
 
@@ -46,7 +63,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.crop_padding = 1  # of 8 pixels
     config.data.flip = False  # mirrored digits are none
 
-    config.network.factory = preset or "mlp"
+    config.network.factory = preset.removesuffix("_cifar100") or "mlp"
     config.network.fields = json.dumps(FIELDS.get(preset, {}))
 
     epochs, rate, decay = TEACHERS.get(preset, (40, 3e-3, 0.05))
@@ -83,4 +100,14 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.width_ratios = (1.0, 0.75, 0.5, 0.25)
     config.eval.progress_ratios = (1.0, 0.5, 0.25)
     config.eval.batch_size = 500
+
+    if preset.endswith("_cifar100"):
+        config.data.name = "cifar100"
+        config.data.num_validation = 5000
+        config.data.crop_padding = 4
+        config.data.flip = True
+        config.teacher.batch_size = 128
+        config.train.epochs = CIFAR100_EPOCHS[preset]
+        config.train.warmup_epochs = 0.1
+        config.train.micro_batch = 16  # stays in the cache of one core
     return config
