@@ -10,7 +10,7 @@ from networks import refused
 
 from neumeta_jax import networks
 from neumeta_jax.networks import MLP, RESNET_VARIANTS, VGG, MobileNetV2, ResNet, ViT, make_network
-from neumeta_jax.networks.vit import LayerNorm
+from neumeta_jax.networks.layers import LayerNorm
 
 
 def shapes(net, image_shape):

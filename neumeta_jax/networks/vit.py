@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from neumeta_jax.networks.layers import LayerNorm, patches
+
 VIT_VARIANTS: dict[Any, dict[str, Any]] = {
     "Ti/16": {"patch": 16, "width": 192, "depth": 12, "heads": 3},
     "S/16": {"patch": 16, "width": 384, "depth": 12, "heads": 6},
@@ -78,24 +80,10 @@ class ViT(nn.Module):
         `train` is there for the sake of the other families.
         """
         del train
-        batch, *size, _ = images.shape
-        if any(pixels % self.patch or not pixels for pixels in size):
-            raise ValueError(
-                f"The height and width of images must be multiples of the patch of {self.patch} "
-                f"pixels, got {size[0]} x {size[1]}."
-            )
-        x = nn.Conv(
-            self.width,
-            (self.patch, self.patch),
-            strides=self.patch,
-            padding="VALID",
-            kernel_init=nn.initializers.lecun_normal(),
-            name="embed",
-        )(images)
-        x = x.reshape(batch, -1, self.width)
+        x = patches(images, self.patch, self.width, "embed")
         if self.pool == "token":
             token = self.param("token", nn.initializers.zeros, (1, 1, self.width))
-            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), x], axis=1)
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         x += self.param("positions", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         for number in range(self.depth):
             hidden = int(self.mlp_ratio * self.width)
@@ -121,38 +109,3 @@ class TransformerBlock(nn.Module):
         up = nn.Dense(self.hidden_width, kernel_init=xavier, name="up")
         down = nn.Dense(x.shape[-1], kernel_init=xavier, name="down")
         return x + down(nn.gelu(up(LayerNorm(name="norm2")(x)), approximate=False))
-
-
-class LayerNorm(nn.Module):
-    """A layer norm that knows which of its channels there are.
-
-        y = (x - m) / sqrt(v + epsilon) * scale + bias,
-        m = sum_c k_c x_c / sum_c k_c,   v = sum_c k_c (x_c - m)^2 / sum_c k_c
-
-    k_c is 0 where channel c of the variable "kept" is 0, else 1. "kept" is float[channels], of the
-    collection "channels": all ones, which makes this the usual layer norm. It is no parameter and
-    gets no gradient. A network whose channels from some width on are zero, those of "kept" among
-    them, computes what the narrower network does; with the number of channels written into the
-    program, as usual, the width of a stream could not vary. Variables without the collection are
-    those of the full width.
-    """
-
-    epsilon: float = 1e-6
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        if self.is_initializing() or self.has_variable("channels", "kept"):
-            kept = self.variable("channels", "kept", jnp.ones, shape).value
-        else:
-            kept = jnp.ones(shape)
-        kept = jnp.abs(jnp.sign(kept))
-
-        def total(x):
-            return jnp.dot(x, kept, precision="highest")[..., None]
-
-        count = total(kept)
-        x = x - total(x) / count
-        return x * jax.lax.rsqrt(total(x * x) / count + self.epsilon) * scale + bias
