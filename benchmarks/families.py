@@ -36,7 +36,7 @@ from neumeta_jax.runs.backbone import BACKBONE_FILE
 from neumeta_jax.runs.config import Experiment
 from neumeta_jax.runs.workdir import TrainedRun, read_config
 
-FAMILIES = ("mlp", "vgg", "mobilenet", "resnet", "vit")
+FAMILIES = ("mlp", "vgg", "mobilenet", "resnet", "mixer", "vit")
 RATIOS = (1.0, 0.75, 0.5, 0.25)
 
 

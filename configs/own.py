@@ -3,7 +3,7 @@
     neumeta train --config=own:vgg --workdir=/tmp/vgg
     neumeta train --config=own --config.network.factory=my_module:MyNet --workdir=/tmp/mine
 
-Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet` and `:vit` are the families of
+Presets: `:mlp`, `:vgg`, `:mobilenet`, `:resnet`, `:mixer` and `:vit` are the families of
 `neumeta_jax.networks`, each trained from scratch, then made elastic, residual streams included;
 `:vgg_cifar100` and `:vit_cifar100` are larger ones on CIFAR-100, with `--config.data.dir`.
 In the second command `network.factory` names a function or class "module:name" that makes a
@@ -29,6 +29,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "head_width": 128,
     },
     "resnet": {"blocks": (1, 1, 1), "bottleneck": False, "width": 16, "stem": "cifar"},
+    "mixer": {"patch": 2, "width": 48, "depth": 2, "token_width": 24, "channel_width": 96},
     "vit": {"patch": 2, "width": 48, "depth": 2, "heads": 4, "mlp_ratio": 2.0},
     "vgg_cifar100": {"stages": ((32,), (64,), (128, 128))},
     "vit_cifar100": {
@@ -40,8 +41,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "pool": "mean",
     },
 }
-TEACHERS = {  # epochs, rate, weight decay
+TEACHERS = {  # epochs, rate, weight decay; the others have (40, 3e-3, 0.05)
     "mlp": (60, 3e-3, 0.05),
+    "mixer": (100, 1e-2, 0.3),
     "vit": (200, 6e-3, 0.3),
     "mobilenet": (25, 5e-3, 0.05),
     "vgg_cifar100": (6, 3e-3, 0.05),

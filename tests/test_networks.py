@@ -14,6 +14,7 @@ from neumeta_jax.networks import (
     MLP,
     RESNET_VARIANTS,
     VGG,
+    MLPMixer,
     MobileNetV2,
     ResNet,
     ViT,
@@ -60,6 +61,8 @@ COUNTS = [
     ("vgg", {"dense": [4096, 4096], "num_classes": 1000}, (224, 224, 3), 138_365_992),
     ("vit", {"variant": "Ti/16"}, (224, 224, 3), 5_717_416),
     ("vit", {"variant": "B/16"}, (224, 224, 3), 86_567_656),
+    ("mixer", {}, (224, 224, 3), 18_528_264),
+    ("mixer", {"variant": "B/16"}, (224, 224, 3), 59_880_472),
 ]
 
 
@@ -88,6 +91,7 @@ PAIRS = {
     "bottleneck": (ResNet((2, 1), True, 2), ResNet((2, 1), True, 3), (17, 16, 3)),
     "vit_token": (ViT(2, 8, 2, 2), ViT(2, 12, 2, 3), (4, 6, 3)),
     "vit_mean": (ViT(2, 8, 1, 2, 3.0, "mean"), ViT(2, 12, 1, 3, 4.0, "mean"), (4, 6, 3)),
+    "mixer": (MLPMixer(2, 8, 2, 5, 9), MLPMixer(2, 12, 2, 7, 13), (4, 6, 3)),
 }
 
 
@@ -274,7 +278,7 @@ def test_tensors_that_are_not_of_the_network_are_refused():
 
 
 def test_networks_are_values_that_are_made_by_kind():
-    assert set(networks.FAMILIES) == {"mlp", "mobilenet", "resnet", "vgg", "vit"}
+    assert set(networks.FAMILIES) == {"mixer", "mlp", "mobilenet", "resnet", "vgg", "vit"}
     listed = make_network("vgg", stages=[[4, 4], [8]], dense=[6])
     assert listed == VGG(((4, 4), (8,)), (6,)) and hash(listed) == hash(VGG(((4, 4), (8,)), (6,)))
     assert make_network("resnet", variant=50) == ResNet()
@@ -303,6 +307,7 @@ REFUSALS = {
     "multiple of its heads": lambda: ViT(width=100),
     "mlp_ratio must leave": lambda: ViT(mlp_ratio=0.001),
     "pool must be one of .*got 'max'": lambda: ViT(pool="max"),
+    "An MLPMixer needs .*'token_width': 0": lambda: MLPMixer(token_width=0),
     "multiples of the patch of 16 pixels, got 32 x 40": lambda: shapes(ViT(), (32, 40, 3)),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from neumeta_jax.networks.mixer import MIXER_VARIANTS, MLPMixer
 from neumeta_jax.networks.mlp import MLP
 from neumeta_jax.networks.mobilenet import MobileNetV2
 from neumeta_jax.networks.resnet import RESNET_VARIANTS, ResNet, from_torchvision
@@ -21,11 +22,13 @@ from neumeta_jax.networks.vit import VIT_VARIANTS, ViT
 
 __all__ = [
     "FAMILIES",
+    "MIXER_VARIANTS",
     "MLP",
     "RESNET_VARIANTS",
     "VGG",
     "VGG_VARIANTS",
     "VIT_VARIANTS",
+    "MLPMixer",
     "MobileNetV2",
     "ResNet",
     "ViT",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, type[nn.Module]] = {
+    "mixer": MLPMixer,
     "mlp": MLP,
     "mobilenet": MobileNetV2,
     "resnet": ResNet,
@@ -41,7 +45,12 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "vit": ViT,
 }
 
-_VARIANTS = {"resnet": RESNET_VARIANTS, "vgg": VGG_VARIANTS, "vit": VIT_VARIANTS}
+_VARIANTS = {
+    "mixer": MIXER_VARIANTS,
+    "resnet": RESNET_VARIANTS,
+    "vgg": VGG_VARIANTS,
+    "vit": VIT_VARIANTS,
+}
 
 
 def make_network(kind: str, *, variant: int | str | None = None, **fields: Any) -> nn.Module:
@@ -51,8 +60,8 @@ def make_network(kind: str, *, variant: int | str | None = None, **fields: Any) 
         True
 
     Args:
-        variant: a published size, a key of `RESNET_VARIANTS`, `VGG_VARIANTS` or `VIT_VARIANTS`,
-            that sets the fields which are not given.
+        variant: a published size, a key of `MIXER_VARIANTS`, `RESNET_VARIANTS`, `VGG_VARIANTS` or
+            `VIT_VARIANTS`, that sets the fields which are not given.
 
     Raises:
         ValueError: for an unknown kind, variant or field.
