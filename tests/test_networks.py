@@ -132,6 +132,17 @@ def test_training_normalises_by_the_batch_and_moves_the_statistics(name):
     assert np.abs(jax.jit(net.apply)(variables, images) - logits).max() > 1e-2
 
 
+def test_the_table_of_groups_says_what_would_make_them_elastic():
+    net, _, image_shape = PAIRS["mixer"]
+    images = np.ones((2, *image_shape), np.float32)
+    family = elastic.trace(net.apply, random_variables(net, image_shape), images, check=False)
+    rows = {line.split()[0]: line for line in str(family.groups).splitlines()}
+    assert "no: it carries a residual stream (elastic('stream') allows it)" in rows["embed"]
+    # A mean goes over the patches, which no name allows.
+    assert "would notice those masked; it carries" in rows["block0/token_mixing/down"]
+    assert "allows" not in rows["block0/token_mixing/down"]
+
+
 def test_a_layer_norm_of_all_its_channels_is_the_usual_one():
     net, _, image_shape = PAIRS["vit_mean"]
     variables = random_variables(net, image_shape)

@@ -19,9 +19,9 @@ from neumeta_jax.elastic.axes import Axis
 REASONS = {
     "input": "it holds channels of the input",
     "output": "it holds outputs of the network",
-    "stream": "it carries a residual stream (elastic('stream') allows it)",
-    "reduced": "a norm, softmax, maximum or sum over its channels would notice those masked",
-    "paired": "two activations are contracted over it (elastic('paired') allows it)",
+    "stream": "it carries a residual stream",
+    "reduced": "a norm, softmax, maximum, mean or sum over its channels would notice those masked",
+    "paired": "two activations are contracted over it",
     "constant": "it meets an array that is not a parameter",
     "random": "it meets random numbers, which differ at other shapes",
     "ordered": "a sort, scan or reversal goes along it",
@@ -32,7 +32,7 @@ REASONS = {
     "unread": "no product reads it",
     "unwritten": "no product writes it",
 }
-
+ALLOWED = ("stream", "paired")  # what `Groups.elastic` takes
 
 _ROLES = {"read": "read", "write": "written"}
 
@@ -267,6 +267,8 @@ class Groups:
         for group in self.groups:
             obstacles = group.obstacles()
             reason = "; ".join(REASONS.get(flag, flag) for flag in obstacles)
+            if set(obstacles) <= set(ALLOWED):
+                reason += f" (elastic({', '.join(map(repr, obstacles))}) allows it)"
             state = f"no: {reason}" if obstacles else "yes, from 0" if group.lowest == 0 else "yes"
             members = " ".join(f"{m.path}[{m.axis}]" for m in group.members)
             rows.append((group.name, str(group.size), state, members))
