@@ -231,6 +231,14 @@ def test_uniform_networks_and_the_largest_shallow_ones_are_in_the_first_populati
     assert shallow_networks(SPACE, costs(), UNIFORM) == []
 
 
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_a_short_search_has_uniform_networks_up_to_the_largest_and_others(number):
+    chosen = [candidate.widths for candidate in evolve(num_candidates=number)]
+    even = [widths for widths in UNIFORM if widths in chosen]
+    assert len(chosen) == number and len(even) == max(1, number // 2) < len(UNIFORM)
+    assert even[-1] == UNIFORM[-1] and (number == 1 or even[0] == UNIFORM[0])
+
+
 def test_a_search_goes_on_from_what_it_has_evaluated():
     whole, part = evolve(), []
     for archive in itertools.islice(generations(), 3):

@@ -74,13 +74,17 @@ class _Evolution:
     size: int
     seed: int
 
-    def first(self, uniform: Sequence[Widths]) -> list[Widths]:
-        """The uniform networks, shallow ones, and at least half of `size` at random."""
+    def first(self, uniform: Sequence[Widths], limit: int) -> list[Widths]:
+        """The uniform networks, shallow ones, and at least half of `size` at random.
+
+        No more than half of `limit`, the candidates of the whole search, are uniform.
+        """
         rng = np.random.default_rng([self.seed, 0])
         allowed = [widths for widths in uniform if allows(self.costs, widths)]
-        if len(allowed) > MAX_UNIFORM:  # evenly, with the smallest and the largest
-            picked = np.linspace(0, len(allowed) - 1, MAX_UNIFORM).round().astype(int)
-            allowed = [allowed[n] for n in picked]
+        most = max(1, min(MAX_UNIFORM, limit // 2))
+        if len(allowed) > most:  # evenly, with the largest and, if there is room, the smallest
+            picked = np.linspace(len(allowed) - 1, 0, most).round().astype(int)
+            allowed = [allowed[n] for n in picked[::-1]]
         shallow = shallow_networks(self.space, self.costs, uniform)
         population = dict.fromkeys([*allowed, *shallow])
         wanted = len(population) + max(self.size - len(population), self.size // 2)
@@ -198,7 +202,9 @@ def evolve(
         left = num_candidates - len(archive)
         if left <= 0:
             return
-        proposed = evolution.next(archive, generation) if generation else evolution.first(uniform)
+        proposed = (
+            evolution.next(archive, generation) if generation else evolution.first(uniform, left)
+        )
         proposed = proposed[:left]
         if not proposed:
             return

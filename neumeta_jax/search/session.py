@@ -2,9 +2,9 @@
 
 What it has to guard against is the best of a thousand on the same images: the finalists, the best
 20 and the best five uniform networks (one ratio for all blocks), are evaluated on the entire
-validation split, which decides. The uniform networks within the budget are in the first population,
-so that on this split the winner is at least as good as they are. The test split is read for the
-winner and the best uniform network only.
+validation split, which decides. Uniform networks, from the smallest to the largest within the
+budget, are in the first population, so that on this split the winner is at least as good as they
+are. The test split is read for the winner and the best uniform network only.
 """
 
 import dataclasses
