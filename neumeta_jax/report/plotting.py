@@ -18,7 +18,7 @@ import numpy as np
 from neumeta_jax.evaluation.rows import GridRow, accuracy_interval
 from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.files import storage
-from neumeta_jax.report.published import Curve, Single
+from neumeta_jax.report.published import CURVES_NOTE, Curve, Single
 
 TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
@@ -140,6 +140,7 @@ def plot_against_macs(
     _draw_run(axis, [row.num_macs / 1e6 for row in rows], rows, published=published, bars=True)
     _finish(axis, MACS, TOP_1)
     _legend(figure, axis)
+    caption = f"{caption} {CURVES_NOTE}".strip() if curves else caption
     _save(figure, path, title, _with_bars(rows, caption), table)
 
 

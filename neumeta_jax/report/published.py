@@ -103,6 +103,12 @@ _SINGLES = {
     "cifar100": {20: 0.6883, 32: 0.7016, 44: 0.7163, 56: 0.7263},
     "cifar10": {20: 0.9260, 32: 0.9353, 44: 0.9401, 56: 0.9437},
 }
+# What a figure has to say beside them.
+CURVES_NOTE = (
+    "Published INRs learn from scratch, on widths from a half up: their smallest network was never "
+    "trained, and unlike a run that begins at a teacher they have no soft labels."
+)
+
 SINGLES = tuple(
     Single(ZOO, dataset, depth, accuracy)
     for dataset, found in _SINGLES.items()
