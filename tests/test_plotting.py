@@ -209,3 +209,17 @@ def test_a_search_names_the_networks_below_its_axis(tmp_path, drawn):
     plotting.plot_search(tmp_path / "x.png", rows, caption="Chosen here.", **options)
     assert drawn[0][1] == "1 networks lie below the axis, from 10.0 %. Chosen here."
     assert len(written(tmp_path / "x.png")) == len(rows)
+
+
+def test_the_colours_of_a_heat_map_span_more_than_chance(tmp_path, drawn):
+    rows = [
+        {"num_layers": layers, "width_ratio": ratio, "num_macs": macs, "trained": layers == 20}
+        | {"accuracy": 0.98 - 0.002 * (ratio < 1) - 0.1 * (layers < 20)}
+        for layers, macs in ((20, 636_000), (14, 415_000))
+        for ratio in (1.0, 0.5)
+    ]
+    plotting.plot_depths(tmp_path / "depths.png", rows, title="depths")
+    ((figure, _),) = drawn
+    axis = figure.axes[0]
+    assert axis.images[0].get_clim() == pytest.approx((93.0, 98.0))
+    assert [text.get_text() for text in axis.texts][::2] == ["98.0\n0.64 M", "88.0*\n0.41 M"]

@@ -27,6 +27,7 @@ COLORS = (TRAINED, UNSEEN, "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35", "#c23b80", "
 RATIO, HIDDEN = "kept width (ratio)", "hidden width (channels)"
 MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
 CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
+_SPAN = 5.0  # percent that the colours of a heat map span at least: less may be chance
 _FAR = 2 / 3  # of the best accuracy: methods below are told, not drawn
 
 Rows = Sequence[Mapping[str, Any]]
@@ -310,13 +311,15 @@ def plot_depths(path: str | os.PathLike, rows: Rows, *, title: str, caption: str
     for place, row in zip(places, rows, strict=True):
         values[place] = 100 * row["accuracy"]
     known = [100 * row["accuracy"] for row in rows if row["trained"]] or [np.nanmin(values)]
-    low, high = min(known), np.nanmax(values)
+    high = np.nanmax(values)
+    low = max(min(*known, high - _SPAN), 0.0)
     figure = _figure(max(5.0, 1.6 + 0.62 * len(ratios)), 1.6 + 0.62 * len(depths))
     axis = figure.subplots()
     image = axis.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     for (y, x), row in zip(places, rows, strict=True):
         mark = "" if row["trained"] else "*"
-        text = f"{100 * row['accuracy']:.1f}{mark}\n{row['num_macs'] / 1e6:.1f} M"
+        macs = row["num_macs"] / 1e6
+        text = f"{100 * row['accuracy']:.1f}{mark}\n{macs:.{2 if macs < 1 else 1}f} M"
         color = "white" if 100 * row["accuracy"] < (low + high) / 2 else "black"
         axis.text(x, y, text, ha="center", va="center", fontsize=7.5, color=color)
     axis.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
