@@ -116,7 +116,8 @@ PRESETS = ("", *ROWS)
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(f"configs/ablation.py has the presets {PRESETS[1:]}, got {preset!r}.")
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/ablation.py has the presets {known}, got {preset!r}.")
     config = _resnet20().get_config()
     config.log_every = 100
     config.checkpoint_every = NUM_STEPS

@@ -97,7 +97,8 @@ PRESETS = ("", *ROWS, *(name + LARGE for name in ROWS))
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(f"configs/baselines.py has the presets {PRESETS[1:]}, got {preset!r}.")
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/baselines.py has the presets {known}, got {preset!r}.")
     large = preset.endswith(LARGE)
     name = preset.removesuffix(LARGE) or "ours"
     if name == "ours_a":

@@ -55,7 +55,8 @@ PRESETS = ("", *FIELDS)
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(f"configs/own.py has the presets {PRESETS[1:]}, got {preset!r}.")
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/own.py has the presets {known}, got {preset!r}.")
     config = recipes.defaults("projection", modulated=True)
     config.channel_order = "importance"
     config.generated = "full"

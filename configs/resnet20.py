@@ -28,7 +28,8 @@ PRESETS = ("", "protocol_a", "depth", "full", "smoke", "grid", "per_tensor_mlp")
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(f"configs/resnet20.py has the presets {PRESETS[1:]}, got {preset!r}.")
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/resnet20.py has the presets {known}, got {preset!r}.")
     config = recipes.defaults("projection", modulated=True)
     config.channel_order = "importance"  # a nested family that keeps the first channels loses least
     config.checkpoint_every = 100

@@ -32,7 +32,8 @@ PRESETS = ("", "protocol_a", "depth", "full", "cifar10", "smoke")
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(f"configs/resnet56.py has the presets {PRESETS[1:]}, got {preset!r}.")
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/resnet56.py has the presets {known}, got {preset!r}.")
     config = recipes.defaults("projection", modulated=True)
     config.dtype = "bfloat16"  # activations; encodings, weights and moments stay float32
     config.channel_order = "importance"

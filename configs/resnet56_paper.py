@@ -22,9 +22,8 @@ PRESETS = ("", "cifar10", "at_once", "smoke")
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
-        raise ValueError(
-            f"configs/resnet56_paper.py has the presets {PRESETS[1:]}, got {preset!r}."
-        )
+        known = ", ".join(PRESETS[1:])
+        raise ValueError(f"configs/resnet56_paper.py has the presets {known}, got {preset!r}.")
     config = recipes.defaults("per_tensor_mlp")  # what is not said is a default, and the papers'
     config.train.epochs = 50.0  # of each block; 350 in the released configuration
     config.eval.progress_ratios = (1.0, 0.75, 0.5)

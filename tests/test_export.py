@@ -375,7 +375,10 @@ def nothing_runs(monkeypatch):
         ({"out": None}, "An export needs --out"),
         ({"out": "/dev/null"}, "/dev/null is something else"),
         ({"out": "b.pt"}, "A file of --format=onnx ends in .onnx, got b.pt"),
-        ({"out": "missing/net.onnx"}, "missing/net.onnx could not be written (No such file"),
+        (
+            {"out": "missing/net.onnx"},
+            "net.onnx could not be written (No such file or directory); make its",
+        ),
         ({"width": None}, "one of --width, --widths and --spec, got none of them"),
         ({"widths": "3,4"}, "got --width and --widths"),
         ({"width": 2}, "A width ratio must lie in (0, 1.5], got 2"),

@@ -65,9 +65,11 @@ def refusal(path: str | os.PathLike, error: Exception, *, kept: str = "") -> Sto
     """The StorageError for `error`, which writing `path` ended in; `kept` is safe all the same."""
     number = system_error(error)
     reason = os.strerror(number) if number else (str(error).splitlines() or [repr(error)])[0][:200]
+    advice = "make room or make its folder writable"
+    advice = "make its folder" if number == errno.ENOENT else advice
     return StorageError(
-        f"{os.fspath(path)} could not be written ({reason}){kept and f'; {kept}'}; make room or "
-        "make its folder writable, and run the same command again."
+        f"{os.fspath(path)} could not be written ({reason}){kept and f'; {kept}'}; {advice}, and "
+        "run the same command again."
     )
 
 
