@@ -1,7 +1,9 @@
 import importlib
+import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -284,6 +286,15 @@ def test_own_errors_and_interruptions_are_one_line_and_an_exit_status(capsys, mo
     assert command_line.run(lambda argv: None, ["train.py"]) is None
     monkeypatch.setattr(sys, "argv", [__file__])
     assert run(ValueError("so\nnot"), capsys) == (2, "error: so not\n")
+
+
+def test_output_that_nobody_reads_any_longer_ends_a_command_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "neumeta_jax", "--help"]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 @pytest.mark.parametrize("failure", [AssertionError(), RuntimeError("no backend 'x'\nat all")])

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,10 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
             print(_help(module["__doc__"] or "", module["FLAGS"]))
         else:
             main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(INTERRUPTED)
