@@ -201,7 +201,8 @@ def test_rows_say_how_consistent_they_are_with_the_full_network(monkeypatch):
         assert got == pytest.approx(list(wanted), abs=1e-3)
         line = tables.format_row(row)
         assert f"{100 * row.agreement:.2f}" in line and f"{row.kl_divergence:.4f}" in line
-        assert f" {row.worst_class} (" in line
+        loses = row.worst_class_drop > 0
+        assert (f" {row.worst_class} (-" if loses else " none  ") in line
     monkeypatch.setattr(Evaluator, "stream", None)
     again = list(evaluator.rows([1.0, 0.5], RANGE))
     assert again[0].agreement == 1.0 and again[0].kl_divergence == 0.0

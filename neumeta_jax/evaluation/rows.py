@@ -137,14 +137,18 @@ def format_row(row: GridRow) -> str:
 
 
 def format_counts(row: Mapping[str, Any]) -> str:
-    """The columns under `COUNTS_HEADER` of a row's fields; blanks if it was not compared."""
+    """The columns under `COUNTS_HEADER` of a row's fields; blanks if it was not compared.
+
+    The worst class is the one that loses most, "none" if none loses.
+    """
     compared = ["", "", "", ""]
     if row.get("agreement") is not None:
+        loss = 100 * row["worst_class_drop"]
         compared = [
             f"{100 * row['agreement']:.2f}",
             f"{row['kl_divergence']:.4f}",
             f"{100 * row['calibration_error']:.2f}",
-            f"{row['worst_class']} ({-100 * row['worst_class_drop'] + 0.0:+.1f})",
+            f"{row['worst_class']} (-{loss:.1f})" if loss > 0 else "none",
         ]
     cells = [
         f"{row['num_params']:,}",
