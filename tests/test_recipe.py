@@ -674,8 +674,8 @@ DEPTH = "--config.train.shallow_epochs=1 --config.train.depth_epochs=1 --config.
     "flags, words",
     [
         (CONFIG, ['"depth": 14', "ResNet14", "26 in 4 phases", "block 2 of 2"]),
-        (f"{OWN}:vit", ["network    ViT", "in 1 phases", "all blocks"]),
-        (RESNET, ["ResNet14", "elastic groups of channels: 9 of", "in 1 phases"]),
+        (f"{OWN}:vit", ["network    ViT", "in 1 phase:", "all blocks"]),
+        (RESNET, ["ResNet14", "elastic groups of channels: 9 of", "in 1 phase:"]),
         (
             f"{RESNET} --config.generated=all --config.train.skip_blocks=0.5 {DEPTH}",
             ["in 3 phases", "shallow", "depth "],

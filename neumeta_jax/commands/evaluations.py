@@ -289,7 +289,8 @@ def write_sweep(
         some = slices.weight_slices(experiment.hypernetwork, target.evaluator.params)
         title = f"{experiment.network}, {experiment.name}: what reads {some.block} at every width"
         path, trained = out / "weights.png", experiment.trained_range
-        plotting.plot_weight_slices(path, some, title=title, trained_range=trained)
+        caption = "Shaded, and between the dashed lines: the trained widths."
+        plotting.plot_weight_slices(path, some, title=title, trained_range=trained, caption=caption)
         drawn = ", weights"
     plotting.plot_against_macs(
         out / "against_macs.png",

@@ -1,4 +1,4 @@
-"""Write one network of a trained INR as a file that other tools load.
+"""Writes one network of a trained INR as a file that other tools load.
 
     neumeta export --workdir=DIR --width=0.5 --format=onnx --out=half.onnx
     neumeta export --workdir=DIR --widths=4,0,8,8,16 --format=torch --out=a.pt
@@ -98,7 +98,8 @@ def main(argv: Sequence[str]) -> None:
         f"wrote {options.out} ({options.format}, {size:,} bytes), which takes {kind}[batch, "
         f"{shape}], {what}"
     )
-    print(f"normalisation: mean {normalization.mean}, std {normalization.std} of images in [0, 1]")
+    mean, std = (" ".join(f"{x:.6g}" for x in values) for values in normalization)
+    print(f"normalisation: mean {mean}, std {std} of images in [0, 1]")
     if options.int8 == "weights":
         rounded = network._replace(params=quantize.quantize(tree))
         found = formats.compare(rounded.logits(images), network.logits(images))

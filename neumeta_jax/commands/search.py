@@ -195,7 +195,7 @@ def _write(
         column=axis.column,
         limit=axis.limit or math.inf,
         winner=best["widths"],
-        caption=notes[0],
+        caption=f"{notes[0][0].upper()}{notes[0][1:]}. Of equal accuracies the smaller loss wins.",
     )
     print(f"wrote {out / 'best.json'}; pareto.json, pareto.csv and pareto.png")
     for name, some in found.items():

@@ -79,7 +79,8 @@ def describe(
             f"devices    {mesh.size} share every batch: {recipe.batch_size // mesh.size} of "
             f"{recipe.batch_size} images of each size"
         )
-    lines.append(f"steps      {phases[-1].stop if phases else 0} in {len(phases)} phases:")
+    steps, plural = phases[-1].stop if phases else 0, "s" * (len(phases) != 1)
+    lines.append(f"steps      {steps} in {len(phases)} phase{plural}:")
     lines += [f"  {phase.name:<20} {phase.stop - phase.start:>8} steps" for phase in phases]
     lines.append(_memory(experiment, shapes, splits))
     if estimate_time:

@@ -144,12 +144,13 @@ class Session:
             record.archive, record.seconds = archive, round(before + elapsed, 1)
             record.write()
             left = (options.num_candidates - len(archive)) * elapsed / (len(archive) - first)
+            shapes = len(record.containers)
             leader = min(archive, key=lambda c: rank(self.space.family, c.widths, c.score))
             print(
                 f"generation {archive[-1].generation} | {len(archive)}/{options.num_candidates} "
                 f"candidates | best {100 * leader.score.accuracy:.2f} %, loss "
                 f"{leader.score.loss:.4f}, at {cost.text(cost.total(leader.widths))} "
-                f"{UNITS[cost.name]} | {len(record.containers)} shapes | "
+                f"{UNITS[cost.name]} | {shapes} shape{'s' * (shapes != 1)} | "
                 f"{format_seconds(elapsed)}, ETA {format_seconds(left)}",
                 flush=True,
             )
@@ -178,7 +179,8 @@ class Session:
         facts, number = self.record.facts, len(self.evaluators[split].labels)
         missing = [row for row in dict.fromkeys(widths) if f"{split}_loss" not in facts[row]]
         if missing:
-            print(f"{len(missing)} networks on all {number} {split} images", flush=True)
+            some = f"{len(missing)} network{'s' * (len(missing) != 1)}"
+            print(f"{some} on all {number} {split} images", flush=True)
             for row, score in zip(missing, self._scores(split, missing), strict=True):
                 facts[row] |= {f"{split}_{name}": x for name, x in score._asdict().items()}
             self.record.write()
