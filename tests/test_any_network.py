@@ -102,6 +102,18 @@ def test_orders_leave_the_function_and_counts_are_those_of_the_groups(case):
     assert of_macs(np.array(rows)).tolist() == [of_macs(row) for row in rows]
 
 
+def test_arrays_of_numpy_are_cut_by_numpy():
+    params = {"first": np.eye(3, 8, dtype=np.float32), "second": np.eye(8, 2, dtype=np.float32)}
+    family = elastic.trace(
+        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], params, jnp.ones((1, 3))
+    )
+    (name,) = family.groups.elastic()
+    small = elastic.slice_params(family.groups, params, {name: 4})
+    assert [type(leaf) for leaf in small.values()] == [np.ndarray, np.ndarray]
+    np.testing.assert_array_equal(small["first"], params["first"][:, :4])
+    np.testing.assert_array_equal(small["second"], params["second"][:4])
+
+
 def test_variances_are_cut_and_not_generated():
     apply, params, x, _ = own_networks.CASES["vgg"]()
     groups = elastic.trace(apply, params, x, check=False).groups

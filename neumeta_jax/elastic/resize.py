@@ -40,7 +40,9 @@ def take_axes(x: Any, axes: tuple, channels: Mapping) -> Any:
     """`x` with the channels int[any] of each group in `channels`, in this order."""
     for n, axis in enumerate(axes):
         if any(name in channels for name in axis.groups()):
-            x = jnp.take(x, axis.channels(channels), n)
+            # JAX would compile a program for each shape; arrays of NumPy stay NumPy's.
+            take = np.take if isinstance(x, np.ndarray) else jnp.take
+            x = take(x, axis.channels(channels), n)
     return x
 
 
