@@ -38,7 +38,7 @@ class MyNet(nn.Module):
 SHORT = {
     "--config=digits": "--config=digits:smoke",
     "--config=configs/digits.py": "--config=configs/digits.py:smoke",
-    "--config=resnet20": "--config=resnet20:smoke",
+    "--config=resnet20": "--config=resnet20:smoke --config.train.epochs=1",
     "--config=own:vgg": "--config=own:vgg --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=own": "--config=own --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
