@@ -105,7 +105,7 @@ def test_orders_leave_the_function_and_counts_are_those_of_the_groups(case):
 def test_arrays_of_numpy_are_cut_by_numpy():
     params = {"first": np.eye(3, 8, dtype=np.float32), "second": np.eye(8, 2, dtype=np.float32)}
     family = elastic.trace(
-        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], params, jnp.ones((1, 3))
+        lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], params, jnp.ones((2, 3))
     )
     (name,) = family.groups.elastic()
     small = elastic.slice_params(family.groups, params, {name: 4})
