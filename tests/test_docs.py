@@ -38,7 +38,7 @@ class MyNet(nn.Module):
 SHORT = {
     "--config=digits": "--config=digits:smoke",
     "--config=configs/digits.py": "--config=configs/digits.py:smoke",
-    "--config=resnet20": "--config=resnet20:smoke --config.train.epochs=1",
+    "--config=resnet20": "--config=resnet20:smoke --config.train.epochs=0.1",
     "--config=own:vgg": "--config=own:vgg --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=own": "--config=own --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
@@ -72,7 +72,7 @@ def commands(page):
 def inputs(tmp_path_factory):
     """A folder with stand-ins of what `neumeta fetch` fetches, images by class, and a network."""
     folder = tmp_path_factory.mktemp("inputs")
-    arrays = data_files.random_arrays(num_classes=100, num_train=400)
+    arrays = data_files.random_arrays(num_classes=100, num_train=2400)
     files = data_files.cifar_files("cifar100", "python", arrays)
     data_files.write_tar(folder / "cifar-100-python.tar.gz", files)
     for depth in (20, 56):
