@@ -926,7 +926,7 @@ def test_eval_says_what_it_needs(finished, copied, tmp_path):
         message = refusal("eval", "--teacher=x.npz", CONFIG, flag)
         assert f"{flag.split('=')[0]} and --teacher were given together" in message
     message = refusal("eval", f"--workdir={tmp_path}")
-    assert f"{tmp_path} must be a work directory" in message
+    assert f"{tmp_path} must be the work directory" in message
     (copied / INR_FILE).unlink()  # of a run that is not done
     assert str(copied / INR_FILE) in refusal("eval", f"--workdir={copied}")
 
