@@ -1,4 +1,4 @@
-"""The method, for any network: groups of channels, networks at other widths, hypernetworks."""
+"""Groups of channels of any network, found by tracing it, and the network at other widths."""
 
 from neumeta_jax.elastic.counting import num_macs, num_params
 from neumeta_jax.elastic.family import Family, apply_at, trace
