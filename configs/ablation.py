@@ -118,7 +118,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
         known = ", ".join(PRESETS[1:])
         raise ValueError(f"configs/ablation.py has the presets {known}, got {preset!r}.")
-    config = _resnet20().get_config()
+    config = _resnet20().get_config("shared")
     config.log_every = 100
     config.checkpoint_every = NUM_STEPS
 

@@ -89,6 +89,8 @@ ROWS = {
     "neumeta_fitted": {**NEUMETA, "variant": "fitted to the teacher first"},
     "htty": {**HTTY, "variant": "as published"},
     "ours": {**OURS, "variant": "widths [0.25, 1]"},
+    "ours_four": {**OURS, "variant": "four widths alone"},
+    "ours_shared": {**OURS, "variant": "one set of values for widths [0.25, 1]"},
     "ours_a": {**OURS, "variant": "widths [0.5, 1]; 0.25 never trained"},
 }
 LARGE = "_resnet56"
@@ -103,6 +105,8 @@ def get_config(preset: str = "") -> ConfigDict:
     name = preset.removesuffix(LARGE) or "ours"
     if name == "ours_a":
         config = _load("resnet56" if large else "resnet20").get_config("protocol_a")
+    elif name == "ours_shared" and not large:
+        config = _load("resnet20").get_config("shared")
     elif large and ROWS[name]["method"] == "inr":
         config = _load("resnet56").get_config()
     else:
@@ -117,6 +121,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.baseline = ConfigDict(section)
 
     config.eval.width_ratios = config.baseline.width_ratios
+    if name == "ours_four":
+        config.train.num_random_sizes = 3
+        config.train.fixed_ratios = (0.75, 0.5)
     if name.startswith("neumeta"):
         _neumeta(config, fitted=name == "neumeta_fitted")
         config.train.micro_batch = 0 if large else 32  # stays in a CPU's cache

@@ -9,28 +9,29 @@ without `teacher.file` one is trained first, which takes hours on two cores.
 
 Hardware, time and result: results/cifar100_resnet20/README.md.
 
-Presets: the default is protocol B, trained on width ratios [0.25, 1]; `:protocol_a` trains on
-[0.5, 1] only, as the papers do; `:depth` is the default whose networks also skip up to half of the
-generated blocks of each stage, the last ones, with one size more in each step and a depth term in
-the weights, which two last phases train alone, first for the shallowest network at full width;
-`:full` makes the whole network narrow, residual streams included, in [0.5, 1];
-`:smoke` touches everything in about a minute; `:grid` is an INR of cell averages and
-`:per_tensor_mlp` the papers' kind at a size that two cores can hold; these two have not been run
-with this recipe.
+Presets: the default is protocol B, trained on width ratios [0.25, 1], with terms in the weights
+for small sizes; `:depth` is the default whose networks also skip up to half of the generated blocks
+of each stage, the last ones, with one size more in each step and a depth term in the weights, which
+two last phases train alone, first for the shallowest network at full width; `:smoke` touches
+everything in about a minute. Without terms for small sizes: `:shared`, for a file of a third of
+the size; `:protocol_a` on [0.5, 1] only, as the papers do; `:full` makes the whole network narrow,
+residual streams included, in [0.5, 1]; `:grid` is an INR of cell averages and `:per_tensor_mlp`
+the papers' kind at a size that two cores can hold; these two have not been run with this recipe.
 """
 
 from ml_collections import ConfigDict
 
 from neumeta_jax.runs import recipes
 
-PRESETS = ("", "protocol_a", "depth", "full", "smoke", "grid", "per_tensor_mlp")
+SHARED = ("shared", "protocol_a", "full", "grid", "per_tensor_mlp")
+PRESETS = ("", "depth", "smoke", *SHARED)
 
 
 def get_config(preset: str = "") -> ConfigDict:
     if preset not in PRESETS:
         known = ", ".join(PRESETS[1:])
         raise ValueError(f"configs/resnet20.py has the presets {known}, got {preset!r}.")
-    config = recipes.defaults("projection", modulated=True)
+    config = recipes.defaults("projection", modulated=True, width_terms=2)
     config.channel_order = "importance"  # a nested family that keeps the first channels loses least
     config.checkpoint_every = 100
 
@@ -38,7 +39,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
     # Chosen on validation images, see results/cifar100_resnet20/experiments.md.
     config.train.mode = "at_once"
-    config.train.epochs = 3.5  # each image is seen by all sizes of its step
+    config.train.epochs = 4.0  # each image is seen by all sizes of its step
     config.train.warmup_epochs = 0.1
     config.train.warmup_phases = "all"
     config.train.block_init = "teacher"  # in closed form, so that there is no fit phase
@@ -46,9 +47,10 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.batch_size = 32
     config.train.share_images = True
     config.train.micro_batch = 16  # stays in the cache of one core
-    config.train.num_random_sizes = 2
+    config.train.num_random_sizes = 3
     config.train.min_width_ratio = 0.25
     config.train.sandwich = True  # arXiv 1903.05134
+    config.train.fixed_ratios = (0.5,)  # half the width is what else falls behind
     config.train.per_block_widths = 0.5
     config.train.ce_weight = 1.0
     config.train.norm_weight = 1e-5
@@ -56,9 +58,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.distillation_weight = 4.0
     config.train.temperature = 2.0
     config.train.optimizer = "muon"
-    config.train.learning_rate = 6e-4
-    config.train.alpha_learning_rate = 6e-4
-    config.train.learned_learning_rate = 3e-4
+    config.train.learning_rate = 3e-4
+    config.train.alpha_learning_rate = 3e-4
+    config.train.learned_learning_rate = 1.5e-4
     config.train.learned = "all"
     config.train.schedule = "cosine"
     config.train.fit_learning_rate = 4e-3  # of presets that have a fit phase
@@ -68,6 +70,13 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.progress_images = 1000
     config.eval.batch_size = 50  # what the layers pass on stays in the cache of a core
 
+    if preset in SHARED:
+        config.inr.width_terms = 0
+        config.train.num_random_sizes = 2
+        config.train.fixed_ratios = ()
+        config.train.learning_rate = 6e-4
+        config.train.alpha_learning_rate = 6e-4
+        config.train.learned_learning_rate = 3e-4
     if preset == "protocol_a":
         config.train.min_width_ratio = 0.5
         config.inr.max_cell = 1.75  # no cell as wide as those of a quarter of the channels
@@ -75,7 +84,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.inr.depth_term = True
         config.train.shallow_epochs = 12.0
         config.train.depth_epochs = 4.5
-        config.train.num_random_sizes = 3
+        config.train.num_random_sizes = 4
         config.train.skip_blocks = 0.5
     if preset == "full":
         config.generated = "full"

@@ -22,6 +22,7 @@ from neumeta_jax.core.inr import (
     describe_inr,
     make_inr,
 )
+from neumeta_jax.core.inr.base import width_counts
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import (
     generated_blocks,
@@ -549,13 +550,51 @@ def test_a_depth_term_counts_as_far_as_blocks_of_its_stage_are_skipped(widths):
     assert as_learned == all(widths)
 
 
-def test_a_depth_term_starts_at_nothing():
-    family, params = started(Projection(depth_term=True), measured_moments())
+@pytest.mark.parametrize("terms", [{"depth_term": True}, {"width_terms": 2}], ids=str)
+def test_terms_start_at_nothing(terms):
+    family, params = started(Projection(**terms), measured_moments())
     plain, plain_params = started(Projection(), measured_moments())
     for widths in (WIDTHS["uneven"], WIDTHS["skipped"]):
         assert_same_tree(
             generate(family, params, widths), generate(plain, plain_params, widths), tolerance=0
         )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "one", "two"),
+    [
+        (1.25, 0, (0, 0)),
+        (1, 0, (0, 0)),
+        (0.5, 1, (1, 0)),
+        (0.5**1.5, 1.5, (0.5, 1)),
+        (0.25, 2, (0, 2)),
+    ],
+)
+def test_a_width_term_counts_most_where_the_width_is_halved_as_often(ratio, one, two):
+    for wanted in ((one,), two, (*two, 0)):
+        found = width_counts(jnp.float32(ratio), len(wanted))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert width_counts(jnp.float32(0.125), 2).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("widths", [WIDTHS["full"], WIDTHS["half"], (0, 2, 3)], ids=str)
+def test_networks_are_those_of_the_sum_of_the_width_terms(widths):
+    family, params = case(Projection(modulated=True, width_terms=2))
+    plain = cifar_resnet.hypernetwork(SPEC, BLOCKS, Projection(modulated=True))
+    counts = np.array([1, widths != WIDTHS["full"], 0])
+
+    def summed(leaves):
+        values = np.einsum("m,tmrco->trco", counts, leaves["values"])
+        return {**leaves, "values": values[:, None]}
+
+    added = jax.tree.map(lambda x, w: x + counts[1] * w, params["learned"], params["width"]["1"])
+    plain_params = {
+        "inr": {name: summed(leaves) for name, leaves in params["inr"].items()},
+        "alpha": params["alpha"],
+        "learned": added,
+    }
+    wanted = generate(plain, plain_params, widths)
+    assert_same_tree(generate(family, params, widths), wanted, tolerance=1e-5)
 
 
 def test_a_projection_beyond_the_full_width_is_the_same_function():

@@ -259,6 +259,7 @@ LENGTHS = [f.name for f in dataclasses.fields(InrRecipe) if f.name.endswith("epo
             ({"min_width_ratio": low, "max_width_ratio": high}, rf"got \[{low}, {high}\]")
             for low, high in ((0.0, 1.0), (-0.5, 1.0), (0.8, 0.7), (0.5, 1.25))
         ),
+        ({"fixed_ratios": (0.75, 0.25)}, r"trained range \[0.5, 1.0\], got \(0.75, 0.25\)"),
         *(
             ({name: share}, rf"skip_blocks and max_skipped .* got .*{share}")
             for name in ("skip_blocks", "max_skipped")
@@ -333,6 +334,14 @@ def test_the_sandwich_draws_the_smallest_widths_first_and_the_rest_at_random():
     np.testing.assert_array_equal(sandwich[0], WIDE.widths(0.5))
     np.testing.assert_array_equal(sandwich[1:], plain[1:])
     assert drawn(InrRecipe(sandwich=True), 0).shape == (0, 5)
+
+
+def test_fixed_ratios_follow_the_smallest_and_the_shallowest_and_leave_the_other_draws():
+    fields = {"sandwich": True, "min_width_ratio": 0.25, "skip_blocks": 0.5}
+    plain = drawn(InrRecipe(**fields), 6, seed=3)
+    found = drawn(InrRecipe(**fields, fixed_ratios=(0.75, 0.5)), 6, seed=3)
+    np.testing.assert_array_equal(found[[0, 1, 4, 5]], plain[[0, 1, 4, 5]])
+    np.testing.assert_array_equal(found[2:4], [WIDE.widths(0.75), WIDE.widths(0.5)])
 
 
 def test_a_share_of_the_random_sizes_skips_the_last_blocks_up_to_a_share_of_each_stage():

@@ -148,9 +148,8 @@ def cost(experiment: Experiment, baseline: Baseline, num_images: int) -> Cost:
         )
         images, passes = steps * recipe.images_per_step, steps * recipe.batch_size
         soft = recipe.distillation_weight and recipe.distill_from == "teacher"
-        sizes = [full] * recipe.num_sizes
-        if recipe.sandwich and recipe.mode == "at_once" and recipe.num_random_sizes:
-            sizes[1] = family.num_macs(family.widths(recipe.min_width_ratio).tolist())
+        fixed = phases[-1].sizes.shapes
+        sizes = [full if widths is None else family.num_macs(widths) for widths in fixed]
     elif baseline.method == "universally_slimmable":
         sizes = [full, sizes[-1], *[full] * baseline.num_random_sizes]
     elif baseline.method == "pruning_finetuned":

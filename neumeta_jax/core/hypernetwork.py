@@ -7,7 +7,9 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
      "alpha":   float32[names], the SkipInit scalar of each elastic group,
      "learned": the parameters that are not generated,
      "depth":   for an INR with a depth term, a tree like "learned", added to it times the share of
-                the branches in a parameter's scope that are skipped}
+                the branches in a parameter's scope that are skipped,
+     "width":   for an INR with width terms the same by the number of each, from 1, times what it
+                counts at the mean width (`width_counts`)}
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ import numpy as np
 
 from neumeta_jax.core import stacks
 from neumeta_jax.core.inr import INR, Grid
-from neumeta_jax.core.inr.base import Params, skipped_share
+from neumeta_jax.core.inr.base import Params, kept_ratio, skipped_share, width_counts
 from neumeta_jax.core.stacks import TensorStack
 from neumeta_jax.elastic.counting import Count, params_count
 from neumeta_jax.elastic.groups import Groups
@@ -241,11 +243,14 @@ def init(
     }
     if inr.depth_term:
         params["depth"] = jax.tree.map(jnp.zeros_like, learned)
+    if inr.width_terms:
+        numbers = map(str, range(1, inr.width_terms + 1))
+        params["width"] = {number: jax.tree.map(jnp.zeros_like, learned) for number in numbers}
     return params
 
 
 def num_inr_params(params: Mapping) -> int:
-    """How many numbers the INR, the SkipInit scalars and a depth term hold."""
+    """How many numbers the INR, the SkipInit scalars and terms of depth and width hold."""
     counted = {name: tree for name, tree in params.items() if name != "learned"}
     return sum(x.size for x in jax.tree.leaves(counted))
 
@@ -289,13 +294,19 @@ def learned_at(
 ) -> dict[str, jax.Array]:
     """What is not generated, by path, as the network of `widths` has it; see `generate`."""
     leaves = flat(params["learned"])
-    shares: dict[tuple[int, ...], jax.Array] = {}
-    for path, depth in flat(params.get("depth", {})).items():
-        if path not in hypernetwork.groups.frozen:
-            scope = hypernetwork.scope(path)
-            if scope not in shares:
-                shares[scope] = skipped_share(widths, scope)
-            leaves[path] = leaves[path] + shares[scope] * depth
+    trained = [path for path in leaves if path not in hypernetwork.groups.frozen]
+    if "width" in params:
+        ratio = kept_ratio(widths, hypernetwork.full_widths)
+        for number, count in enumerate(width_counts(ratio, len(params["width"])), 1):
+            terms = flat(params["width"][str(number)])
+            for path in trained:
+                leaves[path] = leaves[path] + count * terms[path]
+    if "depth" in params:
+        terms = flat(params["depth"])
+        scopes = {path: hypernetwork.scope(path) for path in trained}
+        shares = {scope: skipped_share(widths, scope) for scope in set(scopes.values())}
+        for path in trained:
+            leaves[path] = leaves[path] + shares[scopes[path]] * terms[path]
     by_name, container, repeated = hypernetwork.by_name(widths), {}, {}
     if sizes is not None:
         container = hypernetwork.by_name([int(size) for size in sizes])
@@ -461,7 +472,7 @@ def generate(
 
     Args:
         hypernetwork: the family.
-        params: {"inr", "alpha", "learned"[, "depth"]}, see `init`.
+        params: {"inr", "alpha", "learned"[, "depth"][, "width"]}, see `init`.
         widths: int[names], channels of each elastic group, 0 = branch skipped; or {group: width},
             where those that are missing are full.
         sizes: int[names], channels of the result where they are to differ from the full size:

@@ -114,6 +114,8 @@ class InrRecipe:
         sandwich: the first of the random sizes is always the smallest of the trained range (Yu and
             Huang, arXiv 1903.05134). With `skip_blocks` the second one is the shallowest network at
             full width.
+        fixed_ratios: width ratios of further sizes that every step has, of the number of random
+            ones too; with the smallest those of slimmable networks.
         per_block_widths: share of the random sizes that draw one ratio for each block instead of
             one for the network.
         skip_blocks: share of the random sizes that skip blocks, so that depth varies too: in each
@@ -155,6 +157,7 @@ class InrRecipe:
     min_width_ratio: float = 0.5
     max_width_ratio: float = 1.0
     sandwich: bool = False
+    fixed_ratios: tuple[float, ...] = ()
     per_block_widths: float = 0.0
     skip_blocks: float = 0.0
     max_skipped: float = 0.5
@@ -183,6 +186,11 @@ class InrRecipe:
             0 < self.min_width_ratio <= self.max_width_ratio <= 1,
             "The trained range must satisfy 0 < min_width_ratio <= max_width_ratio <= 1, got "
             f"[{self.min_width_ratio}, {self.max_width_ratio}].",
+        )
+        check(
+            all(self.min_width_ratio <= r <= self.max_width_ratio for r in self.fixed_ratios),
+            "fixed_ratios must lie in the trained range "
+            f"[{self.min_width_ratio}, {self.max_width_ratio}], got {self.fixed_ratios}.",
         )
         check(
             self.batch_size >= 1 and self.num_random_sizes >= 0 and self.blocks_per_phase >= 1,
@@ -321,11 +329,14 @@ class InrRecipe:
             )
 
         sandwich = ([smallest, shallowest] if self.skip_blocks else [smallest]) * self.sandwich
+        further = [tuple(hypernetwork.widths(ratio).tolist()) for ratio in self.fixed_ratios]
         lowest = [tuple(map(min, shallowest, smallest))] * self.sandwich
         dense = self.mode == "at_once"
         return (
             sizes(1, [full] if self.fit_widths == "full" else []),
-            sizes(self.num_sizes, [full, *sandwich], skipping=self.skip_blocks, dense=dense),
+            sizes(
+                self.num_sizes, [full, *sandwich, *further], skipping=self.skip_blocks, dense=dense
+            ),
             sizes(1, [shallowest], skipping=1.0, dense=True),
             sizes(max(self.num_random_sizes, 1), [shallowest, *lowest], skipping=1.0, dense=True),
         )

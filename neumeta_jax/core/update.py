@@ -133,6 +133,8 @@ def _rate_tree(params, hypernetwork, rates, active):
         "alpha": at_rate(active, rates.get("alpha", 0.0)),
         "learned": at_rate(learned, rates.get("learned", rates.get("last", 0.0))),
     }
+    if "width" in params:
+        tree["width"] = dict.fromkeys(params["width"], tree["learned"])
     if "depth" in params:
         tree["depth"] = at_rate(jax.tree.map(lambda m: m or alone, learned), rate)
     return tree

@@ -27,10 +27,13 @@ class INR(abc.ABC):
         needs_moments: whether `with_moments` makes use of second moments of the channels.
         depth_term: whether weights depend on which branches are skipped, those not generated
             included.
+        width_terms: how many terms weights have that count at small widths (`width_counts`), those
+            not generated included.
     """
 
     needs_moments = False
     depth_term = False
+    width_terms = 0
 
     @abc.abstractmethod
     def init(self, key: jax.Array, stacks: Sequence[TensorStack]) -> Params:
@@ -115,6 +118,25 @@ def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:
     if not positions:
         return jnp.zeros(())
     return jnp.mean((jnp.asarray(widths)[np.array(positions)] == 0).astype(jnp.float32))
+
+
+def kept_ratio(widths: jax.Array, full: Sequence[int]) -> jax.Array:
+    """float32: the mean of `widths` over the `full` ones, of the branches that are not skipped."""
+    ratios = jnp.asarray(widths).astype(jnp.float32) / np.array(full, np.float32)
+    return jnp.sum(ratios) / jnp.maximum(jnp.sum(ratios > 0), 1)
+
+
+def width_counts(ratios: jax.Array, number: int) -> jax.Array:
+    """float32[..., number]: how much each of the terms for small widths counts at width `ratios`.
+
+    Term k counts k where the width is halved k times; from there it falls to 0 at k - 1 and k + 1
+    halvings, in a straight line, but the last one goes on growing. What is changed most learns
+    fastest: a step of a term is as long whatever it counts.
+    """
+    halvings = -jnp.log2(jnp.clip(ratios, 2.0**-10, 1.0))[..., None]
+    term = jnp.arange(1, number + 1)
+    rising, falling = halvings - term + 1, term + 1 - halvings
+    return term * jnp.maximum(jnp.where(term < number, jnp.minimum(rising, falling), rising), 0.0)
 
 
 def mean_ratio(stack: TensorStack, ratios: jax.Array) -> jax.Array:

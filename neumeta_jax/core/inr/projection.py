@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.core.inr.base import INR, mean_ratio, skipped_share
+from neumeta_jax.core.inr.base import INR, mean_ratio, skipped_share, width_counts
 from neumeta_jax.core.inr.grid import Grid
 from neumeta_jax.core.stacks import Side, full_widths, identities
 
@@ -28,27 +28,29 @@ class Projection(INR):
 
         W(w) = sum over m < num_terms of (1 - w)^m G_m, times 1 + (1 - w) S with `modulated`
 
-    where S has one value for each kernel slice (for biases (1 - w) S is added). With `depth_term`
-    d D is added to the sum, d the share of the branches in its scope that are skipped: what is left
-    can make up for them. M is measured once on the teacher, (full + 1)^2 numbers for each tensor
-    that reads. A tensor whose product cannot be repaired, such as a tied one, keeps its first
-    channels. The projection is a closed form in the width, so
-    that it holds at sizes never seen in training, and it needs no calibration data afterwards.
-    At full size it is the identity. Beyond the full size, channels are doubled and what reads them
-    is halved, which leaves the function as it is (Net2Wider; Chen et al., arXiv 1511.05641).
+    where S has one value for each kernel slice (for biases (1 - w) S is added). Each of
+    `width_terms` adds t(w) B to the sum, with t one of `width_counts`: small sizes learn what large
+    ones need not share. With `depth_term` d D is added, d the share of the branches in its scope
+    that are skipped: what is left can make up for them. M is measured once on the teacher,
+    (full + 1)^2 numbers for each tensor that reads. A tensor whose product cannot be repaired, such
+    as a tied one, keeps its first channels. The projection is a closed form in the width, so that
+    it holds at sizes never seen in training, and it needs no calibration data afterwards. At full
+    size it is the identity. Beyond the full size, channels are doubled and what reads them is
+    halved, which leaves the function as it is (Net2Wider; Chen et al., arXiv 1511.05641).
 
     Least-squares repair of pruned channels: He, Zhang and Sun, arXiv 1707.06168, there for one
     network and on data; here it is part of the function that is trained.
 
-    Parameters: `num_terms` times what it generates (plus a ninth, `modulated`; one more,
-    `depth_term`) plus the moments.
+    Parameters: `num_terms` times what it generates (plus a ninth, `modulated`; one more for each of
+    `width_terms` and for `depth_term`) plus the moments.
     Generation: one factorisation of a (full + 1)^2 matrix per tensor that reads, for all widths
     that are generated at once, and one matrix product per tensor.
 
     Attributes:
         num_terms: 1 leaves the width out of the learned values.
         modulated: learn S.
-        depth_term: learn D, here and for what is not generated (see `hypernetwork`).
+        width_terms: how many B are learned, here and for what is not generated (`hypernetwork`).
+        depth_term: learn D, likewise.
         ridge: of the least squares, relative to the diagonal of M.
         max_cell: in training (with a key), half of the networks narrower than full are drawn
             through cells up to this many times wider than those of their own channels: a block of
@@ -60,6 +62,7 @@ class Projection(INR):
 
     num_terms: int = 1
     modulated: bool = False
+    width_terms: int = 0
     depth_term: bool = False
     ridge: float = 1e-3
     max_cell: float = 1.0
@@ -67,13 +70,13 @@ class Projection(INR):
 
     @property
     def _values_only(self) -> Grid:
-        return Grid(num_terms=self.num_terms + self.depth_term)
+        return Grid(num_terms=self.num_terms + self.width_terms + self.depth_term)
 
     def __post_init__(self):
-        if self.num_terms < 1 or not self.ridge > 0:
+        if self.num_terms < 1 or self.width_terms < 0 or not self.ridge > 0:
             raise ValueError(
-                f"A projection needs num_terms >= 1 and ridge > 0, got {self.num_terms=}, "
-                f"{self.ridge=}."
+                "A projection needs num_terms >= 1, width_terms >= 0 and ridge > 0, got "
+                f"{self.num_terms=}, {self.width_terms=}, {self.ridge=}."
             )
         if self.max_cell < 1:
             raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
@@ -131,8 +134,12 @@ class Projection(INR):
 
     def _values(self, params, stack, ratios, widths):
         """W(w), float32[tensors, rows, columns, outputs] of the full size."""
-        small = jnp.maximum(1 - mean_ratio(stack, ratios), 0.0)
+        ratio = mean_ratio(stack, ratios)
+        small = jnp.maximum(1 - ratio, 0.0)
         powers = small[:, None] ** jnp.arange(self.num_terms, dtype=small.dtype)[None]
+        if self.width_terms:
+            counts = width_counts(ratio, self.width_terms)
+            powers = jnp.concatenate([powers, counts], axis=1)
         if self.depth_term:
             skipped = skipped_share(widths, stack.scope)
             powers = jnp.pad(powers, ((0, 0), (0, 1)), constant_values=skipped)
@@ -197,7 +204,8 @@ class Projection(INR):
     def depth_mask(self, inr_params, stacks):
         mask = super().depth_mask(inr_params, stacks)
         if self.depth_term:
-            last = np.arange(self.num_terms + 1) == self.num_terms
+            number = self._values_only.num_terms
+            last = np.arange(number) == number - 1
             for stack in stacks:
                 mask[stack.name]["values"] = last.astype(np.float32)[:, None, None, None]
         return mask
