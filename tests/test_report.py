@@ -144,6 +144,24 @@ def test_the_overview_has_a_line_for_each_way_in_which_a_run_was_evaluated(tmp_p
     assert line.split(" | ")[2:6] == ["67.50", "", "", ""]
 
 
+def test_runs_that_differ_in_their_seed_alone_share_a_line(tmp_path):
+    rows = [{"width_ratio": 1.0, "accuracy": 0.66, "trained": True}]
+    other = {**CONFIG, "train": {"skip_blocks": 0.25}}
+    for folder, grid, config in (
+        ("run", GRID, {**CONFIG, "seed": 0}),
+        ("run/seed1", {**GRID, "rows": rows}, {**CONFIG, "seed": 1}),
+        ("run/other", GRID, {**other, "seed": 1}),
+    ):
+        put(tmp_path, f"{folder}/grid.json", grid)
+        put(tmp_path, f"{folder}/config.json", config)
+    lines = [line.split(" | ")[1:6] for line in make(tmp_path).splitlines() if "widths" in line]
+    text = "widths [0.5, 1] and depth; INR kind `grid`"
+    assert lines == [
+        [f"{text}; 2 seeds", "67.00 ± 1.41", "", "", "55.00 (never trained)"],
+        [text, "68.00", "", "", "55.00 (never trained)"],
+    ]
+
+
 def test_the_tables_go_between_the_markers_of_a_readme_with_its_own_links(tmp_path):
     results = tmp_path / "results"
     put(results, "run/grid.json", GRID)

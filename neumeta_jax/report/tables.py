@@ -4,6 +4,7 @@ Equal files give equal text. Rows that differ in their seed alone are averaged.
 """
 
 import collections
+import json
 import pathlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,27 +129,36 @@ def _evaluations(path: pathlib.Path) -> Iterator[tuple[str, list[dict], str]]:
 def overview_table(root: pathlib.Path) -> str:
     """A line for each grid.json below `root` that is of a test split; "" if there is none.
 
-    Runs on width and depth have a line more for each number of skipped blocks in depths.json, and
-    runs that were evaluated in 8 bits one for that.
+    Runs that differ in their seed alone share a line. Runs on width and depth have a line more for
+    each number of skipped blocks in depths.json, and runs that were evaluated in 8 bits one for
+    that.
     """
-    lines = []
+    runs = collections.defaultdict(list)
     for path in sorted(root.rglob("grid.json")):
         grid = read(path, ("dataset", "split", "trained_range", "num_inr_params", "rows"))
         if grid["split"] != "test":
             continue
-        network = read(path.with_name("config.json"), ("network", "inr", "train"))["network"]
+        config = read(path.with_name("config.json"), ("network", "inr", "train"))
+        network = config["network"]
         name = network.get("factory") or f"ResNet{network['depth']}"
         folder = path.parent.relative_to(root).as_posix()
+        recipe = json.dumps({**config, "seed": None}, sort_keys=True)
         for text, rows, field in _evaluations(path):
-            cells = dict.fromkeys(map(_compression, RATIOS), "")
-            for row in rows:
-                mark = "" if row["trained"] else " (never trained)"
-                if row["width_ratio"] in RATIOS:
-                    cells[_compression(row["width_ratio"])] = f"{100 * row[field]:.2f}{mark}"
-            line = {"data, network": f"{grid['dataset']}, {name}", "one INR, trained on": text}
-            size = f"{grid['num_inr_params']:,}"
-            files = f"[{folder}]({folder})"
-            lines.append({**line, **cells, "INR parameters": size, "files": files})
+            head = f"{grid['dataset']}, {name}", text
+            rest = f"{grid['num_inr_params']:,}", f"[{folder}]({folder})"
+            rows = {row["width_ratio"]: (100 * row[field], row["trained"]) for row in rows}
+            runs[recipe, text].append((head, rows, rest))
+    lines = []
+    for seeds in runs.values():
+        (name, text), rows, (size, files) = seeds[0]
+        text += f"; {len(seeds)} seeds" if len(seeds) > 1 else ""
+        cells = dict.fromkeys(map(_compression, RATIOS), "")
+        for ratio in set(RATIOS) & set(rows):
+            mark = "" if rows[ratio][1] else " (never trained)"
+            values = [found[ratio][0] for _, found, _ in seeds if ratio in found]
+            cells[_compression(ratio)] = _accuracy(values) + mark
+        line = {"data, network": name, "one INR, trained on": text}
+        lines.append({**line, **cells, "INR parameters": size, "files": files})
     return table(lines, left=2) if lines else ""
 
 
@@ -157,7 +167,11 @@ def report(root: pathlib.Path, comparisons: Sequence[Comparison]) -> str:
     parts = ["# Results", NOTICE]
     overview = overview_table(root)
     if overview:
-        parts += ["## Runs to the end", "Test top-1 in percent at compression 0 to 75 %.", overview]
+        parts += [
+            "## Runs to the end",
+            "Test top-1 in percent at compression 0 to 75 %, ± the standard deviation over seeds.",
+            overview,
+        ]
     for comparison in comparisons:
         parts += [
             f"## Comparison: {comparison.name}",
