@@ -82,7 +82,11 @@ def main(out: pathlib.Path) -> None:
 
     hyper = nm.Hypernetwork(family.groups, names, nm.make_inr("projection", modulated=True))
     inr_params = nm.init(jax.random.key(1), hyper, params, moments=moments)
-    inr_params = nm.fit(hyper, net.apply, inr_params, x, labels, family=family)
+
+    def report(step, metrics):
+        print(f"step {step}: loss {metrics['loss']:.3f}", flush=True)
+
+    inr_params = nm.fit(hyper, net.apply, inr_params, x, labels, family=family, after=report)
 
     generate = jax.jit(lambda widths: nm.generate(hyper, inr_params, widths))
     predict = jax.jit(lambda tree: jnp.argmax(jnp.asarray(net.apply(tree, test_x)), -1))
