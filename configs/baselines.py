@@ -123,7 +123,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.width_ratios = config.baseline.width_ratios
     if name == "ours_four":
         config.train.num_random_sizes = 3
-        config.train.fixed_ratios = (0.75, 0.5)
     if name.startswith("neumeta"):
         _neumeta(config, fitted=name == "neumeta_fitted")
         config.train.micro_batch = 0 if large else 32  # stays in a CPU's cache
