@@ -86,7 +86,7 @@ def main(out: pathlib.Path) -> None:
     def report(step, metrics):
         print(f"step {step}: loss {metrics['loss']:.3f}", flush=True)
 
-    inr_params = nm.fit(hyper, net.apply, inr_params, x, labels, family=family, after=report)
+    inr_params = nm.fit(hyper, family, inr_params, x, labels, after=report)
 
     generate = jax.jit(lambda widths: nm.generate(hyper, inr_params, widths))
     predict = jax.jit(lambda tree: jnp.argmax(jnp.asarray(net.apply(tree, test_x)), -1))

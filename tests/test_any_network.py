@@ -166,12 +166,11 @@ def test_fit_makes_small_networks_better_than_slices():
     losses = []
     trained = nm.fit(
         hypernetwork,
-        Two().apply,
+        family,
         inr_params,
         x,
         labels,
         recipe,
-        family=family,
         after=lambda step, metrics: losses.append(metrics["loss"]),
     )
     assert len(losses) == 20 and losses[-1] < 0.7 * losses[0]

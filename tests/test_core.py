@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from own_networks import CASES, IMAGES, PLAIN, REBUILT, TOKENS, VECTORS, draw
 
 from neumeta_jax import elastic
-from neumeta_jax.elastic import rules
+from neumeta_jax.elastic import control_flow, rules
 
 every_network = pytest.mark.parametrize("name", CASES)
 COMPILED = collections.Counter()  # how often the masked network was
@@ -589,7 +589,7 @@ def test_doubled_channels_have_equal_moments(name):
 
 
 def test_every_name_of_a_primitive_is_spelled_as_in_jax():
-    named = {*rules.RULES, *rules.INLINED, *rules.BODIES, *rules.IGNORED, *rules.ZERO_IF_ALL}
+    named = {*rules.RULES, *rules.INLINED, *control_flow.BODIES, *rules.IGNORED, *rules.ZERO_IF_ALL}
     known = {each.name for each in gc.get_objects() if isinstance(each, Primitive)}
     assert named - known <= {"closed_call", "log2", "one_minus_square", "polynomial"}  # or later
     assert {*rules.PRODUCTS, *rules.MOVES, *rules.LINEAR, *rules.SIGNED, *rules.COMPARED} <= named

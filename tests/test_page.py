@@ -61,14 +61,15 @@ def weight_slices():
 
 def document(**changes):
     options = {
-        "title": "ResNet14 on </script><b>noise</b>",
-        "subtitle": "A test",
+        "heading": ("ResNet14 on </script><b>noise</b>", "A test"),
         "trained_range": (0.5, 1.0),
         "teacher_accuracy": 0.8,
         "slices": weight_slices(),
         "latency": LATENCY,
-        "config": {"data": {"name": "noise", "mean": [0.5]}, "comment": "<!-- $title -->"},
-        "versions": {"python": "3.11"},
+        "about": {
+            "config": {"data": {"name": "noise", "mean": [0.5]}, "comment": "<!-- $title -->"},
+            "versions": {"python": "3.11"},
+        },
     }
     return page.page_document(ROWS, FAMILY, **{**options, **changes})
 
@@ -84,7 +85,7 @@ def test_networks_are_distinct_and_in_order_with_their_depth_and_their_latency()
     assert "latency" not in entries[0]
     assert [e["shown"] for e in entries[2:4]] == ["2 / 4", "8, 1 block skipped"]
     with refused("at least one evaluated network"):
-        page.page_document([], FAMILY, title="", subtitle="", trained_range=(0.5, 1))
+        page.page_document([], FAMILY, heading=("", ""), trained_range=(0.5, 1))
 
 
 @pytest.mark.parametrize("max_values, widths, out", [(10**6, 9, 16), (200, 9, 3)])
@@ -121,7 +122,7 @@ def test_where_streams_are_narrow_too_the_slice_has_only_the_channels_that_are_t
         assert np.isfinite(kernel[:, :, :width, :width]).all()  # block and stream are as wide
         assert np.isnan(kernel[:, :, width:]).all() and np.isnan(kernel[..., width:]).all()
     narrow = GridRow(0.5, (2, 2, 4, 4, 8, 8, 2, 4, 8), 1, 2, 0.5, True, interval=(0.4, 0.6))
-    options = {"title": "", "subtitle": "", "trained_range": (0.5, 1.0)}
+    options = {"heading": ("", ""), "trained_range": (0.5, 1.0)}
     found = page.page_document([narrow], family, slices=slices, **options)
     values = np.frombuffer(base64.b64decode(found["slices"]["values"]), np.int8)
     assert values[:40].tolist().count(page.ABSENT) == 2 * 18  # of the width 2
@@ -133,7 +134,7 @@ def test_a_network_that_is_no_resnet_has_a_page_too():
     spec = linen.LinenSpec("mlp", '{"widths": [8, 4]}', num_classes=10, image_size=8, channels=1)
     family = linen.hypernetwork(spec, make_inr("grid"))
     rows = [GridRow(ratio, (4, 2), 1, 2, 0.5, True) for ratio in (1.0, 0.5)]
-    found = page.page_document(rows, family, title="", subtitle="", trained_range=(0.5, 1.0))
+    found = page.page_document(rows, family, heading=("", ""), trained_range=(0.5, 1.0))
     assert [(e["depth"], e["shown"]) for e in found["networks"]] == [(3, "4 / 2")]
     assert found["slices"] is None and found["channels"] == "channels"
     assert found["full"]["params"] == 64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10

@@ -404,16 +404,17 @@ def write_report(
     document = page.page_document(
         rows,
         family,
-        title=f"{experiment.network} on {experiment.name}: every size from one INR",
-        subtitle=f"Top-1 accuracy on {target.caption} The INR has "
-        f"{hyper.num_inr_params(evaluator.params):,} parameters, the full-size network "
-        f"{experiment.spec.num_params:,}.",
+        heading=(
+            f"{experiment.network} on {experiment.name}: every size from one INR",
+            f"Top-1 accuracy on {target.caption} The INR has "
+            f"{hyper.num_inr_params(evaluator.params):,} parameters, the full-size network "
+            f"{experiment.spec.num_params:,}.",
+        ),
         trained_range=experiment.trained_range,
         teacher_accuracy=target.teacher_accuracy,
         slices=slices.weight_slices(family, evaluator.params) if is_resnet else None,
         latency=page.read_latency(target.workdir / page.LATENCY_FILE),
-        config=read_config(target.workdir),
-        versions=versions(),
+        about={"config": read_config(target.workdir), "versions": versions()},
     )
     page.write_page(target.out / "report.html", document)
     print(f"wrote {target.out / 'report.html'}; open it in a browser")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
 
-from neumeta_jax.elastic import rules
+from neumeta_jax.elastic import control_flow, rules
 from neumeta_jax.elastic.axes import Dim
 from neumeta_jax.elastic.program import Program, Step, Tail, Value
 
@@ -88,11 +88,11 @@ class Tracer:
         if name in rules.INLINED:
             self.lost_rules |= name == "custom_vjp_call"
             return self.inline(params["jaxpr" if "jaxpr" in params else "call_jaxpr"], ins)
-        if name not in rules.MOVES | rules.TRANSPARENT | rules.PRODUCTS.keys():
+        if name not in rules.MOVES | control_flow.TRANSPARENT | rules.PRODUCTS.keys():
             for value in ins:
                 self.embed(value)
-        if name in rules.BODIES:
-            step = rules.BODIES[name](self, params, ins)
+        if name in control_flow.BODIES:
+            step = control_flow.BODIES[name](self, params, ins)
             self.steps.append(step)
             return step.outputs
         avals = [var.aval for var in eqn.outvars]

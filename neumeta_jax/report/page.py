@@ -141,26 +141,23 @@ def page_document(
     rows: Sequence[GridRow],
     family: Family,
     *,
-    title: str,
-    subtitle: str,
+    heading: tuple[str, str],
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
     slices: WeightSlices | None = None,
     latency: Mapping[str, Any] | None = None,
-    config: Mapping[str, Any] | None = None,
-    versions: Mapping[str, Any] | None = None,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What `render` puts into the page, as JSON types.
 
     Args:
         rows: at least one network of `family`, see `network_entries`.
-        title, subtitle: the first two lines; the second says on what images, see
-            `plotting.caveats`.
+        heading: the first two lines; the second says on what images, see `plotting.caveats`.
         trained_range: smallest and largest width ratio seen in training, shaded.
         teacher_accuracy: in [0, 1], drawn as a dashed line.
         slices: weights to show at the width of the slider.
         latency: the document that `neumeta latency` writes.
-        config, versions: of the run, shown as tables.
+        about: the "config" of the run and "versions" of software, shown as tables.
     """
     check(rows, "A page needs at least one evaluated network, got none.")
     hidden = isinstance(family.spec, ResNetSpec) and not set(family.names) & set(STREAM_GROUPS)
@@ -168,18 +165,19 @@ def page_document(
     if slices is not None:
         blocks = [name.partition("/")[0] for name in family.names]
         drawn = slice_entry(slices) | {"position": blocks.index(slices.block)}
+    about = about or {"config": {}, "versions": {}}
     device = {"latency measured on": latency["device"]} if latency else {}
     return {
-        "title": title,
-        "subtitle": subtitle,
+        "title": heading[0],
+        "subtitle": heading[1],
         "channels": "hidden channels" if hidden else "channels",
         "trained_range": list(trained_range),
         "teacher_accuracy": teacher_accuracy,
         "full": {"params": family.spec.num_params, "macs": family.spec.num_macs},
         "networks": network_entries(rows, family, latency),
         "slices": drawn,
-        "config": flatten(config or {}),
-        "versions": flatten(versions or {}) | device,
+        "config": flatten(about["config"]),
+        "versions": flatten(about["versions"]) | device,
     }
 
 

@@ -1,7 +1,7 @@
 """Training of a family of any network on arrays: what train.py does, as one function."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -43,19 +43,30 @@ RECIPE = InrRecipe(
 )
 
 
+class Hooks(TypedDict, total=False):
+    """What a fit does beside its recipe.
+
+    Attributes:
+        augment: `augment(key, x)` of a batch of inputs.
+        objective: `objective(logits, labels, soft)` to (loss, terms to report) of one network, in
+            place of cross-entropy and distillation; `soft` are the logits of the full network.
+        after: called with (step, metrics) after each epoch.
+    """
+
+    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    objective: Objective
+    after: Callable[[int, dict[str, float]], None]
+
+
 def fit(
     hypernetwork: Hypernetwork,
-    apply: Callable,
+    apply: Callable | elastic.Family,
     params: Mapping,
     x: Any,
     labels: Any,
     recipe: InrRecipe = RECIPE,
-    *,
     key: jax.Array | None = None,
-    family: elastic.Family | None = None,
-    augment: Callable | None = None,
-    objective: Objective | None = None,
-    after: Callable[[int, dict[str, float]], None] | None = None,
+    **hooks: Unpack[Hooks],
 ) -> dict[str, Any]:
     """Trains the INR so that one set of parameters serves every width.
 
@@ -63,16 +74,14 @@ def fit(
 
     Args:
         hypernetwork: the family.
-        apply: the user's function of (tree, x) to logits, in inference mode.
+        apply: the user's function of (tree, x) to logits, in inference mode; or its `Family`, with
+            which the smallest network runs at its own shapes, which saves time.
         params: as `hypernetwork.init` made them, or trained ones to go on with.
-        x: inputs, float[n, ...] or int[n, ...], as `apply` takes them.
-        labels: int[n], float[n, classes], or whatever `objective` takes.
+        x: inputs, float[n, ...] or int[n, ...], as the network takes them.
+        labels: int[n], float[n, classes], or whatever the objective takes.
         recipe: of the training; `dataclasses.replace(fitting.RECIPE, epochs=...)` changes it.
-        family: of `apply`; with it the smallest network runs at its own shapes, which saves time.
-        augment: `augment(key, x)` of a batch.
-        objective: `objective(logits, labels, soft)` to (loss, terms to report) of one network, in
-            place of cross-entropy and distillation; `soft` are the logits of the full network.
-        key, after: PRNG key, default 0; called with (step, metrics) after each epoch.
+        key: PRNG key, default that of 0.
+        hooks: augment, objective and after, see `Hooks`.
 
     Returns:
         The trained parameters, of the structure of `params`.
@@ -87,12 +96,7 @@ def fit(
         f"fit needs as many labels as inputs and at least {recipe.images_per_step} for a step "
         f"of this recipe, got {len(x)} inputs and {len(labels)} labels.",
     )
-
-    def forward(tree, x, widths):
-        if widths is None or family is None:
-            return apply(tree, x)
-        at = hypernetwork.by_name(widths)
-        return elastic.apply_at(family, elastic.slice_params(family.groups, tree, at), x, at)
+    augment, after = hooks.get("augment"), hooks.get("after")
 
     def prepare(key, x, labels):
         return (x if augment is None else augment(key, x)), labels
@@ -100,9 +104,13 @@ def fit(
     key = jax.random.key(0) if key is None else key
     full = np.array(hypernetwork.full_widths, np.int32)
     teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
-    phases = recipe.phases(hypernetwork, num_images=len(x))
-    options = {"unroll": jax.default_backend() != "tpu", "objective": objective}
+    forward = _forward(hypernetwork, apply)
+    options = {
+        "unroll": jax.default_backend() != "tpu",
+        "objective": hooks.get("objective"),
+    }
     programs: dict[Any, Steps] = {}
+    phases = recipe.phases(hypernetwork, num_images=len(x))
     for number, phase in enumerate(phases):
         program = phase.program
         if program not in programs:
@@ -124,3 +132,15 @@ def fit(
         )
         params = state.result
     return dict(params)
+
+
+def _forward(hypernetwork, apply):
+    """`update.Forward` of a function of (tree, x), or of a family at its own shapes."""
+    if not isinstance(apply, elastic.Family):
+        return lambda tree, x, widths: apply(tree, x)
+
+    def forward(tree, x, widths):
+        at = hypernetwork.by_name(hypernetwork.full_widths if widths is None else widths)
+        return elastic.apply_at(apply, elastic.slice_params(apply.groups, tree, at), x, at)
+
+    return forward
