@@ -44,6 +44,18 @@ def test_every_module_lies_in_a_room():
     assert not outside, f"add {outside} to ROOMS, in the order of imports"
 
 
+def test_modules_and_functions_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 600, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                args = node.args
+                named = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+                assert sum(arg is not None for arg in named) <= 8, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+
+
 def test_imports_run_down_only():
     upwards = [
         f"{name} imports {other}"
