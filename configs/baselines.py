@@ -31,7 +31,7 @@ DISTILLED = {
     "distill_from": "teacher",
     "ce_weight": 0.2,
     "distillation_weight": 0.8,
-    "temperature": 2.0,
+    "temperature": 4.0,
 }
 INDIVIDUAL = {
     "method": "individual",

@@ -56,7 +56,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.norm_weight = 1e-5
     config.train.reconstruction_weight = 0.0
     config.train.distillation_weight = 4.0
-    config.train.temperature = 2.0
+    config.train.temperature = 4.0
     config.train.optimizer = "muon"
     config.train.learning_rate = 3e-4
     config.train.alpha_learning_rate = 3e-4
@@ -70,7 +70,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.eval.progress_images = 1000
     config.eval.batch_size = 50  # what the layers pass on stays in the cache of a core
 
-    if preset in SHARED:
+    if preset in SHARED:  # as they were run
+        config.train.epochs = 3.5
+        config.train.temperature = 2.0
         config.inr.width_terms = 0
         config.train.num_random_sizes = 2
         config.train.fixed_ratios = ()
