@@ -14,22 +14,27 @@ from neumeta_jax.networks.saved import load_inr, save_inr
 
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
 
+FIELDS = {
+    "projection": {"modulated": True, "width_terms": 2, "depth_term": True},
+    "grid": {},
+    "per_tensor_mlp": {"hidden_width": 4, "num_layers": 2, "num_frequencies": 2},
+}
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The file of an INR of each kind, made under JAX's own settings."""
     folder, paths = tmp_path_factory.mktemp("strict"), {}
     backbone = cifar_resnet.init_params(jax.random.key(0), SPEC)
-    for kind in ("projection", "grid", "per_tensor_mlp"):
-        small = {"hidden_width": 4, "num_layers": 2, "num_frequencies": 2}
-        inr = make_inr(kind, **(small if kind == "per_tensor_mlp" else {}))
+    for kind, fields in FIELDS.items():
+        inr = make_inr(kind, **fields)
         family = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC), inr)
         paths[kind] = folder / f"{kind}.safetensors"
         save_inr(paths[kind], family, hyper.init(jax.random.key(1), family, backbone), mean=[0.5])
     return paths
 
 
-@pytest.mark.parametrize("kind", ["projection", "grid", "per_tensor_mlp"])
+@pytest.mark.parametrize("kind", FIELDS)
 @pytest.mark.parametrize("setting", STRICT)
 def test_generation_networks_and_loading_hold_under(files, kind, setting):
     widths, pixels = np.array([2, 0], np.int32), np.ones((2, 8, 8, 3), np.float32)

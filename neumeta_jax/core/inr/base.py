@@ -123,7 +123,7 @@ def skipped_share(widths: jax.Array, positions: Sequence[int]) -> jax.Array:
 def kept_ratio(widths: jax.Array, full: Sequence[int]) -> jax.Array:
     """float32: the mean of `widths` over the `full` ones, of the branches that are not skipped."""
     ratios = jnp.asarray(widths).astype(jnp.float32) / np.array(full, np.float32)
-    return jnp.sum(ratios) / jnp.maximum(jnp.sum(ratios > 0), 1)
+    return jnp.sum(ratios) / jnp.maximum(jnp.sum(ratios > 0, dtype=jnp.float32), 1.0)
 
 
 def width_counts(ratios: jax.Array, number: int) -> jax.Array:
@@ -134,7 +134,7 @@ def width_counts(ratios: jax.Array, number: int) -> jax.Array:
     fastest: a step of a term is as long whatever it counts.
     """
     halvings = -jnp.log2(jnp.clip(ratios, 2.0**-10, 1.0))[..., None]
-    term = jnp.arange(1, number + 1)
+    term = np.arange(1, number + 1, dtype=np.float32).reshape((1,) * ratios.ndim + (-1,))
     rising, falling = halvings - term + 1, term + 1 - halvings
     return term * jnp.maximum(jnp.where(term < number, jnp.minimum(rising, falling), rising), 0.0)
 
