@@ -295,7 +295,7 @@ def test_costs_are_passes_of_the_networks_that_are_trained():
     assert cost("pruning").macs == 0
 
 
-@pytest.mark.parametrize("share, passes", [(True, 960 * 3), (False, 960)])
+@pytest.mark.parametrize("share, passes", [(True, 960 * 5), (False, 960)])
 def test_an_inr_whose_sizes_have_images_of_their_own_counts_each(share, passes):
     chosen = {"epochs": 40.0, "batch_size": 4, "micro_batch": 0, "share_images": share}
     experiment = experiment_of(**{f"train__{name}": value for name, value in chosen.items()})
