@@ -136,7 +136,8 @@ def width_counts(ratios: jax.Array, number: int) -> jax.Array:
     halvings = -jnp.log2(jnp.clip(ratios, 2.0**-10, 1.0))[..., None]
     term = np.arange(1, number + 1, dtype=np.float32).reshape((1,) * ratios.ndim + (-1,))
     rising, falling = halvings - term + 1, term + 1 - halvings
-    return term * jnp.maximum(jnp.where(term < number, jnp.minimum(rising, falling), rising), 0.0)
+    share = jnp.where(term < number, jnp.minimum(rising, falling), rising)
+    return jnp.maximum(share, 0.0) * term
 
 
 def mean_ratio(stack: TensorStack, ratios: jax.Array) -> jax.Array:
