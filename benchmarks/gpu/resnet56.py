@@ -75,8 +75,7 @@ def main() -> None:
 
     run("train.py", *flags, xla_flags=xla_flags)
     compact = (options.out / "inr_bfloat16.safetensors").absolute()
-    save = "import sys; from neumeta_jax.networks import saved; saved.save_compact(*sys.argv[1:])"
-    run("-c", save, str(options.workdir), str(compact))
+    run("-c", throughput.SAVE_COMPACT, str(options.workdir), str(compact))
     if not options.trial:
         # What is tested is what is kept.
         (options.workdir / "inr.safetensors").write_bytes(compact.read_bytes())

@@ -37,6 +37,10 @@ VARIANTS = {  # name: (batch size, XLA flags)
     "256 graphs conv fusion": (256, f"{GRAPHS} --xla_gpu_experimental_enable_conv_fusion=true"),
 }
 WORKER_S = 150  # more is no use on a device that is lent by the minute
+# A program that takes a work directory and a file.
+SAVE_COMPACT = (
+    "import sys; from neumeta_jax.networks import saved; saved.save_compact(*sys.argv[1:])"
+)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
