@@ -42,7 +42,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.eval.progress_ratios = (1.0, 0.75, 0.5)
         config.eval.num_samples = 100
         return config
-    config = recipes.defaults("projection", modulated=True, width_terms=2)
+    config = recipes.defaults("projection", modulated=True, width_terms=(0.75, 0.5, 0.25))
     config.channel_order = "importance"  # a nested family that keeps the first channels loses least
     config.checkpoint_every = 100
 
@@ -84,7 +84,7 @@ def get_config(preset: str = "") -> ConfigDict:
     if preset in SHARED:  # as they were run
         config.train.epochs = 3.5
         config.train.temperature = 2.0
-        config.inr.width_terms = 0
+        config.inr.width_terms = ()
         config.train.num_random_sizes = 2
         config.train.fixed_ratios = ()
         config.train.learning_rate = 6e-4

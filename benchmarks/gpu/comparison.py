@@ -14,15 +14,13 @@ same command goes on where one was interrupted. DIR then holds ROW/row.json, the
 
 import argparse
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
 import time
 
 import throughput
-
-sys.path.insert(0, str(throughput.ROOT / "configs"))
-import baselines
 
 EPOCH = 45_000  # training images
 EPOCHS = {"htty": 250}
@@ -33,7 +31,7 @@ RATES = ("learning_rate", "alpha_learning_rate", "learned_learning_rate")
 
 def overrides(row: str, smoke: bool) -> list[str]:
     """What differs from the preset `row`, for `neumeta compare`."""
-    config = baselines.get_config(row)
+    config = runpy.run_path(str(throughput.ROOT / "configs/baselines.py"))["get_config"](row)
     epochs = 0.02 if smoke else EPOCHS.get(row, 30)
     flags = [f"--budget={epochs * EPOCH / config.baseline.images}"]
     if smoke:
@@ -42,8 +40,8 @@ def overrides(row: str, smoke: bool) -> list[str]:
         return flags
     inr = config.baseline.method == "inr"
     section = "train" if inr else "baseline"
-    fields: dict[str, float] = {"batch_size": BATCH_SIZE} | ({"micro_batch": 0} if inr else {})
-    fields |= {name: 2 * config[section][name] for name in (RATES if inr else RATES[:1])}
+    fields = {name: 2 * config[section][name] for name in (RATES if inr else RATES[:1])}
+    fields |= {"batch_size": BATCH_SIZE} | ({"micro_batch": 0} if inr else {})
     return [*flags, *(f"--config.{section}.{name}={value}" for name, value in fields.items())]
 
 

@@ -5,6 +5,7 @@ from neumeta_jax.elastic.family import Family, apply_at, trace
 from neumeta_jax.elastic.folding import fold, folded
 from neumeta_jax.elastic.groups import Group, Groups, Member, Reader
 from neumeta_jax.elastic.moments import moments
+from neumeta_jax.elastic.refit import refit
 from neumeta_jax.elastic.resize import mask_params, permute, select, slice_params
 from neumeta_jax.elastic.rules import UnknownPrimitive
 
@@ -23,6 +24,7 @@ __all__ = [
     "num_macs",
     "num_params",
     "permute",
+    "refit",
     "select",
     "slice_params",
     "trace",

@@ -8,7 +8,7 @@ logits = apply_at(family, slice_params(family.groups, params, widths), images, w
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -336,6 +336,42 @@ def _sizes(
     return size
 
 
+def sizes_at(
+    family: Family, inputs: Sequence[Any], widths: Mapping[str, int]
+) -> Callable[[Dim], int]:
+    """The ints of the dims of `program` at `widths` for these inputs.
+
+    Raises:
+        ValueError: for widths or inputs that do not fit the network.
+    """
+    family.groups.check(widths, limited=False)
+    for name, width in widths.items():
+        group = family.groups.by_name[name]
+        if width != group.size and (rigid := sorted(RIGID & set(group.flags))):
+            raise ValueError(
+                f"{name} is {', '.join(rigid)} and keeps its {group.size} channels, got {width}."
+            )
+    batch = {}
+    active = [value for value in family.program.inputs if value.active]
+    for value, array in zip(active, inputs, strict=True):
+        for dim, n in zip(value.dims, np.shape(array), strict=True):
+            dim = dim.find()
+            if dim.notes & (RIGID - {"input", "output"}):
+                continue
+            if n != dim.size and "constant" in dim.notes:
+                raise ValueError(
+                    f"A constant in the network has one entry for each of the {dim.size} of the "
+                    f"example, got {n}; make it from the shape of the input, or trace with {n}."
+                )
+            batch[dim] = n
+    size = _sizes(family, widths, batch)
+    for value, array in zip(active, inputs, strict=True):
+        expected = tuple(map(size, value.dims))
+        if np.shape(array) != expected:
+            raise ValueError(f"The input must have the shape {expected}, got {np.shape(array)}.")
+    return size
+
+
 def apply_at(
     family: Family,
     params: Any,
@@ -355,33 +391,9 @@ def apply_at(
     Raises:
         ValueError: for widths or parameters that do not fit the network.
     """
-    family.groups.check(widths, limited=False)
-    for name, width in widths.items():
-        group = family.groups.by_name[name]
-        if width != group.size and (rigid := sorted(RIGID & set(group.flags))):
-            raise ValueError(
-                f"{name} is {', '.join(rigid)} and keeps its {group.size} channels, got {width}."
-            )
-    leaves = [*family.groups.leaves(params, widths).values()]
     inputs = jax.tree.leaves(x)
-    batch = {}
-    active = [value for value in family.program.inputs if value.active]
-    for value, array in zip(active, inputs, strict=True):
-        for dim, n in zip(value.dims, np.shape(array), strict=True):
-            dim = dim.find()
-            if dim.notes & (RIGID - {"input", "output"}):
-                continue
-            if n != dim.size and "constant" in dim.notes:
-                raise ValueError(
-                    f"A constant in the network has one entry for each of the {dim.size} of the "
-                    f"example, got {n}; make it from the shape of the input, or trace with {n}."
-                )
-            batch[dim] = n
-    size = _sizes(family, widths, batch)
-    for value, array in zip(active, inputs, strict=True):
-        expected = tuple(map(size, value.dims))
-        if np.shape(array) != expected:
-            raise ValueError(f"The input must have the shape {expected}, got {np.shape(array)}.")
+    size = sizes_at(family, inputs, widths)
+    leaves = family.groups.leaves(params, widths).values()
     return family.output.unflatten(family.program.run(size, [*leaves, *inputs], observe))
 
 

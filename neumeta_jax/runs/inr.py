@@ -163,7 +163,10 @@ def train_inr(
         moments = None
         if family.inr.needs_moments:
             moments = backbones.measure_moments(experiment, backbone, splits.train_images)
-        return jax.jit(init)(key, backbone=backbone, moments=moments)
+        params = jax.jit(init)(key, backbone=backbone, moments=moments)
+        if family.inr.width_terms and recipe.block_init == "teacher":
+            params = _filled(experiment, params, backbone, splits)
+        return params
 
     part = Part(
         workdir,
@@ -179,6 +182,20 @@ def train_inr(
     template = jax.eval_shape(first, backbone)
     shared = _Training(experiment, splits, backbone, part, template.params)
     return part.train(shared.phases(of_recipe), template, initial)
+
+
+def _filled(
+    experiment: Experiment, params: Params, backbone: Params, splits: datasets.Splits
+) -> Params:
+    """`hyper.fill_width_terms` of the first training images."""
+    family = experiment.hypernetwork
+    shown = ", ".join(f"{ratio:g}" for ratio in family.inr.width_terms)
+    print(f"INR: fitting the terms for widths {shown} to the full network", flush=True)
+    images = splits.train_images[: backbones.NUM_MOMENT_IMAGES]
+    x = experiment.preprocessing.evaluate(jnp.asarray(images)).astype(jnp.float32)
+    batch_size = min(100, len(images))
+    given = family, family.network.family, params, backbone
+    return hyper.fill_width_terms(*given, x, batch_size=batch_size)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

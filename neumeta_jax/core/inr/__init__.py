@@ -51,7 +51,7 @@ def make_inr(kind: str, **fields: Any) -> INR:
         raise ValueError(
             f"An INR of kind {kind!r} takes {sorted(known)}, got also {sorted(unknown)}."
         )
-    return cls(**fields)
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def describe_inr(inr: INR) -> dict[str, Any]:

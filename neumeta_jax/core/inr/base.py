@@ -5,6 +5,7 @@ is not generated.
 """
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,13 @@ class INR(abc.ABC):
         needs_moments: whether `with_moments` makes use of second moments of the channels.
         depth_term: whether weights depend on which branches are skipped, those not generated
             included.
-        width_terms: how many terms weights have that count at small widths (`width_counts`), those
-            not generated included.
+        width_terms: the width ratios, descending, for which weights have terms of their own
+            (`width_counts`), those not generated included.
     """
 
     needs_moments = False
     depth_term = False
-    width_terms = 0
+    width_terms: tuple[float, ...] = ()
 
     @abc.abstractmethod
     def init(self, key: jax.Array, stacks: Sequence[TensorStack]) -> Params:
@@ -107,6 +108,18 @@ class INR(abc.ABC):
             )
         return mask
 
+    def with_term(
+        self,
+        inr_params: Params,
+        stacks: Sequence[TensorStack],
+        widths: jax.Array,
+        number: int,
+        raw: Mapping[str, jax.Array],
+    ) -> Params:
+        """`inr_params` that generate `raw` more at `widths`, by term `number` of `width_terms`."""
+        del stacks, widths, number, raw
+        return inr_params
+
     def depth_mask(self, inr_params: Params, stacks: Sequence[TensorStack]) -> Params:
         """A tree that broadcasts against `inr_params`: 1 for the `depth_term`, else 0."""
         del stacks
@@ -126,18 +139,31 @@ def kept_ratio(widths: jax.Array, full: Sequence[int]) -> jax.Array:
     return jnp.sum(ratios) / jnp.maximum(jnp.sum(ratios > 0, dtype=jnp.float32), 1.0)
 
 
-def width_counts(ratios: jax.Array, number: int) -> jax.Array:
-    """float32[..., number]: how much each of the terms for small widths counts at width `ratios`.
+def width_counts(ratios: jax.Array, terms: Sequence[float]) -> jax.Array:
+    """float32[..., terms]: how much each of the `terms`, width ratios below 1, counts at `ratios`.
 
-    Term k counts k where the width is halved k times; from there it falls to 0 at k - 1 and k + 1
-    halvings, in a straight line, but the last one goes on growing. What is changed most learns
-    fastest: a step of a term is as long whatever it counts.
+    A term counts at its own ratio, and falls to 0 at the next ones, of which 1 is the first, in a
+    straight line along the logarithm of the ratio; the last term goes on growing below its own. A
+    term for less than half of the width counts as often there as the width is halved: what is
+    changed most learns fastest, as a step of a term is as long whatever it counts.
     """
-    halvings = -jnp.log2(jnp.clip(ratios, 2.0**-10, 1.0))[..., None]
-    term = np.arange(1, number + 1, dtype=np.float32).reshape((1,) * ratios.ndim + (-1,))
-    rising, falling = halvings - term + 1, term + 1 - halvings
-    share = jnp.where(term < number, jnp.minimum(rising, falling), rising)
-    return jnp.maximum(share, 0.0) * term
+    halvings = -jnp.log2(jnp.clip(ratios, 2.0**-10, 1.0))
+    knots = [0.0, *(-math.log2(term) for term in terms)]
+    counts = []
+    for before, knot, after in zip(knots, knots[1:], [*knots[2:], math.inf], strict=False):
+        share = (halvings - before) / (knot - before)
+        if after < math.inf:
+            share = jnp.minimum(share, (after - halvings) / (after - knot))
+        counts.append(max(knot, 1.0) * jnp.maximum(share, 0.0))
+    return jnp.stack(counts, axis=-1)
+
+
+def over(change: jax.Array, count: jax.Array) -> jax.Array:
+    """A term that is `change` where it counts `count`; 0 where it hardly counts.
+
+    Few channels cannot have every width ratio.
+    """
+    return jnp.where(count < 0.25, 0.0, change / jnp.maximum(count, 0.25))
 
 
 def mean_ratio(stack: TensorStack, ratios: jax.Array) -> jax.Array:

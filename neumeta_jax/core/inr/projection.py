@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.core.inr.base import INR, mean_ratio, skipped_share, width_counts
+from neumeta_jax.core.inr.base import INR, mean_ratio, over, skipped_share, width_counts
 from neumeta_jax.core.inr.grid import Grid
 from neumeta_jax.core.stacks import Side, full_widths, identities
 
@@ -29,7 +29,7 @@ class Projection(INR):
         W(w) = sum over m < num_terms of (1 - w)^m G_m, times 1 + (1 - w) S with `modulated`
 
     where S has one value for each kernel slice (for biases (1 - w) S is added). Each of
-    `width_terms` adds t(w) B to the sum, with t one of `width_counts`: small sizes learn what large
+    `width_terms` adds t(w) B to the sum, with t one of `width_counts`: small sizes have what large
     ones need not share. With `depth_term` d D is added, d the share of the branches in its scope
     that are skipped: what is left can make up for them. M is measured once on the teacher,
     (full + 1)^2 numbers for each tensor that reads. A tensor whose product cannot be repaired, such
@@ -49,7 +49,8 @@ class Projection(INR):
     Attributes:
         num_terms: 1 leaves the width out of the learned values.
         modulated: learn S.
-        width_terms: how many B are learned, here and for what is not generated (`hypernetwork`).
+        width_terms: the width ratios at which a B counts most, descending, below 1; learned here
+            and for what is not generated (`hypernetwork`).
         depth_term: learn D, likewise.
         ridge: of the least squares, relative to the diagonal of M.
         max_cell: in training (with a key), half of the networks narrower than full are drawn
@@ -62,7 +63,7 @@ class Projection(INR):
 
     num_terms: int = 1
     modulated: bool = False
-    width_terms: int = 0
+    width_terms: tuple[float, ...] = ()
     depth_term: bool = False
     ridge: float = 1e-3
     max_cell: float = 1.0
@@ -70,13 +71,19 @@ class Projection(INR):
 
     @property
     def _values_only(self) -> Grid:
-        return Grid(num_terms=self.num_terms + self.width_terms + self.depth_term)
+        return Grid(num_terms=self.num_terms + len(self.width_terms) + self.depth_term)
 
     def __post_init__(self):
-        if self.num_terms < 1 or self.width_terms < 0 or not self.ridge > 0:
+        if self.num_terms < 1 or not self.ridge > 0:
             raise ValueError(
-                "A projection needs num_terms >= 1, width_terms >= 0 and ridge > 0, got "
-                f"{self.num_terms=}, {self.width_terms=}, {self.ridge=}."
+                "A projection needs num_terms >= 1 and ridge > 0, got "
+                f"{self.num_terms=}, {self.ridge=}."
+            )
+        falling = zip((1, *self.width_terms), (*self.width_terms, 0), strict=True)
+        if not all(before > after for before, after in falling):
+            raise ValueError(
+                "The width_terms of a projection must be ratios that descend from below 1 to above "
+                f"0, got {self.width_terms}."
             )
         if self.max_cell < 1:
             raise ValueError(f"max_cell must be at least 1, got {self.max_cell}.")
@@ -174,6 +181,16 @@ class Projection(INR):
         solution = jnp.roll(solution, -1, axis=1)[:, :, 1:]
         unit = jnp.eye(moments.shape[-1], dtype=solution.dtype)[None, :, :-1]
         return jnp.where(kept[:, None, :], unit, solution)
+
+    def with_term(self, inr_params, stacks, widths, number, raw):
+        ratios = jnp.asarray(widths) / full_widths(stacks, len(widths))
+        result = dict(inr_params)
+        for stack in stacks:
+            counts = width_counts(mean_ratio(stack, ratios), self.width_terms)[:, number]
+            added = over(raw[stack.name], counts[:, None, None, None])
+            values = inr_params[stack.name]["values"].at[:, self.num_terms + number].add(added)
+            result[stack.name] = {**inr_params[stack.name], "values": values}
+        return result
 
     def start_from(self, inr_params, stacks, raw):
         started = self._values_only.start_from(inr_params, stacks, raw)
