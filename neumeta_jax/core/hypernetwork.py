@@ -11,8 +11,8 @@ not generated, averaging of noisy samples. The learned parameters of a hypernetw
      "width":   for an INR with width terms the same by the number of each, from 1, times what it
                 counts at the mean width (`width_counts`)}
 
-Terms for small widths start at what makes the network of their width follow the full one
-(`fill_width_terms`), or at zero.
+Terms of depth and width start at what makes smaller networks follow the full one (`start`), or at
+zero.
 """
 
 import dataclasses
@@ -28,12 +28,10 @@ import numpy as np
 
 from neumeta_jax.core import stacks
 from neumeta_jax.core.inr import INR, Grid
-from neumeta_jax.core.inr.base import Params, kept_ratio, over, skipped_share, width_counts
+from neumeta_jax.core.inr.base import Params, kept_ratio, skipped_share, width_counts
 from neumeta_jax.core.stacks import TensorStack
 from neumeta_jax.elastic.counting import Count, params_count
-from neumeta_jax.elastic.family import Family
 from neumeta_jax.elastic.groups import Groups
-from neumeta_jax.elastic.refit import refit
 from neumeta_jax.elastic.resize import mask_axes, masked_axes, take_axes
 from neumeta_jax.elastic.widths import widths_at
 
@@ -164,18 +162,18 @@ def _owners(hypernetwork: Hypernetwork) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _scaled(hypernetwork: Hypernetwork) -> dict[str, int]:
+def scaled(hypernetwork: Hypernetwork) -> dict[str, int]:
     """By path, whose SkipInit scalar a generated tensor is multiplied by."""
-    scaled = {}
+    positions = {}
     for position, name in enumerate(hypernetwork.names):
         if hypernetwork.scaled(name):
             for reader in hypernetwork.groups.readers:
                 axes = (hypernetwork.groups.axes[reader.path][n] for n in reader.reads)
                 if any(name in axis.groups() for axis in axes):
-                    scaled[reader.path] = position
+                    positions[reader.path] = position
                     if reader.bias:
-                        scaled[reader.bias] = position
-    return scaled
+                        positions[reader.bias] = position
+    return positions
 
 
 @functools.lru_cache(maxsize=64)
@@ -252,52 +250,6 @@ def init(
         numbers = map(str, range(1, len(inr.width_terms) + 1))
         params["width"] = {number: jax.tree.map(jnp.zeros_like, learned) for number in numbers}
     return params
-
-
-def fill_width_terms(
-    hypernetwork: Hypernetwork,
-    family: Family,
-    params: Mapping,
-    backbone: Any,
-    x: Any,
-    *,
-    batch_size: int = 100,
-) -> Params:
-    """`params` whose `width_terms` make the networks of their widths follow the full one.
-
-    The network of each term's width, the largest first, is generated with the terms so far and
-    `refit`; the term is the difference. Sizes in between have a part of it.
-
-    Args:
-        hypernetwork: one whose INR has width terms.
-        family: what its groups were found in.
-        params: of `init`.
-        backbone: the full-size network.
-        x: inputs, without labels, a multiple of `batch_size`; 2,000 images are enough.
-        batch_size: inputs that run together.
-
-    Raises:
-        ValueError: as `refit`.
-    """
-    make = jax.jit(functools.partial(generate, hypernetwork))
-    scaled, alphas = _scaled(hypernetwork), np.asarray(params["alpha"])
-    for number, ratio in enumerate(hypernetwork.inr.width_terms):
-        widths = jnp.asarray(hypernetwork.widths(ratio))
-        tree, by_name = make(params, widths), hypernetwork.by_name(widths.tolist())
-        found = refit(family, backbone, tree, by_name, x, batch_size=batch_size)
-        leaves = hypernetwork.groups.leaves
-        changes = jax.tree.map(jnp.subtract, leaves(found), leaves(tree))
-        for path, position in scaled.items():  # a branch that is switched off stays as it is
-            alpha = float(alphas[position])
-            changes[path] = changes[path] * (1 / alpha if alpha else 0.0)
-        inr, raw = hypernetwork.inr, pack(hypernetwork, changes)
-        inr_params = inr.with_term(params["inr"], hypernetwork.stacks, widths, number, raw)
-        kept = kept_ratio(widths, hypernetwork.full_widths)
-        count = width_counts(kept, inr.width_terms)[number]
-        learned = {path: over(changes[path], count) for path in flat(params["learned"])}
-        terms = {**params["width"], str(number + 1): nested(learned)}
-        params = {**params, "inr": inr_params, "width": terms}
-    return dict(params)
 
 
 def num_inr_params(params: Mapping) -> int:
@@ -499,8 +451,8 @@ def skip_init(
     hypernetwork: Hypernetwork, tensors: Mapping[str, jax.Array], alpha: jax.Array
 ) -> dict[str, jax.Array]:
     """`tensors` with SkipInit's scalar absorbed: alpha * (kernel * x + bias) at a branch's end."""
-    scaled = _scaled(hypernetwork)
-    return {p: alpha[scaled[p]] * x if p in scaled else x for p, x in tensors.items()}
+    owners = scaled(hypernetwork)
+    return {p: alpha[owners[p]] * x if p in owners else x for p, x in tensors.items()}
 
 
 def generate(

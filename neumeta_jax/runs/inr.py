@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from neumeta_jax.core import hypernetwork as hyper, recipe as recipes, update
+from neumeta_jax.core import hypernetwork as hyper, recipe as recipes, start, update
 from neumeta_jax.data import datasets
 from neumeta_jax.data.preprocessing import Images
 from neumeta_jax.errors import UsageError
@@ -164,7 +164,7 @@ def train_inr(
         if family.inr.needs_moments:
             moments = backbones.measure_moments(experiment, backbone, splits.train_images)
         params = jax.jit(init)(key, backbone=backbone, moments=moments)
-        if family.inr.width_terms and recipe.block_init == "teacher":
+        if (family.inr.width_terms or family.inr.depth_term) and recipe.block_init == "teacher":
             params = _filled(experiment, params, backbone, splits)
         return params
 
@@ -187,15 +187,15 @@ def train_inr(
 def _filled(
     experiment: Experiment, params: Params, backbone: Params, splits: datasets.Splits
 ) -> Params:
-    """`hyper.fill_width_terms` of the first training images."""
+    """`start.fill_terms` of the first training images."""
     family = experiment.hypernetwork
-    shown = ", ".join(f"{ratio:g}" for ratio in family.inr.width_terms)
-    print(f"INR: fitting the terms for widths {shown} to the full network", flush=True)
+    print("INR: fitting terms for small sizes to the full network", flush=True)
     images = splits.train_images[: backbones.NUM_MOMENT_IMAGES]
     x = experiment.preprocessing.evaluate(jnp.asarray(images)).astype(jnp.float32)
+    given = family, family.network.family, params, backbone, x
     batch_size = min(100, len(images))
-    given = family, family.network.family, params, backbone
-    return hyper.fill_width_terms(*given, x, batch_size=batch_size)
+    skipped = experiment.recipe.max_skipped
+    return start.fill_terms(*given, max_skipped=skipped, batch_size=batch_size)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

@@ -116,7 +116,10 @@ class INR(abc.ABC):
         number: int,
         raw: Mapping[str, jax.Array],
     ) -> Params:
-        """`inr_params` that generate `raw` more at `widths`, by term `number` of `width_terms`."""
+        """`inr_params` that generate `raw` more at `widths`, by a term.
+
+        `number` counts the `width_terms`, and after them the `depth_term`.
+        """
         del stacks, widths, number, raw
         return inr_params
 

@@ -139,8 +139,8 @@ class Projection(INR):
             raw[stack.name] = values
         return raw
 
-    def _values(self, params, stack, ratios, widths):
-        """W(w), float32[tensors, rows, columns, outputs] of the full size."""
+    def _powers(self, stack, ratios, widths):
+        """float32[tensors, terms]: how much each of the learned values counts."""
         ratio = mean_ratio(stack, ratios)
         small = jnp.maximum(1 - ratio, 0.0)
         powers = small[:, None] ** jnp.arange(self.num_terms, dtype=small.dtype)[None]
@@ -150,8 +150,14 @@ class Projection(INR):
         if self.depth_term:
             skipped = skipped_share(widths, stack.scope)
             powers = jnp.pad(powers, ((0, 0), (0, 1)), constant_values=skipped)
+        return powers
+
+    def _values(self, params, stack, ratios, widths):
+        """W(w), float32[tensors, rows, columns, outputs] of the full size."""
+        powers = self._powers(stack, ratios, widths)
         values = jnp.einsum("tm,tmrco->trco", powers, params["values"])
         if self.modulated:
+            small = jnp.maximum(1 - mean_ratio(stack, ratios), 0.0)
             modulation = small[:, None, None, None] * params["modulation"][..., None]
             values = values * (1 + modulation) if stack.kernel else values + modulation
         return values
@@ -184,11 +190,11 @@ class Projection(INR):
 
     def with_term(self, inr_params, stacks, widths, number, raw):
         ratios = jnp.asarray(widths) / full_widths(stacks, len(widths))
-        result = dict(inr_params)
+        result, place = dict(inr_params), self.num_terms + number
         for stack in stacks:
-            counts = width_counts(mean_ratio(stack, ratios), self.width_terms)[:, number]
+            counts = self._powers(stack, ratios, widths)[:, place]
             added = over(raw[stack.name], counts[:, None, None, None])
-            values = inr_params[stack.name]["values"].at[:, self.num_terms + number].add(added)
+            values = inr_params[stack.name]["values"].at[:, place].add(added)
             result[stack.name] = {**inr_params[stack.name], "values": values}
         return result
 

@@ -1,0 +1,73 @@
+"""Where training starts: terms for small sizes that make these follow the full network."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core.hypernetwork import Hypernetwork
+from neumeta_jax.core.inr.base import Params, kept_ratio, over, skipped_share, width_counts
+from neumeta_jax.core.sizes import shallowest_widths
+from neumeta_jax.elastic.family import Family
+from neumeta_jax.elastic.refit import refit
+
+
+def fill_terms(
+    hypernetwork: Hypernetwork,
+    family: Family,
+    params: Mapping,
+    backbone: Any,
+    x: Any,
+    *,
+    max_skipped: float = 0.5,
+    batch_size: int = 100,
+) -> Params:
+    """`params` whose terms of width and depth make smaller networks follow the full one.
+
+    The network of each width term, the largest first, and then the shallowest network at full width
+    is generated with the terms so far, and its products are solved anew (`refit`); the term is the
+    difference. Sizes in between have a part of it. No labels are needed, and no slopes.
+
+    Args:
+        hypernetwork: one whose INR has terms.
+        family: what its groups were found in.
+        params: of `hypernetwork.init`.
+        backbone: the full-size network.
+        x: inputs, a multiple of `batch_size`; 2,000 images are enough.
+        max_skipped: share of the branches of each stage that the shallowest network skips.
+        batch_size: inputs that run together.
+
+    Raises:
+        ValueError: as `refit`.
+    """
+    inr = hypernetwork.inr
+    made = jax.jit(functools.partial(hyper.generate, hypernetwork))
+    sizes = [hypernetwork.widths(ratio) for ratio in inr.width_terms]
+    shallowest = shallowest_widths(hypernetwork, max_skipped)
+    if inr.depth_term and 0 in shallowest:
+        sizes.append(np.array(shallowest, np.int32))
+    params = dict(params)
+    for number, concrete in enumerate(sizes):
+        widths, by_name = jnp.asarray(concrete), hypernetwork.by_name(concrete.tolist())
+        leaves, tree = hypernetwork.groups.leaves, made(params, widths)
+        found = refit(family, backbone, tree, by_name, x, batch_size=batch_size)
+        changes = {path: new - leaves(tree)[path] for path, new in leaves(found).items()}
+        for path, position in hyper.scaled(hypernetwork).items():
+            alpha = float(params["alpha"][position])  # a branch that is switched off stays as it is
+            changes[path] = changes[path] * (1 / alpha if alpha else 0.0)
+        raw = hyper.pack(hypernetwork, changes)
+        params["inr"] = inr.with_term(params["inr"], hypernetwork.stacks, widths, number, raw)
+        learned = {path: changes[path] for path in hyper.flat(params["learned"])}
+        if number < len(inr.width_terms):
+            ratio = kept_ratio(widths, hypernetwork.full_widths)
+            count = width_counts(ratio, inr.width_terms)[number]
+            term = {path: over(change, count) for path, change in learned.items()}
+            params["width"] = {**params["width"], str(number + 1): hyper.nested(term)}
+        else:
+            shares = {path: skipped_share(widths, hypernetwork.scope(path)) for path in learned}
+            params["depth"] = hyper.nested({p: over(x, shares[p]) for p, x in learned.items()})
+    return params
