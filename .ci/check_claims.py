@@ -12,7 +12,7 @@ import re
 import sys
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
-POINTS = {"trained": 2.5, "never trained": 12.0, "cut": 15.0}
+POINTS = {"trained": 2.5, "never trained": 12.0, "cut": 15.0, "refit": 4.0, "INR": 2.5}
 
 
 def claimed(first_cell: str) -> list[list[str]]:
@@ -41,15 +41,14 @@ def check_quick_start(path: str) -> None:
 
 
 def check_own_network(path: str) -> None:
-    line = r"^ *([\d.]+) +[\d,]+ +([\d,]+) +([\d.]+)% +([\d.]+)%$"
+    line = r"^ *([\d.]+) +[\d,]+ +([\d,]+) +([\d.]+)% +([\d.]+)% +([\d.]+)%$"
     numbers = re.findall(line, pathlib.Path(path).read_text(), re.MULTILINE)
-    head, macs, cut, ours = claimed("digits, width of all channels")
-    columns = zip(head[1:], macs[1:], cut[1:], ours[1:], numbers, strict=True)
-    for title, num_macs, cut_claim, our_claim, found in columns:
+    (head, macs, *claims), names = claimed("digits, width of all channels"), ("cut", "refit", "INR")
+    for n, (title, num_macs, found) in enumerate(zip(head[1:], macs[1:], numbers, strict=True)):
         compare("width", title, float(found[0]), 0)
         compare(f"multiply-adds at width {title}", num_macs, float(found[1].replace(",", "")), 0)
-        compare(f"channels cut to width {title}", cut_claim, float(found[2]), POINTS["cut"])
-        compare(f"one INR at width {title}", our_claim, float(found[3]), POINTS["trained"])
+        for name, claim, accuracy in zip(names, claims, found[2:], strict=True):
+            compare(f"{name} at width {title}", claim[n + 1], float(accuracy), POINTS[name])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ _PUBLIC = {
     "elastic.groups": ("Groups",),
     "core.hypernetwork": ("Hypernetwork", "generate", "init"),
     "core.inr": ("make_inr",),
+    "core.start": ("fill_terms",),
     "elastic.moments": ("moments",),
     "elastic.ordering": ("by_importance", "smooth"),
+    "elastic.refit": ("refit",),
     "elastic.resize": ("mask_params", "permute", "slice_params"),
     "runs.fitting": ("fit",),
 }

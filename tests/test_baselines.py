@@ -390,7 +390,15 @@ def test_a_slimmable_row_that_was_killed_resumes_to_the_same_bits(place, tmp_pat
 def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_path):
     criteria = '("random","l1")'
     out = run(compare, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
-    names = ("", "taylor", "random", "random_recalibrated", "l1", "l1_recalibrated")
+    names = (
+        "",
+        "taylor",
+        "taylor_refitted",
+        "random",
+        "random_recalibrated",
+        "l1",
+        "l1_recalibrated",
+    )
     rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
     assert rows[""]["variant"] == "taylor, statistics recalibrated"
@@ -401,6 +409,8 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     assert all(line["images"] == 0 for row in rows.values() for line in row["sizes"])
     assert (rows["l1"]["calibration_images"], rows["taylor"]["calibration_images"]) == (0, 32)
     assert (rows["l1"]["switch_images"], rows["l1_recalibrated"]["switch_images"]) == (0, 32)
+    assert rows["taylor_refitted"]["variant"] == "taylor, products solved anew"
+    assert rows["taylor_refitted"]["switch_images"] == 32
     # The row is of the teacher's slice: the accuracy of one computed here.
     experiment = experiment_of(data__crop_padding=1)
     order = pruning.channel_order(experiment, variables(), *images(96, 4), "l1")

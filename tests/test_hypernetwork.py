@@ -550,7 +550,7 @@ def test_a_depth_term_counts_as_far_as_blocks_of_its_stage_are_skipped(widths):
     assert as_learned == all(widths)
 
 
-@pytest.mark.parametrize("terms", [{"depth_term": True}, {"width_terms": 2}], ids=str)
+@pytest.mark.parametrize("terms", [{"depth_term": True}, {"width_terms": (0.5,)}], ids=str)
 def test_terms_start_at_nothing(terms):
     family, params = started(Projection(**terms), measured_moments())
     plain, plain_params = started(Projection(), measured_moments())
@@ -570,16 +570,30 @@ def test_terms_start_at_nothing(terms):
         (0.25, 2, (0, 2)),
     ],
 )
-def test_a_width_term_counts_most_where_the_width_is_halved_as_often(ratio, one, two):
+def test_a_width_term_counts_at_its_width_and_not_at_the_next(ratio, one, two):
+    terms = (0.5, 0.25, 0.125)
     for wanted in ((one,), two, (*two, 0)):
-        found = width_counts(jnp.float32(ratio), len(wanted))
+        found = width_counts(jnp.float32(ratio), terms[: len(wanted)])
         np.testing.assert_allclose(found, wanted, atol=1e-6)
-    assert width_counts(jnp.float32(0.125), 2).tolist() == [0, 4]
+    assert width_counts(jnp.float32(0.125), (0.5, 0.25)).tolist() == [0, 4]
+
+
+def test_a_term_for_more_than_half_of_the_width_counts_once():
+    terms = (0.75, 0.5)
+    np.testing.assert_allclose(width_counts(jnp.float32(0.75), terms), (1, 0), atol=1e-6)
+    between = np.sqrt(np.float32(0.75))  # half of the way to the full width
+    np.testing.assert_allclose(width_counts(between, terms), (0.5, 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", [(1.0,), (0.5, 0.5), (0.25, 0.5), (0.5, 0.0)], ids=str)
+def test_width_terms_have_to_descend(terms):
+    with pytest.raises(ValueError, match="descend from below 1 to above 0, got"):
+        Projection(width_terms=terms)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS["full"], WIDTHS["half"], (0, 2, 3)], ids=str)
 def test_networks_are_those_of_the_sum_of_the_width_terms(widths):
-    family, params = case(Projection(modulated=True, width_terms=2))
+    family, params = case(Projection(modulated=True, width_terms=(0.5, 0.25)))
     plain = cifar_resnet.hypernetwork(SPEC, BLOCKS, Projection(modulated=True))
     counts = np.array([1, widths != WIDTHS["full"], 0])
 

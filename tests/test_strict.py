@@ -15,7 +15,7 @@ from neumeta_jax.networks.saved import load_inr, save_inr
 SPEC = resnet_spec(14, num_classes=3, stage_widths=(4, 6, 8), image_size=8)
 
 FIELDS = {
-    "projection": {"modulated": True, "width_terms": 2, "depth_term": True},
+    "projection": {"modulated": True, "width_terms": (0.5, 0.25), "depth_term": True},
     "grid": {},
     "per_tensor_mlp": {"hidden_width": 4, "num_layers": 2, "num_frequencies": 2},
 }

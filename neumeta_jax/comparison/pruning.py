@@ -109,8 +109,25 @@ def _network(
     return small, cifar_resnet.fold_batch_norm(variables)
 
 
+def _refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Params]:
+    """The network of the first channels whose products are solved anew, see `elastic.refit`."""
+    family, folded = run.family, cifar_resnet.fold_batch_norm(ordered)
+    widths = family.widths(ratio).tolist()
+    at = family.by_name(widths)
+    tree = elastic.mask_params(family.groups, folded, at)
+    if ratio < 1:
+        x = run.experiment.preprocessing.evaluate(jnp.asarray(run.calibration[0]))
+        batch_size = min(100, len(x))
+        given = family.network.family, folded, tree, at, x.astype(jnp.float32)
+        tree = elastic.refit(*given, batch_size=batch_size)
+    return family.dense(tree, widths)
+
+
 def families(run: Run) -> Iterator[tuple[str, str, Family]]:
-    """(folder, variant, family) of each criterion, with and without statistics measured anew."""
+    """(folder, variant, family) of each criterion, with and without statistics measured anew.
+
+    Of the chosen criterion also with its products solved anew.
+    """
     baseline, number = run.baseline, len(run.calibration[0])
     ratios, calibration = baseline.width_ratios, baseline.calibration_images
     for criterion in dict.fromkeys((baseline.criterion, *baseline.criteria)):
@@ -124,3 +141,7 @@ def families(run: Run) -> Iterator[tuple[str, str, Family]]:
         stored = run.storage_bytes(ordered)
         found = Family(functools.partial(network, False), stored, True, 0, measured, ratios)
         yield criterion, criterion, found
+        if criterion == baseline.criterion:
+            network = functools.partial(_refitted, run, ordered)
+            found = Family(network, stored, True, number, calibration, ratios)
+            yield f"{criterion}_refitted", f"{criterion}, products solved anew", found

@@ -341,5 +341,6 @@ def _solved(
     gram, cross = (sum(x.astype(np.float64) for x in parts) for parts in zip(*found, strict=True))
     equations = sum(x.size for x in missing) / math.prod(product.columns)
     diagonal = np.diagonal(gram)
-    load = max(ridge, unknowns / equations) * diagonal + 1e-6 * np.mean(diagonal)
+    load = max(ridge, np.count_nonzero(diagonal) / equations) * diagonal
+    load += 1e-6 * np.mean(diagonal)  # of channels that are gone
     return product.changes(np.linalg.solve(gram + np.diag(load), cross))
