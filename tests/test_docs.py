@@ -18,6 +18,7 @@ from neumeta_jax import __main__ as dispatcher
 from neumeta_jax.data import sources
 from neumeta_jax.export import torch_state
 from neumeta_jax.networks import cifar_import, cifar_spec
+from neumeta_jax.runs import backbone
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CI = (ROOT / ".ci" / "run").read_text().replace('"', "").replace("install -q", "install")
@@ -96,6 +97,7 @@ def run(command, inputs, folder):
     assert words[0] == "neumeta", f"nobody runs {command!r}"
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging, "basicConfig", lambda **options: None)
+        patch.setattr(backbone, "NUM_MOMENT_IMAGES", 100)
         try:
             dispatcher.main(words)
         except SystemExit as stop:

@@ -162,7 +162,8 @@ class _Network:
 
 
 def _noise_like(x: jax.Array) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), x.shape, x.dtype) * (jnp.std(x) + 1e-3)
+    draws = np.random.default_rng(0).standard_normal(x.shape, np.float32)
+    return jnp.asarray(draws * (np.std(x) + 1e-3), x.dtype)
 
 
 def _equal(a: jax.Array, b: jax.Array) -> bool:
@@ -325,7 +326,7 @@ def _solved(
     places, last = product.places(xs[0]), range(-len(product.free), 0)
     unknowns = product.unknowns
 
-    @jax.jit
+    # Not compiled as a whole: operations one by one are compiled once for all layers of a shape.
     def sums(x, rest):
         # The product with a unit matrix has all that is summed as its channels.
         unit = product.operand(jnp.eye(unknowns, dtype=x.dtype), [unknowns, *[1] * (len(last) - 1)])
