@@ -85,6 +85,12 @@ ROWS = {
     "pruning": PRUNING,
     "pruning_finetuned": FINETUNED,
     "pruning_finetuned_distilled": {**FINETUNED, **DISTILLED, "variant": "surgeon, distilled"},
+    "pruning_refitted_distilled": {
+        **FINETUNED,
+        **DISTILLED,
+        "refitted": True,
+        "variant": "surgeon, products solved anew, distilled",
+    },
     "neumeta": {**NEUMETA, "variant": "as published"},
     "neumeta_fitted": {**NEUMETA, "variant": "fitted to the teacher first"},
     "htty": {**HTTY, "variant": "as published"},

@@ -31,6 +31,8 @@ class Baseline:
         width_ratios: the family; the first is the full size.
         criterion: what orders the channels of the teacher, of which small networks keep the first:
             see `pruning.channel_order`. The method "pruning" evaluates `criteria` too.
+        refitted: of "pruning_finetuned", whether the products of a small network are solved anew
+            before it is trained (`elastic.refit`).
         batch_size, learning_rate, momentum, weight_decay: SGD with Nesterov's momentum, a short
             warm-up and half a cosine to zero.
         distill_from: soft labels of the "teacher", of the "full" network of the same step (which
@@ -50,6 +52,7 @@ class Baseline:
     width_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     criterion: str = "surgeon"  # the best on validation images
     criteria: tuple[str, ...] = ()
+    refitted: bool = False
     batch_size: int = 64
     learning_rate: float = 0.02
     momentum: float = 0.9

@@ -26,6 +26,9 @@ def family(run: Run) -> Family:
             small = run.family.at(run.family.widths(ratio).tolist())
             key = jax.random.fold_in(run.experiment.key(SEED_OF_ORDER), number)
             variables = jax.jit(cifar_resnet.init_variables, static_argnums=1)(key, small)
+        elif baseline.refitted and ratio < 1:
+            small, tree = pruning.refitted(run, ordered, ratio)
+            variables = pruning.with_batch_norm(run, small, tree)
         else:
             small, variables = sliced(run.family, ordered, ratio)
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from neumeta_jax import elastic
 from neumeta_jax.comparison.run import SEED_OF_ORDER, Family, Run, sliced, whole_batches
 from neumeta_jax.core import losses
-from neumeta_jax.core.hypernetwork import flat
+from neumeta_jax.core.hypernetwork import flat, nested
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
 from neumeta_jax.networks import cifar_resnet
@@ -109,8 +110,8 @@ def _network(
     return small, cifar_resnet.fold_batch_norm(variables)
 
 
-def _refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Params]:
-    """The network of the first channels whose products are solved anew, see `elastic.refit`."""
+def refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Params]:
+    """The folded network of the first channels with its products solved anew (`elastic.refit`)."""
     family, folded = run.family, cifar_resnet.fold_batch_norm(ordered)
     widths = family.widths(ratio).tolist()
     at = family.by_name(widths)
@@ -121,6 +122,36 @@ def _refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Para
         given = family.network.family, folded, tree, at, x.astype(jnp.float32)
         tree = elastic.refit(*given, batch_size=batch_size)
     return family.dense(tree, widths)
+
+
+def with_batch_norm(run: Run, spec: ResNetSpec, folded: Params) -> Params:
+    """Linen variables of the function of a folded tree, with statistics of its own."""
+    tree, x = flat(folded), run.experiment.preprocessing.evaluate(jnp.asarray(run.calibration[0]))
+    norms = {"stem": "stem_bn", "conv1": "bn1", "conv2": "bn2", "shortcut": "shortcut_bn"}
+    at = {}  # the batch norm after each convolution
+    for path in tree:
+        *block, conv, kind = path.split("/")
+        if kind == "kernel" and conv in norms:
+            at["/".join([*block, conv])] = "/".join([*block, norms[conv]])
+
+    def variables(moments):
+        params = {p: x for p, x in tree.items() if p.endswith("kernel") or p.startswith("head")}
+        stats = {}
+        for conv, norm in at.items():
+            mean, var = moments[conv]
+            params[f"{norm}/scale"] = jnp.sqrt(var + cifar_resnet.BATCH_NORM_EPSILON)
+            params[f"{norm}/bias"] = tree[f"{conv}/bias"] + mean
+            stats |= {f"{norm}/mean": mean, f"{norm}/var": var}
+        return {"params": nested(params), "batch_stats": nested(stats)}
+
+    neutral = variables({c: (jnp.zeros_like(b := tree[f"{c}/bias"]), jnp.ones_like(b)) for c in at})
+    _, seen = cifar_resnet.ResNet(spec).apply(
+        neutral, x, capture_intermediates=lambda m, _: isinstance(m, nn.Conv), mutable=True
+    )
+    results = flat(seen["intermediates"])
+    axes = (0, 1, 2)
+    found = {conv: results[f"{conv}/__call__"][0] for conv in at}
+    return variables({conv: (jnp.mean(y, axes), jnp.var(y, axes)) for conv, y in found.items()})
 
 
 def families(run: Run) -> Iterator[tuple[str, str, Family]]:
@@ -142,6 +173,6 @@ def families(run: Run) -> Iterator[tuple[str, str, Family]]:
         found = Family(functools.partial(network, False), stored, True, 0, measured, ratios)
         yield criterion, criterion, found
         if criterion == baseline.criterion:
-            network = functools.partial(_refitted, run, ordered)
+            network = functools.partial(refitted, run, ordered)
             found = Family(network, stored, True, number, calibration, ratios)
             yield f"{criterion}_refitted", f"{criterion}, products solved anew", found
