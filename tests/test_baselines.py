@@ -102,6 +102,15 @@ def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
     close(cifar_resnet.fold_batch_norm(sliced), wanted, 1e-6)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["running", "own"])
+def test_a_folded_network_gets_a_batch_norm_that_changes_nothing(train):
+    spec, sliced = half()
+    folded = cifar_resnet.fold_batch_norm(sliced)
+    found = pruning.with_batch_norm(spec, folded, PLAIN.evaluate(images()[0]))
+    close(logits(spec, found, train=train), logits(spec, folded))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, sliced)
+
+
 def test_switches_start_at_the_sliced_network_and_have_batch_norm_of_their_own():
     made = slimmable.make_switchable(FAMILY, variables(), RATIOS)
     made = jax.tree.map(lambda x: x, made)  # dicts of its own, to be changed below
@@ -453,7 +462,7 @@ ALONE = {"teacher__file": "", "baseline__width_ratios": "(1.0,)"}  # needs no te
         # It needs images for a change of size.
         ("universally_slimmable", {}, [32, 32], (32 * 4, 0, True, 32)),
         # The full size stays as it is.
-        ("pruning_finetuned_distilled", {}, [0, 32], (32, 32, False, 0)),
+        ("pruning_refitted_distilled", {}, [0, 32], (32, 32, False, 0)),
         ("individual", ALONE, [32], (32, 0, False, 0)),
         # 80 training images, 32 in a step, which both sizes see.
         ("ours", INR, [96, 96], (96 * 2, 96, True, 0)),
@@ -471,7 +480,7 @@ def test_a_row_says_what_its_method_needs(place, tmp_path, preset, config, image
         assert row["calibration_images"] == 32
     if preset == "individual":
         assert row["storage_bytes"] == 4 * SPEC.num_params
-    if preset == "pruning_finetuned_distilled":
+    if preset == "pruning_refitted_distilled":
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["width_0.5"]
     assert (tmp_path / INR_FILE).exists() == (preset == "ours")
 

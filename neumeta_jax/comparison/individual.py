@@ -28,7 +28,7 @@ def family(run: Run) -> Family:
             variables = jax.jit(cifar_resnet.init_variables, static_argnums=1)(key, small)
         elif baseline.refitted and ratio < 1:
             small, tree = pruning.refitted(run, ordered, ratio)
-            variables = pruning.with_batch_norm(run, small, tree)
+            variables = pruning.with_batch_norm(small, tree, pruning.calibration_inputs(run))
         else:
             small, variables = sliced(run.family, ordered, ratio)
 

@@ -110,6 +110,11 @@ def _network(
     return small, cifar_resnet.fold_batch_norm(variables)
 
 
+def calibration_inputs(run: Run) -> jax.Array:
+    """The images that statistics are measured on, normalised."""
+    return run.experiment.preprocessing.evaluate(jnp.asarray(run.calibration[0]))
+
+
 def refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Params]:
     """The folded network of the first channels with its products solved anew (`elastic.refit`)."""
     family, folded = run.family, cifar_resnet.fold_batch_norm(ordered)
@@ -117,16 +122,15 @@ def refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Param
     at = family.by_name(widths)
     tree = elastic.mask_params(family.groups, folded, at)
     if ratio < 1:
-        x = run.experiment.preprocessing.evaluate(jnp.asarray(run.calibration[0]))
-        batch_size = min(100, len(x))
-        given = family.network.family, folded, tree, at, x.astype(jnp.float32)
-        tree = elastic.refit(*given, batch_size=batch_size)
+        x = calibration_inputs(run)
+        given = family.network.family, folded, tree, at, x
+        tree = elastic.refit(*given, batch_size=min(100, len(x)))
     return family.dense(tree, widths)
 
 
-def with_batch_norm(run: Run, spec: ResNetSpec, folded: Params) -> Params:
-    """Linen variables of the function of a folded tree, with statistics of its own."""
-    tree, x = flat(folded), run.experiment.preprocessing.evaluate(jnp.asarray(run.calibration[0]))
+def with_batch_norm(spec: ResNetSpec, folded: Params, x: jax.Array) -> Params:
+    """Linen variables of the function of a folded tree, with its statistics on `x`, normalised."""
+    tree = flat(folded)
     norms = {"stem": "stem_bn", "conv1": "bn1", "conv2": "bn2", "shortcut": "shortcut_bn"}
     at = {}  # the batch norm after each convolution
     for path in tree:
