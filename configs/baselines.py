@@ -60,7 +60,7 @@ PRUNING = {
     "method": "pruning",
     "title": "pruned",
     "source": "Molchanov et al., arXiv 1906.10771; Li et al., arXiv 1608.08710 (L1)",
-    "criterion": "taylor",
+    "criterion": "surgeon",
     "criteria": ("random", "l1", "l2", "taylor", "surgeon"),
 }
 FINETUNED = {
@@ -95,7 +95,6 @@ ROWS = {
     "neumeta_fitted": {**NEUMETA, "variant": "fitted to the teacher first"},
     "htty": {**HTTY, "variant": "as published"},
     "ours": {**OURS, "variant": "widths [0.25, 1]"},
-    "ours_four": {**OURS, "variant": "four widths alone"},
     "ours_shared": {**OURS, "variant": "one set of values for widths [0.25, 1]"},
     "ours_a": {**OURS, "variant": "widths [0.5, 1]; 0.25 never trained"},
 }
@@ -128,8 +127,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.baseline = ConfigDict(section)
 
     config.eval.width_ratios = config.baseline.width_ratios
-    if name == "ours_four":
-        config.train.num_random_sizes = 3
     if name.startswith("neumeta"):
         _neumeta(config, fitted=name == "neumeta_fitted")
         config.train.micro_batch = 0 if large else 32  # stays in a CPU's cache

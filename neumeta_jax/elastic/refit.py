@@ -170,6 +170,7 @@ def _equal(a: jax.Array, b: jax.Array) -> bool:
     return bool(jnp.max(jnp.abs(a - b)) <= 1e-3 * (jnp.max(jnp.abs(b)) + 1e-6))
 
 
+@jax.default_matmul_precision("highest")
 def refit(
     family: Family,
     params: Any,
@@ -335,8 +336,7 @@ def _solved(
         if product.reader.bias:
             seen = jnp.pad(seen, ((0, 0), (0, 1)), constant_values=1.0)
         rest = jnp.moveaxis(rest, places, last).reshape(len(seen), -1).astype(jnp.float32)
-        with jax.default_matmul_precision("highest"):
-            return seen.T @ seen, seen.T @ rest
+        return seen.T @ seen, seen.T @ rest
 
     found = [jax.device_get(sums(*pair)) for pair in zip(xs, missing, strict=True)]
     gram, cross = (sum(x.astype(np.float64) for x in parts) for parts in zip(*found, strict=True))
