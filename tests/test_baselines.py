@@ -401,8 +401,8 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     out = run(compare, *arguments("pruning", place, tmp_path, baseline__criteria=criteria))
     names = (
         "",
-        "taylor",
-        "taylor_refitted",
+        "surgeon",
+        "surgeon_refitted",
         "random",
         "random_recalibrated",
         "l1",
@@ -410,16 +410,16 @@ def test_pruning_at_full_size_is_the_teacher_whatever_the_criterion(place, tmp_p
     )
     rows = {name: read(tmp_path / name) for name in names}
     assert out.count("wrote") == len(rows) == len(list(tmp_path.rglob("row.json")))
-    assert rows[""]["variant"] == "taylor, statistics recalibrated"
+    assert rows[""]["variant"] == "surgeon, statistics recalibrated"
     whole = float((tmp_path / "seconds").read_text())
     assert sum(row["wall_seconds"] for row in rows.values()) <= whole + 1  # each its own time
     assert rows["l1"]["variant"] == "l1"
     assert len({row["sizes"][0]["test"] for row in rows.values()}) == 1
     assert all(line["images"] == 0 for row in rows.values() for line in row["sizes"])
-    assert (rows["l1"]["calibration_images"], rows["taylor"]["calibration_images"]) == (0, 32)
+    assert (rows["l1"]["calibration_images"], rows["surgeon"]["calibration_images"]) == (0, 32)
     assert (rows["l1"]["switch_images"], rows["l1_recalibrated"]["switch_images"]) == (0, 32)
-    assert rows["taylor_refitted"]["variant"] == "taylor, products solved anew"
-    assert rows["taylor_refitted"]["switch_images"] == 32
+    assert rows["surgeon_refitted"]["variant"] == "surgeon, products solved anew"
+    assert rows["surgeon_refitted"]["switch_images"] == 32
     # The row is of the teacher's slice: the accuracy of one computed here.
     experiment = experiment_of(data__crop_padding=1)
     order = pruning.channel_order(experiment, variables(), *images(96, 4), "l1")
