@@ -264,7 +264,7 @@ def stand_in():
     return datasets.make_dataset("cifar100", *split, *split)
 
 
-@pytest.mark.parametrize("preset", [name + of for name in CONFIGS.ROWS for of in ("", "_resnet56")])
+@pytest.mark.parametrize("preset", CONFIGS.PRESETS[1:])
 def test_every_row_sees_the_same_number_of_images_at_each_size(preset):
     num_images = 45_000
     resolved = baselines.within_budget(CONFIGS.get_config(preset).to_dict(), 2.0, num_images)
