@@ -95,8 +95,8 @@ def get_config(preset: str = "") -> ConfigDict:
         config.inr.max_cell = 1.75  # no cell as wide as those of a quarter of the channels
     if preset == "depth":
         config.inr.depth_term = True
-        config.train.shallow_epochs = 4.0  # of a network that starts half way there
-        config.train.depth_epochs = 2.25
+        config.train.shallow_epochs = 3.0  # of a network that starts half way there
+        config.train.depth_epochs = 1.25
         config.train.num_random_sizes = 5
         config.train.skip_blocks = 0.5
     if preset == "full":
