@@ -117,7 +117,7 @@ def test_without_a_config_there_are_no_fields_to_override():
 
 def test_a_recipe_of_the_package_is_found_by_name_from_any_folder():
     config, _ = parse("--config=resnet20:depth", "--config.seed=3")
-    assert (config["network"]["depth"], config["train"]["shallow_epochs"]) == (20, 12.0)
+    assert (config["network"]["depth"], config["train"]["shallow_epochs"]) == (20, 3.0)
     assert config["seed"] == 3
 
 
