@@ -139,10 +139,14 @@ def test_networks_of_every_kind_come_closer_and_stay_small(name):
     assert distance(found) < 0.5 * distance(small)
 
 
-def test_less_than_one_batch_is_refused():
+def test_fewer_inputs_than_a_batch_are_one_batch_and_none_are_refused():
     apply, params = twins()
-    with pytest.raises(ValueError, match="at least 100 examples, got 99"):
-        refitted(apply, params, 4, X[:99])
+    _, _, _, found = refitted(apply, params, 4, X[:60])
+    _, _, _, wanted = refitted(apply, params, 4, X[:60], batch_size=60)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    family = elastic.trace(apply, params, X[:2], check=False)
+    with pytest.raises(ValueError, match="needs inputs, a few hundred or more, got none"):
+        elastic.refit(family, params, params, {"a": 4}, X[:0])
 
 
 # --- the terms of an INR ---------------------------------------------------------------------

@@ -123,8 +123,7 @@ def refitted(run: Run, ordered: Params, ratio: float) -> tuple[ResNetSpec, Param
     tree = elastic.mask_params(family.groups, folded, at)
     if ratio < 1:
         x = calibration_inputs(run)
-        given = family.network.family, folded, tree, at, x
-        tree = elastic.refit(*given, batch_size=min(100, len(x)))
+        tree = elastic.refit(family.network.family, folded, tree, at, x)
     return family.dense(tree, widths)
 
 

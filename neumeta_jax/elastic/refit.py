@@ -191,8 +191,8 @@ def refit(
         params: of the full network.
         small: a tree of the same shapes, masked to `widths` (`mask_params`).
         widths: int by group.
-        x: inputs, as many as can be divided by `batch_size`; those that are left over count not.
-        batch_size: examples that run together.
+        x: inputs.
+        batch_size: examples that run together; what is left over when all are divided counts not.
         ridge: of the least squares, relative to the mean squares of what a product reads; at least
             the ratio of unknowns to equations. It pulls to `small`.
 
@@ -200,13 +200,14 @@ def refit(
         A tree like `small`.
 
     Raises:
-        ValueError: for less than one batch, and as `apply_at`.
+        ValueError: for no inputs, and as `apply_at`.
     """
     inputs = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    number = min(map(len, inputs)) // batch_size
-    if number < 1:
-        raise ValueError(f"A refit needs at least {batch_size} examples, got {len(inputs[0])}.")
-    parts = (slice(n * batch_size, (n + 1) * batch_size) for n in range(number))
+    if not (number := min(map(len, inputs))):
+        raise ValueError("A refit needs inputs, a few hundred or more, got none.")
+    batch_size = min(batch_size, number)
+    starts = range(0, number - batch_size + 1, batch_size)
+    parts = [slice(start, start + batch_size) for start in starts]
     batches = [[jnp.asarray(leaf[part]) for leaf in inputs] for part in parts]
     groups = family.groups
     plan = _Plan(family, sizes_at(family, batches[0], {}))

@@ -193,9 +193,7 @@ def _filled(
     images = splits.train_images[: backbones.NUM_MOMENT_IMAGES]
     x = experiment.preprocessing.evaluate(jnp.asarray(images)).astype(jnp.float32)
     given = family, family.network.family, params, backbone, x
-    batch_size = min(100, len(images))
-    skipped = experiment.recipe.max_skipped
-    return start.fill_terms(*given, max_skipped=skipped, batch_size=batch_size)
+    return start.fill_terms(*given, max_skipped=experiment.recipe.max_skipped)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:
