@@ -37,7 +37,7 @@ def fill_terms(
         family: what its groups were found in.
         params: of `hypernetwork.init`.
         backbone: the full-size network.
-        x: inputs, without labels; 2,000 images are enough.
+        x: inputs, arrays [number, ...], without labels; 2,000 images are enough.
         max_skipped: share of the branches of each stage that the shallowest network skips.
         batch_size: inputs that run together.
 

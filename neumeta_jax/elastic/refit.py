@@ -191,7 +191,7 @@ def refit(
         params: of the full network.
         small: a tree of the same shapes, masked to `widths` (`mask_params`).
         widths: int by group.
-        x: inputs.
+        x: inputs, arrays [number, ...] as the network takes them.
         batch_size: examples that run together; what is left over when all are divided counts not.
         ridge: of the least squares, relative to the mean squares of what a product reads; at least
             the ratio of unknowns to equations. It pulls to `small`.
@@ -235,6 +235,8 @@ class _Product(NamedTuple):
     """A call that multiplies an activation by a parameter.
 
     Attributes:
+        call, reader: of the product.
+        size: the ints of the dims of the program.
         weight: which operand the parameter is.
         order: the axis of the parameter that each axis of the operand is.
         shape: of the operand.
@@ -318,7 +320,7 @@ def _product(plan: _Plan, call: _Call, readers: Mapping[str, Reader]) -> _Produc
 def _solved(
     product: _Product, full: _Network, narrow: _Network, ridge: float
 ) -> dict[str, jax.Array]:
-    """What to add to the weights, and to the bias, of a product, by path."""
+    """What to add to the weights, and to the bias, of a product: float32 like each, by path."""
     call, batches = product.call, range(narrow.num_batches)
     additions = narrow.additions(call)
     missing = [full.after(call, additions, n) - narrow.after(call, additions, n) for n in batches]
