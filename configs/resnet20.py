@@ -13,7 +13,7 @@ Presets: the default is protocol B, trained on width ratios [0.25, 1], with term
 for small sizes; `:depth` is the default whose networks also skip up to half of the generated blocks
 of each stage, the last ones, with one size more in each step and a depth term in the weights, which
 two last phases train alone, first for the shallowest network at full width; `:smoke` touches
-everything in two minutes. Without terms for small sizes: `:shared`, for a file of a third of
+everything in two minutes. Without terms for small sizes: `:shared`, for a file of a quarter of
 the size; `:protocol_a` on [0.5, 1] only, as the papers do; `:full` makes the whole network narrow,
 residual streams included, in [0.5, 1]; `:grid` is an INR of cell averages and `:per_tensor_mlp`
 the papers' kind at a size that two cores can hold; these two have not been run with this recipe.
