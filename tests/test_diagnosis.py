@@ -13,7 +13,7 @@ import test_training as tiny
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import Projection
-from neumeta_jax.networks import cifar_resnet
+from neumeta_jax.networks import cifar_resnet, linen
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.runs import checkpoint, diagnosis
 
@@ -63,8 +63,9 @@ def test_a_block_whose_weights_are_not_finite_is_named_with_its_width(params, ph
     spoiled = {**tree, "inr": jax.tree_util.tree_map_with_path(spoil, tree["inr"])}
     found = locate(spoiled, backbone, phase=phase)
     count = 1 if phase == "fit" else tiny.RECIPE.num_sizes
-    assert f"first in the weights of {BLOCKS[-1]} at hidden width " in found
-    assert f"in network 1 of {count} with the widths " in found
+    assert (
+        f"first in the weights of {BLOCKS[-1]}/conv1/kernel, in network 1 of {count} with" in found
+    )
 
 
 def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
@@ -84,18 +85,15 @@ def test_the_networks_of_the_depth_phase_are_the_ones_that_are_searched():
     assert "in network 1 of 3 with the widths 0,0" in found
 
 
-def test_activations_that_overflow_name_the_first_block_that_has_them(params):
+def test_activations_that_overflow_name_the_first_product_that_reads_them(params):
     tree, backbone = params
-    found = locate(scaled(tree, "stem", 1e30), backbone)
-    first = tiny.SPEC.blocks[0]
-    assert (
-        f"activations of {first.name} at hidden width {first.hidden_width}, in network 1" in found
-    )
+    found = locate(scaled(tree, "stem", 1e38), backbone)
+    assert f"first in the input of {tiny.SPEC.blocks[0].name}/conv" in found
 
 
 def test_weights_that_are_not_generated_are_named_too(params):
     tree, backbone = params
-    assert "first in the weights of head, in network 1" in locate(
+    assert "first in the weights of head/kernel, in network 1" in locate(
         scaled(tree, "head", np.inf), backbone
     )
 
@@ -107,17 +105,34 @@ def test_images_that_are_not_finite_are_named(params, monkeypatch):
     assert locate(*params) == "first in the images"
 
 
-@pytest.mark.parametrize("block", ["stage1_block0", "stage3_block0"])
-def test_a_teachers_block_whose_activations_are_not_finite_is_named(block):
+def test_a_network_of_ones_own_is_searched_like_a_resnet():
+    fields = {"num_classes": 5, "image_size": 8, "channels": 3}
+    family = linen.hypernetwork(
+        linen.LinenSpec("mlp", '{"widths": [8, 6]}', **fields), Projection()
+    )
+    variables = family.network.init_variables(jax.random.key(0))
+    tree = tiny.init(family, variables)
+    assert locate(tree, variables, family=family) == "in the update, not in the networks before it"
+    tree["inr"] = jax.tree.map(lambda x: x * 1e30, tree["inr"])
+    found = locate(tree, variables, family=family)
+    assert found.startswith("first in the input of params/head/kernel, in network 1 of 2 with the")
+    variables["params"]["dense2"]["bias"] = jnp.full(6, jnp.inf)
+    assert locate_in_teacher(family.network, variables) == "first in the output of dense2"
+
+
+def locate_in_teacher(network, variables):
+    step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
+    images = tiny.random_images()
+    return diagnosis.locate_in_teacher(network, tiny.PREPROCESSING, variables, step, images)
+
+
+@pytest.mark.parametrize("block, layer", [("stage1_block0", "conv1"), ("stage3_block0", "bn1")])
+def test_the_layer_of_a_teacher_whose_output_is_not_finite_is_named(block, layer):
     variables = cifar_resnet.init_variables(jax.random.key(0), tiny.SPEC)
     kernel = variables["params"][block]["conv1"]["kernel"]
     variables["params"][block]["conv1"]["kernel"] = kernel * 1e38
-    step = diagnosis.step_of(2, jax.random.key(0), num_images=tiny.NUM_IMAGES, images_per_step=4)
-    found = diagnosis.locate_in_teacher(
-        cifar_resnet.Network(tiny.SPEC), tiny.PREPROCESSING, variables, step, tiny.random_images()
-    )
-    width = next(b.hidden_width for b in tiny.SPEC.blocks if b.name == block)
-    assert found == f"first in the activations of {block} at hidden width {width}"
+    found = locate_in_teacher(cifar_resnet.Network(tiny.SPEC), variables)
+    assert found == f"first in the output of {block}/{layer}"
 
 
 def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_path, monkeypatch):
@@ -155,7 +170,7 @@ def test_a_run_whose_loss_is_not_finite_names_step_block_and_width(config, tmp_p
             break
     assert step.number == number > 5
     assert f"at step {number} ([1/1] all blocks), first in the weights of stage2_block0" in message
-    assert "at hidden width 4, in network 2 of 2 with the widths 3,4,6" in message
+    assert "/conv1/kernel, in network 2 of 2 with the widths 3,4,6" in message
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / "inr").steps()[-1]
     assert f"the checkpoint of step {kept} is kept" in message
     assert kept == number // 5 * 5

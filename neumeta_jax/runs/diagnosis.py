@@ -1,13 +1,14 @@
 """What is wrong with a network: where it stopped being finite, and which of its parts do nothing.
 
 Steps themselves only notice that a loss is not finite, which costs nothing. The functions that say
-where, which block at which width, are given the state before that step, which a run recomputes from
-its last checkpoint, and look at the step's networks one by one.
+where, which parameter at which widths, are given the state before that step, which a run recomputes
+from its last checkpoint, and look at the step's networks one by one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,6 @@ from neumeta_jax.core import hypernetwork as hyper, losses, update
 from neumeta_jax.core.recipe import InrRecipe, Phase
 from neumeta_jax.data import preprocessing
 from neumeta_jax.data.preprocessing import Images, Preprocessing
-from neumeta_jax.networks import cifar_resnet
-from neumeta_jax.networks.cifar_resnet import ResNetHypernetwork
 from neumeta_jax.networks.families import Family
 
 
@@ -38,52 +37,77 @@ def step_of(number: int, key: jax.Array, *, num_images: int, images_per_step: in
     return Step(number, step_key, order[position * images_per_step :][:images_per_step])
 
 
-def _first(found: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The first of `names` with an entry that is not finite, else ""."""
-    for name in names:
-        leaves = jax.tree.leaves(found.get(name, ()))
-        if not all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves):
-            return name
-    return ""
+def _finder(family: elastic.Family, loss: Callable[..., jax.Array]) -> Callable[..., str]:
+    """`find(tree, x)` or `find(tree, x, y)`: what of a network is first not finite, "" if all is.
+
+    Parameters come first, then what each product reads, both in the order of the products, and with
+    labels the gradient of `loss(tree, x, y)`, in the order of the backward pass.
+    """
+    order: list[str] = []
+
+    @jax.jit
+    def all_finite(tree, x, *labels):
+        reads = {}
+
+        def observe(step, arrays):
+            if step.weight is None or step.contracted is None:
+                return
+            for path in sorted(step.inputs[step.weight].sources)[:1]:
+                reads[path] = reads.get(path, True) & jnp.isfinite(arrays[1 - step.weight]).all()
+
+        elastic.apply_at(family, tree, x.astype(jnp.float32), {}, observe)
+        order[:] = reads
+        trees = [tree, *(jax.grad(loss)(tree, x, y) for y in labels)]
+        finite = jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), trees)
+        return reads, [family.groups.leaves(tree) for tree in finite]
+
+    def find(tree, *data):
+        reads, (weights, *gradient) = jax.device_get(all_finite(tree, *data))
+        others = [path for path in weights if path not in order]
+        searched = [
+            ("weights of", weights, [*order, *others]),
+            ("input of", reads, order),
+            *(("gradient of", finite, [*order[::-1], *others]) for finite in gradient),
+        ]
+        for what, finite, paths in searched:
+            for path in paths:
+                if not finite[path]:
+                    return f"first in the {what} {path}"
+        return ""
+
+    return find
 
 
 def locate_in_teacher(
-    network: Any,
-    preprocessing: Preprocessing,
-    variables: Mapping,
-    step: Step,
-    images: Images,
+    network: Any, preprocessing: Preprocessing, variables: Mapping, step: Step, images: Images
 ) -> str:
-    """Where a ResNet with batch norm is first not finite, for an error's sentence; "" of others.
+    """Where a full-size network is first not finite, for an error's sentence.
 
     `variables` are the linen ones before the step; `step` and `images` are what it saw.
     """
-
-    spec = network.spec
-    if not isinstance(spec, cifar_resnet.ResNetSpec):
-        return ""
+    key, order = jax.random.fold_in(step.key, step.number), []
+    batch = (array[step.indices] for array in images)
+    x, _ = preprocessing.train(key, *batch, network.spec.num_classes)
 
     @jax.jit
-    def activations(variables, images, labels):
-        key = jax.random.fold_in(step.key, step.number)
-        x, _ = preprocessing.train(key, images, labels, spec.num_classes)
-        _, mutated = cifar_resnet.ResNet(spec).apply(
-            variables,
-            x,
-            train=True,
-            mutable=["batch_stats", "intermediates"],
-            capture_intermediates=True,
-        )
-        return {"images": x, **mutated["intermediates"]}
+    def all_finite(variables, x):
+        finite = {"images": jnp.isfinite(x).all()}
 
-    found = activations(variables, *(array[step.indices] for array in images))
-    widths = {block.name: block.hidden_width for block in spec.blocks}
-    name = _first(found, ("images", "stem", "stem_bn", *widths, "head"))
-    if name in widths:
-        return f"first in the activations of {name} at hidden width {widths[name]}"
-    if name:
-        return f"first in the {'images' if name == 'images' else f'activations of {name}'}"
-    return "in the gradient or the update, not in the network before it"
+        def observe(call, arguments, options, context):
+            result = call(*arguments, **options)
+            name = f"output of {'/'.join(context.module.path) or 'the network'}"
+            for leaf in jax.tree.leaves(result):
+                finite[name] = finite.get(name, True) & jnp.isfinite(leaf).all()
+            return result
+
+        with nn.intercept_methods(observe):
+            network.train(variables, x, jax.random.fold_in(key, 2))
+        order[:] = finite
+        return finite
+
+    finite = jax.device_get(all_finite(variables, x))
+    bad = [name for name in order if not finite[name]]
+    return f"first in the {bad[0]}" if bad else "in the gradient or the update, not before it"
 
 
 def locate_in_inr(
@@ -96,60 +120,39 @@ def locate_in_inr(
     images: Images,
     teacher: Mapping,
 ) -> str:
-    """Where a step of INR training is first not finite, for an error's sentence; "" of others.
+    """Where a step of INR training is first not finite, for an error's sentence.
 
-    Of ResNets only. `params` are those before the step, `step` and `images` what it saw; the others
-    are those of `update.inr_update`, `teacher` the full-size tree.
+    `params` are those before the step, `step` and `images` what it saw; the others are those of
+    `update.inr_update`, `teacher` the full-size tree.
     """
-    if not isinstance(hypernetwork, ResNetHypernetwork):
-        return ""
-    spec = hypernetwork.spec
-    names = [spec.blocks[n].name for n in hypernetwork.blocks]
-    active = np.arange(len(names)) < phase.num_active
-    x = y = jnp.zeros(0)
+    full_size = hypernetwork.network
+    active = np.arange(len(hypernetwork.names)) < phase.num_active
     if phase.loss is None:
         drawn = update.draw_fit(phase.sizes, step.key, step.number, noise=recipe.noise)
+        data = (jnp.zeros((2, *full_size.spec.input_shape)),)
     else:
         drawn = update.draw(phase.sizes, step.key, step.number, active, noise=recipe.noise)
-        x, y = jax.jit(prepare)(drawn.data, *(array[step.indices] for array in images))
-        if _first({"images": x}, ["images"]):
+        data = jax.jit(prepare)(drawn.data, *(array[step.indices] for array in images))
+        if not jnp.isfinite(data[0]).all():
             return "first in the images"
 
     @jax.jit
     def network(params, widths, key):
         tensors = hypernetwork.groups.leaves(teacher)
-        return update.draw_network(hypernetwork, params, tensors, active, widths, key)
+        return update.draw_network(hypernetwork, params, tensors, active, widths, key)[0]
 
-    @jax.jit
-    def look(tree, x, y):
-        hidden = [cifar_resnet.hidden_group(block) for block in spec.blocks]
-        moments = elastic.moments(cifar_resnet.family(spec), tree, x.astype(jnp.float32), hidden)
-        gradient = jax.grad(lambda tree: losses.cross_entropy(cifar_resnet.apply(spec, tree, x), y))
-        return {path.partition("/")[0]: m for path, m in moments.items()}, gradient(tree)
-
-    order = [*cifar_resnet.param_shapes(spec)]
+    find = _finder(
+        full_size.family, lambda tree, x, y: losses.cross_entropy(full_size.apply(tree, x), y)
+    )
     for number, widths in enumerate(np.asarray(drawn.widths)):
         noise = None if drawn.noise is None else drawn.noise[number]
-        tree, generated = network(params, widths, noise)
-        found = [("weights", hyper.nested(generated), names)]
-        if phase.loss is not None:
-            batch = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
-            batch = slice(None) if recipe.share_images else batch
-            moments, gradient = look(tree, x[batch], y[batch])
-            found += [
-                ("weights", tree, order),
-                ("activations", moments, order),
-                ("gradient", gradient, order[::-1]),
-            ]
-        sizes = {block.name: block.hidden_width for block in spec.blocks}
-        sizes |= dict(zip(names, widths, strict=True))
-        for what, values, searched in found:
-            if name := _first(values, searched):
-                at = f" at hidden width {sizes[name]}" if name in sizes else ""
-                return (
-                    f"first in the {what} of {name}{at}, in network {number + 1} of "
-                    f"{len(phase.sizes)} with the widths {','.join(map(str, widths))}"
-                )
+        batch = slice(number * recipe.batch_size, (number + 1) * recipe.batch_size)
+        batch = slice(None) if recipe.share_images or phase.loss is None else batch
+        if found := find(network(params, widths, noise), *(array[batch] for array in data)):
+            return (
+                f"{found}, in network {number + 1} of {len(phase.sizes)} with the widths "
+                f"{','.join(map(str, widths))}"
+            )
     return "in the update, not in the networks before it"
 
 
