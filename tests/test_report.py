@@ -146,7 +146,7 @@ def test_the_overview_has_a_line_for_each_way_in_which_a_run_was_evaluated(tmp_p
 
 def test_runs_that_differ_in_their_seed_alone_share_a_line(tmp_path):
     rows = [{"width_ratio": 1.0, "accuracy": 0.66, "trained": True}]
-    other = {**CONFIG, "train": {"skip_blocks": 0.25}}
+    other = {**CONFIG, "data": {"mixup": 0.0, "cutmix": 0.25}}
     for folder, grid, config in (
         ("run", GRID, {**CONFIG, "seed": 0}),
         ("run/seed1", {**GRID, "rows": rows}, {**CONFIG, "seed": 1}),
@@ -158,7 +158,7 @@ def test_runs_that_differ_in_their_seed_alone_share_a_line(tmp_path):
     text = "widths [0.5, 1] and depth; INR kind `grid`"
     assert lines == [
         [f"{text}; 2 seeds", "67.00 ± 1.41", "", "", "55.00 (never trained)"],
-        [text, "68.00", "", "", "55.00 (never trained)"],
+        [text.replace(";", ", on mixed images;"), "68.00", "", "", "55.00 (never trained)"],
     ]
 
 

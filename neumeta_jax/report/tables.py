@@ -111,6 +111,8 @@ def _evaluations(path: pathlib.Path) -> Iterator[tuple[str, list[dict], str]]:
     text = f"widths{' of the whole network' * (config.get('generated') == 'full')}"
     text += f" [{low:g}, {high:g}]{' and depth' * bool(config['train'].get('skip_blocks'))}"
     text += ", with terms for small ones" * bool(config["inr"].get("width_terms"))
+    data = config.get("data", {})
+    text += ", on mixed images" * bool(data.get("mixup") or data.get("cutmix"))
     kind = config["inr"]["kind"]
     yield text + (f"; INR kind `{kind}`" if kind != "projection" else ""), grid["rows"], "accuracy"
     depths = path.with_name("depths.json")
