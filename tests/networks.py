@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from neumeta_jax.commands import command_line, setup
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, update
 from neumeta_jax.data import datasets
 from neumeta_jax.export import formats
 from neumeta_jax.export.network import Network, Normalization
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import ResNetSpec
 from neumeta_jax.networks.saved import INR_FILE, save_inr
+from neumeta_jax.runs import backbone, inr, loop
 from neumeta_jax.runs.config import from_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -182,3 +183,28 @@ def assert_refuses(words, module, *args):
     status, _, err = call(module, *args)
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
     assert words in err, err
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """Runs within share their steps: arguments that read the same give the same jitted function."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "teacher_update", once(backbone.teacher_update))
+        patch.setattr(update, "inr_update", once(update.inr_update))
+        steps = once(loop.Steps)
+        for module in (backbone, inr):
+            patch.setattr(module, "Steps", steps)
+        yield
+
+
+def once(function):
+    """`function`, which gives the same result for arguments that read the same."""
+    results = {}
+
+    def called(*args, **options):
+        key = repr((args, options))
+        if key not in results:
+            results[key] = function(*args, **options)
+        return results[key]
+
+    return called

@@ -12,7 +12,7 @@ import tomllib
 
 import pytest
 import test_data as data_files
-from networks import ROOT, load_module, random_params
+from networks import ROOT, compiled_once, load_module, random_params
 
 from neumeta_jax import __main__ as dispatcher
 from neumeta_jax.data import sources
@@ -39,7 +39,9 @@ class MyNet(nn.Module):
 SHORT = {
     "--config=digits": "--config=digits:smoke",
     "--config=configs/digits.py": "--config=configs/digits.py:smoke",
-    "--config=resnet20": "--config=resnet20:smoke --config.train.epochs=0.1",
+    "--config=resnet20": "--config=resnet20:smoke --config.train.epochs=0.1 "
+    "--config.train.fixed_ratios=0.5 --config.train.num_random_sizes=2 "
+    "--config.inr.width_terms=0.5",
     "--config=own:vgg": "--config=own:vgg --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=own": "--config=own --config.teacher.epochs=1 --config.train.epochs=1",
     "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
@@ -67,6 +69,12 @@ def commands(page):
         for line in block.replace("\\\n", " ").splitlines():
             parts = [line] if line.startswith("gcloud") else line.split("#")[0].split("&&")
             yield from (" ".join(part.split()) for part in parts if part.strip())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_compilation_for_all_runs():
+    with compiled_once():
+        yield
 
 
 @pytest.fixture(scope="module")

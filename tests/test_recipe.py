@@ -31,7 +31,7 @@ import pytest
 
 from neumeta_jax import elastic
 from neumeta_jax.commands import evaluations, setup
-from neumeta_jax.core import hypernetwork as hyper, update
+from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets, preprocessing
 from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.elastic import ordering
@@ -42,7 +42,7 @@ from neumeta_jax.evaluation.rows import largest_dip
 from neumeta_jax.files.trees import load_tree
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.saved import INR_FILE, load_inr, save_compact
-from neumeta_jax.runs import backbone, checkpoint, inr, logs, loop, plan
+from neumeta_jax.runs import checkpoint, inr, logs, loop, plan
 from neumeta_jax.runs.backbone import BACKBONE_FILE
 from neumeta_jax.runs.config import from_config, load_data
 from neumeta_jax.runs.inr import train_inr
@@ -69,28 +69,9 @@ def load_script(name):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_compilation_for_all_runs():
-    """The same values give the same jitted function, which JAX compiles once per process."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, networks.compiled_once():
         patch.chdir(ROOT)
-        patch.setattr(backbone, "teacher_update", once(backbone.teacher_update))
-        patch.setattr(update, "inr_update", once(update.inr_update))
-        steps = once(loop.Steps)
-        for module in (backbone, inr):
-            patch.setattr(module, "Steps", steps)
         yield
-
-
-def once(function):
-    """`function`, which gives the same result for arguments that read the same."""
-    results = {}
-
-    def called(*args, **options):
-        key = repr((args, options))
-        if key not in results:
-            results[key] = function(*args, **options)
-        return results[key]
-
-    return called
 
 
 def call(script, *args):
