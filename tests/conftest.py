@@ -23,7 +23,14 @@ for _name, _value in _SETTINGS.items():
     jax.config.update(_name, _value)
 
 # Each of them takes the longest of what is left where they start, so that they start first.
-_LONG = ("test_recipe", "test_training", "test_devices", "test_hosts", "test_hypernetwork")
+_LONG = (
+    "test_docs",
+    "test_recipe",
+    "test_training",
+    "test_devices",
+    "test_hosts",
+    "test_hypernetwork",
+)
 
 
 def pytest_xdist_auto_num_workers():
