@@ -193,6 +193,8 @@ def test_the_work_directory_of_an_earlier_version_is_read(run):
         ({}, ""),
         ({"stream_weight": 0.0}, ""),
         ({"stream_weight": 0.5}, "train.stream_weight must be 0.0"),
+        ({"max_width_ratio": 1.0, "clip": 10.0}, ""),
+        ({"max_width_ratio": 0.8}, "train.max_width_ratio must be 1.0"),
         ({"skip_order": "random"}, ""),
         ({"skip_order": "last", "skip_blocks": 0.5}, ""),
         ({"skip_order": "random", "skip_blocks": 0.5}, "train.skip_order must be 'last'"),

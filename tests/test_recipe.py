@@ -863,7 +863,7 @@ def test_eval_refuses_what_it_cannot_evaluate(finished, args, given):
 
 def test_random_widths_need_a_range_to_be_drawn_from(finished):
     config = read_config(finished[0])
-    config["train"] |= {"min_width_ratio": 1.0, "max_width_ratio": 1.0}
+    config["train"]["min_width_ratio"] = 1.0
     experiment = from_config(config, datasets.load_dataset("digits"))
     drawn = functools.partial(choices.draw_networks, experiment.hypernetwork)
     for draw in (choices.draw_width_ratios, drawn):

@@ -9,6 +9,8 @@ import optax.contrib
 
 from neumeta_jax.core.recipe import InrRecipe
 
+CLIP = 10.0  # of an entry of a gradient (arXiv 2505.05510)
+
 
 def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
     """AdamW or Muon behind a clip, at a learning rate of 1; the step multiplies by those it has.
@@ -33,7 +35,7 @@ def inr_optimizer(recipe: InrRecipe) -> optax.GradientTransformation:
         )
     else:
         optimizer = optax.adamw(1.0, weight_decay=recipe.weight_decay)
-    return optax.chain(optax.clip(recipe.clip), optimizer)
+    return optax.chain(optax.clip(CLIP), optimizer)
 
 
 _REST = "rest"  # the stack of all that is no matrix

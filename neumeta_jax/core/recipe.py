@@ -110,7 +110,7 @@ class InrRecipe:
         micro_batch: images per forward and backward pass; 0 takes the batch at once. Gradients are
             summed, so that this changes speed and memory only; small ones stay in a CPU's cache.
         num_random_sizes: sizes per step beside the full width.
-        min_width_ratio, max_width_ratio: trained range; ratios are drawn uniformly from it.
+        min_width_ratio: ratios are drawn uniformly from here to 1, the trained range.
         sandwich: the first of the random sizes is always the smallest of the trained range (Yu and
             Huang, arXiv 1903.05134). With `skip_blocks` the second one is the shallowest network at
             full width.
@@ -128,8 +128,7 @@ class InrRecipe:
             "full" size of the same step (in-place distillation, arXiv 1903.05134).
         ema_decay: of an average of the parameters that replaces them in the end; 0 keeps none.
         optimizer: "adamw", or "muon" for what is a matrix to it, see `optimizer`.
-        learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay, clip: of the
-            optimizer, and the largest value of a gradient's entry.
+        learning_rate, alpha_learning_rate, learned_learning_rate, weight_decay: of the optimizer.
         learned: which parameters that are not generated are trained: the "last" block and the head
             once the last stage that is generated is reached, "all" of them always, or "none".
         schedule: of the learning rates within a phase.
@@ -155,7 +154,6 @@ class InrRecipe:
     micro_batch: int = 0
     num_random_sizes: int = 3
     min_width_ratio: float = 0.5
-    max_width_ratio: float = 1.0
     sandwich: bool = False
     fixed_ratios: tuple[float, ...] = ()
     per_block_widths: float = 0.0
@@ -174,7 +172,6 @@ class InrRecipe:
     alpha_learning_rate: float = 1e-4
     learned_learning_rate: float = 7e-5
     weight_decay: float = 1e-4
-    clip: float = 10.0
     learned: str = "last"
     schedule: str = "constant"
 
@@ -183,14 +180,13 @@ class InrRecipe:
             value = getattr(self, field)
             check(value in allowed, f"{field} must be one of {allowed}, got {value!r}.")
         check(
-            0 < self.min_width_ratio <= self.max_width_ratio <= 1,
-            "The trained range must satisfy 0 < min_width_ratio <= max_width_ratio <= 1, got "
-            f"[{self.min_width_ratio}, {self.max_width_ratio}].",
+            0 < self.min_width_ratio <= 1,
+            f"min_width_ratio must be above 0 and at most 1, got {self.min_width_ratio}.",
         )
         check(
-            all(self.min_width_ratio <= r <= self.max_width_ratio for r in self.fixed_ratios),
-            "fixed_ratios must lie in the trained range "
-            f"[{self.min_width_ratio}, {self.max_width_ratio}], got {self.fixed_ratios}.",
+            all(self.min_width_ratio <= ratio <= 1 for ratio in self.fixed_ratios),
+            f"fixed_ratios must lie in the trained range [{self.min_width_ratio}, 1], got "
+            f"{self.fixed_ratios}.",
         )
         check(
             self.batch_size >= 1 and self.num_random_sizes >= 0 and self.blocks_per_phase >= 1,
@@ -322,7 +318,6 @@ class InrRecipe:
                 fixed=fixed,
                 num_random=num - len(fixed),
                 low=self.min_width_ratio,
-                high=self.max_width_ratio,
                 per_block=self.per_block_widths,
                 stages=skippable(hypernetwork, share),
                 **fields,

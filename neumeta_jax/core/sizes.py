@@ -42,7 +42,7 @@ class Sizes:
         full: widths of the full-size network.
         fixed: widths of each network that is the same in every step.
         num_random: how many others there are.
-        low, high: width ratios between which theirs are drawn uniformly.
+        low: theirs are drawn uniformly from this width ratio to 1.
         per_block: share of them that draws a ratio for each group instead of one for the network.
         skipping: share of them that skips blocks, in each stage the last ones, a number drawn
             uniformly from 0 to the most.
@@ -55,7 +55,6 @@ class Sizes:
     fixed: tuple[Widths, ...]
     num_random: int
     low: float
-    high: float
     per_block: float = 0.0
     skipping: float = 0.0
     stages: tuple[tuple[int, tuple[int, ...], int], ...] = ()
@@ -93,7 +92,7 @@ class Sizes:
         draws = jax.random.uniform(key, (num, 1 + len(full)))
         choice, draws = draws[:, :1], draws[:, 1:]
         draws = jnp.where(choice < self.per_block, draws, draws[:, :1])
-        ratios = self.low + (self.high - self.low) * draws
+        ratios = self.low + (1 - self.low) * draws
         widths = jnp.maximum(1, jnp.floor(ratios * full + 0.5)).astype(jnp.int32)
         if self.skipping:
             widths = jnp.where(self._skipped(jax.random.fold_in(key, 1), num), 0, widths)

@@ -116,10 +116,8 @@ def outside_range(family: Family, recipe: InrRecipe, widths: Sequence[int]) -> l
     for _, members, most in skippable(family, recipe.max_skipped) if recipe.skip_blocks else ():
         zeros = [position for position in members if widths[position] == 0]
         skipped |= set(zeros if len(zeros) <= most else ())
-    lowest, highest = (
-        family.widths(ratio) for ratio in (recipe.min_width_ratio, recipe.max_width_ratio)
-    )
-    bounds = zip(family.names, lowest, widths, highest, strict=True)
+    lowest = family.widths(recipe.min_width_ratio)
+    bounds = zip(family.names, lowest, widths, family.full_widths, strict=True)
     return [
         name
         for position, (name, first, width, last) in enumerate(bounds)
@@ -130,7 +128,7 @@ def outside_range(family: Family, recipe: InrRecipe, widths: Sequence[int]) -> l
 def note_range(family: Family, recipe: InrRecipe, widths: Sequence[int]) -> None:
     """Prints which groups, if any, have widths outside the trained range."""
     if outside := outside_range(family, recipe, widths):
-        trained = f"{recipe.min_width_ratio}..{recipe.max_width_ratio}"
+        trained = f"{recipe.min_width_ratio}..1.0"
         print(
             f"note: the widths of {', '.join(outside)} lie outside what was trained, width ratios "
             f"{trained}{' and skipped blocks' if recipe.skip_blocks else ''}"

@@ -46,7 +46,7 @@ class Experiment:
 
     @property
     def trained_range(self) -> tuple[float, float]:
-        return self.recipe.min_width_ratio, self.recipe.max_width_ratio
+        return self.recipe.min_width_ratio, 1.0
 
     @property
     def in_float32(self) -> "Experiment":

@@ -95,7 +95,7 @@ def _networks(experiment: Experiment) -> Iterator[str]:
         f"{experiment.spec.num_macs / 1e6:.2f} M multiply-adds; elastic groups of channels: "
         f"{len(family.names)} of {len(family.groups.groups)}"
     )
-    for name, ratio in (("smallest", recipe.min_width_ratio), ("largest", recipe.max_width_ratio)):
+    for name, ratio in (("smallest", recipe.min_width_ratio), ("largest", 1.0)):
         widths = family.widths(ratio)
         yield (
             f"{name:<10} width ratio {ratio}: {family.num_params(widths):,} parameters, "

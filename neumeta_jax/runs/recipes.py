@@ -147,7 +147,13 @@ SECTIONS = {
     "eval": Evaluation,
 }
 # Options that earlier versions had, and the values with which nothing differed without them.
-_REMOVED = {"stream_weight": 0.0, "skip_order": "last"}
+_REMOVED = {
+    ("teacher", "label_smoothing"): 0.0,
+    ("train", "clip"): 10.0,
+    ("train", "max_width_ratio"): 1.0,
+    ("train", "stream_weight"): 0.0,
+    ("train", "skip_order"): "last",
+}
 
 T = TypeVar("T")
 
@@ -224,16 +230,14 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, cls in SECTIONS.items():
         if isinstance(config.get(name), Mapping):
             result[name] = {**field_defaults(cls), **config[name]}
-    train = result.get("train")
-    if isinstance(train, dict):
-        for field, neutral in _REMOVED.items():
-            value = train.pop(field, neutral)
-            skips = field != "skip_order" or train["skip_blocks"]
-            check(
-                value == neutral or not skips,
-                f"train.{field} must be {neutral!r}, as this version has no other, got "
-                f"{value!r}; use the version that the run was made with.",
-            )
+    for (name, field), neutral in _REMOVED.items():
+        section = result.get(name)
+        value = section.pop(field, neutral) if isinstance(section, dict) else neutral
+        check(
+            value == neutral or (field == "skip_order" and not section["skip_blocks"]),
+            f"{name}.{field} must be {neutral!r}, as this version has no other, got {value!r}; use "
+            "the version that the run was made with.",
+        )
     if isinstance(config.get("inr"), Mapping) and "kind" in config["inr"]:
         result["inr"] = describe_inr(make_inr(**config["inr"]))
     return result

@@ -28,7 +28,6 @@ class TeacherRecipe:
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
 
     def __post_init__(self):
         check(
@@ -101,7 +100,6 @@ def teacher_update(
             step_key = jax.random.fold_in(jax.random.fold_in(key, step), 2)
             logits, changed = network.train(variables, x, step_key)
             targets = y if y.ndim > 1 else jax.nn.one_hot(y, num_classes)
-            targets = optax.smooth_labels(targets, recipe.label_smoothing)
             loss = losses.cross_entropy(logits, targets)
             return loss, (changed, {"accuracy": losses.accuracy(logits, y)})
 
