@@ -86,8 +86,8 @@ def locate_in_teacher(
     `variables` are the linen ones before the step; `step` and `images` are what it saw.
     """
     key, order = jax.random.fold_in(step.key, step.number), []
-    batch = (array[step.indices] for array in images)
-    x, _ = preprocessing.train(key, *batch, network.spec.num_classes)
+    pixels, labels = (array[step.indices] for array in images)
+    x, _ = preprocessing.train(key, pixels, labels, network.spec.num_classes)
 
     @jax.jit
     def all_finite(variables, x):

@@ -231,8 +231,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(config.get(name), Mapping):
             result[name] = {**field_defaults(cls), **config[name]}
     for (name, field), neutral in _REMOVED.items():
-        section = result.get(name)
-        value = section.pop(field, neutral) if isinstance(section, dict) else neutral
+        section = result[name] if isinstance(result.get(name), dict) else {}
+        value = section.pop(field, neutral)
         check(
             value == neutral or (field == "skip_order" and not section["skip_blocks"]),
             f"{name}.{field} must be {neutral!r}, as this version has no other, got {value!r}; use "
