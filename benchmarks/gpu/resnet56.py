@@ -9,6 +9,11 @@ what the steps take, compilation and evaluation not counted. DIR then holds the 
 `inr_bfloat16.safetensors` (`saved.save_compact`) and `run.tar.gz` with config, metrics, and
 the tables and figures of the test split, read once, by the parameters of that file.
 
+Terms for small sizes and for depth are fitted before the first step, in minutes that `--minutes`
+does not count either. They can be made elsewhere: train.py with `--config.train.epochs=1e-4`,
+`--config.train.depth_epochs=0` and rates of 0 leaves them in DIR/inr.safetensors, from which a run
+with `--config.train.init_from=FILE` starts at once.
+
 `--trial=RATE` instead raises the learning rates in a straight line from 0 to RATE for three epochs,
 which shows where training becomes unstable.
 """
