@@ -10,7 +10,7 @@ what the steps take, compilation and evaluation not counted. DIR then holds the 
 the tables and figures of the test split, read once, by the parameters of that file.
 
 Terms for small sizes and for depth are fitted before the first step, in minutes that `--minutes`
-does not count either. They can be made elsewhere: train.py with `--config.train.epochs=1e-4`,
+does not count either. They can be made elsewhere: train.py with `--config.train.epochs=0.01`,
 `--config.train.depth_epochs=0` and rates of 0 leaves them in DIR/inr.safetensors, from which a run
 with `--config.train.init_from=FILE` starts at once.
 
