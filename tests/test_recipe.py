@@ -23,6 +23,7 @@ import sys
 import time
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import networks
@@ -39,11 +40,11 @@ from neumeta_jax.errors import Interrupted, UsageError
 from neumeta_jax.evaluation import choices, evaluator as evaluators, morphs
 from neumeta_jax.evaluation.evaluator import Evaluator
 from neumeta_jax.evaluation.rows import largest_dip
-from neumeta_jax.files.trees import load_tree
+from neumeta_jax.files.trees import load_tree, save_tree
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
 from neumeta_jax.networks.saved import INR_FILE, load_inr, save_compact
 from neumeta_jax.runs import checkpoint, inr, logs, loop, plan
-from neumeta_jax.runs.backbone import BACKBONE_FILE
+from neumeta_jax.runs.backbone import BACKBONE_FILE, prepare_backbone
 from neumeta_jax.runs.config import from_config, load_data
 from neumeta_jax.runs.inr import train_inr
 from neumeta_jax.runs.workdir import (
@@ -563,6 +564,17 @@ def test_a_run_starts_from_the_result_of_another(finished, tmp_path):
     assert "There is no file" in refusal(
         "train", CONFIG, *other, "--config.train.init_from=nothing"
     )
+
+
+def test_a_teacher_that_was_kept_in_half_its_bytes_is_taken(finished, tmp_path):
+    tree, header = load_tree(finished[0] / BACKBONE_FILE)
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+    save_tree(tmp_path / BACKBONE_FILE, half, header)
+    config = read_config(finished[0])
+    dataset, splits = load_data(config)
+    workdir = Workdir(tmp_path, logs.Metrics(None))
+    found = prepare_backbone(workdir, from_config(config, dataset), splits)
+    chex.assert_trees_all_equal(found, jax.tree.map(lambda x: x.astype(jnp.float32), half))
 
 
 def test_a_run_on_mixed_images_ends_otherwise(finished, tmp_path):

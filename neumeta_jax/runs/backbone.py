@@ -50,7 +50,7 @@ def prepare_backbone(workdir: Workdir, experiment: Experiment, splits: datasets.
     def load_or_make():
         if found:
             print(f"teacher: {path} is there already", flush=True)
-            return trees.load_tree(path)[0]
+            return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), trees.load_tree(path)[0])
         return _make(path, experiment, splits, variables)
 
     return hosts.from_first(load_or_make, experiment.hypernetwork.network.abstract_params())
