@@ -113,4 +113,12 @@ def get_config(preset: str = "") -> ConfigDict:
         config.train.epochs = CIFAR100_EPOCHS[preset]
         config.train.warmup_epochs = 0.1
         config.train.micro_batch = 16  # stays in the cache of one core
+    if preset == "vgg_cifar100":  # as configs/resnet20.py
+        config.inr.width_terms = (0.75, 0.5, 0.25)
+        config.train.num_random_sizes = 4
+        config.train.fixed_ratios = (0.75, 0.5)
+        config.train.temperature = 4.0
+        config.train.learning_rate = 1.5e-3
+        config.train.alpha_learning_rate = 5e-4
+        config.train.learned_learning_rate = 2.5e-4
     return config
