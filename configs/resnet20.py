@@ -15,8 +15,12 @@ of each stage, the last ones, with one size more in each step and a depth term i
 two last phases train alone, first for the shallowest network at full width; `:smoke` touches
 everything in two minutes. Without terms for small sizes: `:shared`, for a file of a quarter of
 the size; `:protocol_a` on [0.5, 1] only, as the papers do; `:full` makes the whole network narrow,
-residual streams included, in [0.5, 1]; `:grid` is an INR of cell averages and `:per_tensor_mlp`
-the papers' kind at a size that two cores can hold; these two have not been run with this recipe.
+residual streams included, in [0.5, 1]; `:grid` is an INR of cell averages, which has not been run
+with this recipe.
+
+`:per_tensor_mlp` is the papers' kind, an MLP for each tensor, at a size that two cores can hold and
+with the recipe above: fitted to the teacher and its small networks first. Its channels are
+coordinates by their number, not by their share of the width.
 
 `:paper` is the recipe of arXiv 2505.05510 and nothing of ours: 20 MLPs of 2.0 M parameters, five
 blocks one at a time with 50 epochs each (22,000 steps of 4 x 128 images), for a GPU. It has not
@@ -27,8 +31,8 @@ from ml_collections import ConfigDict
 
 from neumeta_jax.runs import recipes
 
-SHARED = ("shared", "protocol_a", "full", "grid", "per_tensor_mlp")
-PRESETS = ("", "depth", "smoke", "paper", *SHARED)
+SHARED = ("shared", "protocol_a", "full", "grid")
+PRESETS = ("", "depth", "smoke", "paper", "per_tensor_mlp", *SHARED)
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -113,10 +117,14 @@ def get_config(preset: str = "") -> ConfigDict:
             num_layers=4,
             num_frequencies=7,
             noise_scale=0.0,
-            noise_per="channel",
+            relative=False,
         )
-        config.train.fit_steps = 800
-        config.train.learning_rate = 1e-4  # higher rates undo the fit
+        config.train.fit_steps = 1600
+        config.train.fit_widths = "random"
+        config.train.fit_target = "projected"
+        config.train.epochs = 2.5
+        config.train.batch_size = 64  # the networks of a step are made once, however many images
+        config.train.learning_rate = 2e-4  # higher rates undo the fit
     if preset == "smoke":
         config.data.num_validation = 200
         config.teacher.epochs = 0.005

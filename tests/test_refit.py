@@ -1,5 +1,6 @@
 """Smaller networks whose products are solved anew, and the terms of an INR that begin there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,8 @@ from own_networks import CASES, draw
 
 from neumeta_jax import elastic
 from neumeta_jax.core import hypernetwork as hyper
-from neumeta_jax.core.inr import Projection
-from neumeta_jax.core.start import fill_terms
+from neumeta_jax.core.inr import PerTensorMLP, Projection
+from neumeta_jax.core.start import fill_terms, fit_target
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 
@@ -189,3 +190,22 @@ def test_the_network_of_a_term_is_the_refitted_one():
     wanted = elastic.refit(*given, batch_size=20)
     found = hyper.generate(family, params, jnp.asarray(widths))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
+
+
+def test_a_fit_aims_at_networks_whose_generated_tensors_are_refitted():
+    mlp = cifar_resnet.hypernetwork(SPEC, generated_blocks(SPEC, "all"), PerTensorMLP())
+    backbone, traced = cifar_resnet.init_params(jax.random.key(0), SPEC), mlp.network.family
+    inr, widths = Projection(width_terms=(0.5,)), mlp.widths(0.5)
+    target = fit_target(mlp, inr, traced, backbone, IMAGES)
+    closed = dataclasses.replace(mlp, inr=inr)
+    values = mlp.groups.leaves(backbone)
+    full = hyper.generate_tensors(closed, target, jnp.asarray(mlp.full_widths))
+    jax.tree.map(np.testing.assert_array_equal, full, {path: values[path] for path in mlp.owners})
+
+    at = mlp.by_name(widths.tolist())
+    small = elastic.mask_params(mlp.groups, backbone, at)
+    wanted = elastic.refit(traced, backbone, small, at, IMAGES, paths=mlp.owners)
+    for path, found in hyper.generate_tensors(closed, target, jnp.asarray(widths)).items():
+        np.testing.assert_allclose(found, mlp.groups.leaves(wanted)[path], atol=1e-5)
+    rest = [path for path in values if path not in mlp.owners]
+    assert rest and all((mlp.groups.leaves(wanted)[path] == values[path]).all() for path in rest)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from networks import refused
 
-from neumeta_jax.core import hypernetwork as hyper, losses
+from neumeta_jax.core import hypernetwork as hyper, losses, start
 from neumeta_jax.core.inr import Grid, PerTensorMLP, Projection
 from neumeta_jax.core.optimizer import CLIP, inr_optimizer
 from neumeta_jax.core.recipe import CHOICES, InrRecipe
@@ -791,7 +791,10 @@ def test_the_fit_phase_lowers_the_reconstruction_error_and_changes_the_inr_alone
         key=jax.random.key(9),
         images=random_images(),
         after=lambda step, state, metrics: error.append(metrics["loss"]),
-        rest=(backbone, phase_inputs(params, FAMILY, recipe, phase)),
+        rest=(
+            start.fit_target(FAMILY, recipe.fit_inr, FAMILY.network.family, backbone, x=None),
+            phase_inputs(params, FAMILY, recipe, phase),
+        ),
     )
     assert len(error) == 30 and error[-1] < 0.8 * error[0]
     for name in ("alpha", "learned"):

@@ -203,7 +203,7 @@ class Run:
             Steps(update, baseline.batch_size),
             begin=lambda _: fresh(),
             locate=lambda state, step: "",
-            rest=(network.fold(self.teacher) if distilled else {},),
+            rest=lambda: (network.fold(self.teacher) if distilled else {},),
             shown=("loss", "full_accuracy", "accuracy"),
         )
         return part.train([phase], jax.eval_shape(fresh))

@@ -101,13 +101,16 @@ def add_noise(
     )
 
 
-def normalize(coords: Coordinates, norm: int) -> Coordinates:
+def normalize(coords: Coordinates, norm: int, *, relative: bool = True) -> Coordinates:
     """(i/N, o/C_out, c/C_in, N/norm, C_out/norm, C_in/norm); the papers' norm is 64.
 
-    Entries stay separate, and so does the grid where the noise left it separable.
+    Unless `relative`, o and c are divided by the norm too. Entries stay separate, and so does the
+    grid where the noise left it separable.
     """
+    tensor, *channels = zip(coords.places, coords.limits, strict=True)
+    places = [place / (limit if relative else norm) for place, limit in channels]
     return Coordinates(
-        places=tuple(p / n for p, n in zip(coords.places, coords.limits, strict=True)),
+        places=(tensor[0] / tensor[1], *places),
         limits=tuple(limit / norm for limit in coords.limits),
     )
 

@@ -27,7 +27,7 @@ import jax.typing
 import numpy as np
 
 from neumeta_jax.core import stacks
-from neumeta_jax.core.inr import INR, Grid
+from neumeta_jax.core.inr import INR
 from neumeta_jax.core.inr.base import Params, kept_ratio, skipped_share, width_counts
 from neumeta_jax.core.stacks import TensorStack
 from neumeta_jax.elastic.counting import Count, params_count
@@ -432,19 +432,6 @@ def pack(hypernetwork: Hypernetwork, values: Mapping[str, Any]) -> dict[str, jax
             )
         raw[stack.name] = jnp.stack(tensors)
     return raw
-
-
-def resampled(
-    hypernetwork: Hypernetwork, values: Mapping[str, jax.Array], widths: jax.Array
-) -> dict[str, jax.Array]:
-    """The generated tensors of a full-size network with its channels averaged down to `widths`.
-
-    Channel j of C is the mean over its cell of the relative axis, and what reads the channels is
-    multiplied by full / C, see `inr.Grid`. At full width nothing changes.
-    """
-    raw = {name: {"values": x[:, None]} for name, x in pack(hypernetwork, values).items()}
-    grid = dataclasses.replace(hypernetwork, inr=Grid(num_terms=1))
-    return generate_tensors(grid, raw, widths)
 
 
 def skip_init(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from neumeta_jax.core.hypernetwork import Hypernetwork
+from neumeta_jax.core.inr import INR, Grid, Projection
 from neumeta_jax.core.losses import Loss
 from neumeta_jax.core.sizes import Sizes, shallowest_widths, skippable
 from neumeta_jax.errors import check
@@ -24,6 +25,7 @@ CHOICES = {
     "schedule": ("constant", "cosine"),
     "optimizer": ("adamw", "muon"),
     "fit_widths": ("full", "random"),
+    "fit_target": ("averaged", "projected"),
     "distill_from": ("teacher", "full"),
     "warmup_phases": ("stage", "all"),
 }
@@ -101,8 +103,9 @@ class InrRecipe:
             "teacher": in closed form for INR kinds that have one, else from the fit phase.
         fit_steps, fit_learning_rate: the fit phase; 0 steps leave it out.
         fit_widths: fit the teacher at "full" width only, or at "random" widths of the trained range
-            too, where the target is the teacher with its channels averaged
-            (`hypernetwork.resampled`).
+            too.
+        fit_target: what the teacher is at smaller widths (`fit_inr`): its channels "averaged", or
+            "projected" on the first ones and refitted at the widths that every step has.
         alpha_init: SkipInit scalar of a new block; 0 makes it start as the identity.
         batch_size: images per size.
         share_images: all sizes of a step see the same images (Yu and Huang, arXiv 1903.05134),
@@ -148,6 +151,7 @@ class InrRecipe:
     fit_steps: int = 0
     fit_learning_rate: float = 8e-4
     fit_widths: str = "full"
+    fit_target: str = "averaged"
     alpha_init: float = 0.0
     batch_size: int = 128
     share_images: bool = False
@@ -228,6 +232,14 @@ class InrRecipe:
     def images_per_step(self) -> int:
         """How many images such a step takes from the epoch."""
         return self.batch_size * (1 if self.share_images else self.num_sizes)
+
+    @property
+    def fit_inr(self) -> INR:
+        """The kind whose closed form of the teacher the fit phase aims at."""
+        if self.fit_target == "averaged":
+            return Grid(num_terms=1)
+        ratios = {*self.fixed_ratios, *([self.min_width_ratio] * self.sandwich)} - {1.0}
+        return Projection(width_terms=tuple(sorted(ratios, reverse=True)))
 
     @property
     def loss(self) -> Loss:

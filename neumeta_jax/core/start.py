@@ -1,5 +1,6 @@
-"""Where training starts: terms for small sizes that make these follow the full network."""
+"""Where training starts: small networks that follow the full one."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,43 @@ import numpy as np
 
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.hypernetwork import Hypernetwork
-from neumeta_jax.core.inr.base import Params, kept_ratio, over, skipped_share, width_counts
+from neumeta_jax.core.inr.base import (
+    INR,
+    Params,
+    kept_ratio,
+    over,
+    skipped_share,
+    width_counts,
+)
 from neumeta_jax.core.sizes import shallowest_widths
 from neumeta_jax.elastic.family import Family
 from neumeta_jax.elastic.refit import refit
+
+
+def fit_target(
+    hypernetwork: Hypernetwork,
+    inr: INR,
+    family: Family,
+    backbone: Any,
+    x: Any,
+    moments: Mapping[str, jax.Array] | None = None,
+) -> Params:
+    """The parameters with which `inr`, a kind with a closed form, is the full-size `backbone`.
+
+    An INR without one can be fitted to what they generate, at any width. What is not generated has
+    no terms for small sizes here.
+
+    Args:
+        hypernetwork: the family to be fitted.
+        inr: of the target.
+        family, x: see `fill_terms`.
+        backbone: the full-size network.
+        moments: see `hypernetwork.init`.
+    """
+    closed = dataclasses.replace(hypernetwork, inr=inr)
+    params = hyper.init(jax.random.key(0), closed, backbone, moments=moments)
+    params.pop("width", None)
+    return fill_terms(closed, family, params, backbone, x)["inr"]
 
 
 def fill_terms(
@@ -30,7 +64,8 @@ def fill_terms(
 
     The network of each width term, the largest first, and then the shallowest network at full width
     is generated with the terms so far, and its products are solved anew (`refit`); the term is the
-    difference. Sizes in between have a part of it. No labels are needed, and no slopes.
+    difference. Sizes in between have a part of it. No labels are needed, and no slopes. Where
+    `params` have no "width", only what is generated is solved.
 
     Args:
         hypernetwork: one whose INR has terms.
@@ -54,7 +89,8 @@ def fill_terms(
     for number, concrete in enumerate(sizes):
         widths, by_name = jnp.asarray(concrete), hypernetwork.by_name(concrete.tolist())
         leaves, tree = hypernetwork.groups.leaves, made(params, widths)
-        found = refit(family, backbone, tree, by_name, x, batch_size=batch_size)
+        solved = None if {"width", "depth"} & params.keys() else hypernetwork.owners
+        found = refit(family, backbone, tree, by_name, x, paths=solved, batch_size=batch_size)
         changes = {path: new - leaves(tree)[path] for path, new in leaves(found).items()}
         for path, position in hyper.scaled(hypernetwork).items():
             alpha = float(params["alpha"][position])  # a branch that is switched off stays as it is
@@ -62,12 +98,12 @@ def fill_terms(
         raw = hyper.pack(hypernetwork, changes)
         params["inr"] = inr.with_term(params["inr"], hypernetwork.stacks, widths, number, raw)
         learned = {path: changes[path] for path in hyper.flat(params["learned"])}
-        if number < len(inr.width_terms):
+        if number == len(inr.width_terms):
+            shares = {path: skipped_share(widths, hypernetwork.scope(path)) for path in learned}
+            params["depth"] = hyper.nested({p: over(x, shares[p]) for p, x in learned.items()})
+        elif "width" in params:
             ratio = kept_ratio(widths, hypernetwork.full_widths)
             count = width_counts(ratio, inr.width_terms)[number]
             term = {path: over(change, count) for path, change in learned.items()}
             params["width"] = {**params["width"], str(number + 1): hyper.nested(term)}
-        else:
-            shares = {path: skipped_share(widths, hypernetwork.scope(path)) for path in learned}
-            params["depth"] = hyper.nested({p: over(x, shares[p]) for p, x in learned.items()})
     return params

@@ -379,7 +379,8 @@ def inr_update(
     """`update(state, step, key, images, indices, teacher, inputs)`: one step over several networks.
 
     Of all phases with this `program`; `images` is (inputs, labels), `indices` int[images_per_step]
-    into them, `teacher` the full-size tree and `inputs` the `PhaseInputs`.
+    into them, `teacher` the full-size tree (of a fit the parameters of `start.fit_target`) and
+    `inputs` the `PhaseInputs`.
 
     All networks of a step are generated in one batched call. The gradients of the losses with
     respect to their weights are pulled back through the generation once.
@@ -440,14 +441,13 @@ def _fit_update(hypernetwork, recipe, sizes):
     Minimises the relative reconstruction error, with coordinate noise where the recipe has it, so
     that the fit is as smooth as what follows.
     """
-    optimizer = inr_optimizer(recipe)
+    optimizer, closed = inr_optimizer(recipe), dataclasses.replace(hypernetwork, inr=recipe.fit_inr)
 
     def update(state, step, key, images, indices, teacher, inputs):
         del images, indices
         drawn = draw_fit(sizes, key, step, noise=recipe.noise)
-        widths, target = drawn.widths[0], hypernetwork.groups.leaves(teacher)
-        if sizes.num_random:
-            target = hyper.resampled(hypernetwork, target, widths)
+        widths = drawn.widths[0]
+        target = hyper.generate_tensors(closed, teacher, widths)
 
         def loss_fn(params):
             noise = first(drawn.noise)

@@ -12,7 +12,7 @@ Method: He, Zhang and Sun, arXiv 1707.06168, section 3.2, for any traced network
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +178,7 @@ def refit(
     widths: Mapping[str, int],
     x: Any,
     *,
+    paths: Container[str] | None = None,
     batch_size: int = 100,
     ridge: float = 1e-3,
 ) -> Any:
@@ -192,6 +193,7 @@ def refit(
         small: a tree of the same shapes, masked to `widths` (`mask_params`).
         widths: int by group.
         x: inputs, arrays [number, ...] as the network takes them.
+        paths: of the weights to be solved; default all.
         batch_size: examples that run together; what is left over when all are divided counts not.
         ridge: of the least squares, relative to the mean squares of what a product reads; at least
             the ratio of unknowns to equations. It pulls to `small`.
@@ -215,7 +217,8 @@ def refit(
     masks = groups.leaves(mask_params(groups, ones, widths))
     full = _Network(plan, groups.leaves(params), batches)
     narrow = _Network(plan, groups.leaves(small), batches)
-    readers = {reader.path: reader for reader in groups.readers if reader.path not in groups.frozen}
+    solved = {reader.path: reader for reader in groups.readers if reader.path not in groups.frozen}
+    readers = {path: reader for path, reader in solved.items() if paths is None or path in paths}
     left = collections.Counter({value: len(calls) for value, calls in plan.users.items()})
     for call in plan.calls:
         product = _product(plan, call, readers)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neumeta_jax import elastic
-from neumeta_jax.core import hypernetwork as hyper
+from neumeta_jax.core import hypernetwork as hyper, start
 from neumeta_jax.core.hypernetwork import Hypernetwork
 from neumeta_jax.core.recipe import InrRecipe
 from neumeta_jax.core.update import Objective, inr_update, phase_inputs, start_phase
@@ -127,11 +127,30 @@ def fit(
             range(phase.start, phase.stop),
             key=jax.random.fold_in(key, number),
             images=(x, labels),
-            rest=(teacher, phase_inputs(params, hypernetwork, recipe, phase)),
+            rest=(
+                teacher if phase.loss else _fit_target(hypernetwork, recipe, apply, teacher, x),
+                phase_inputs(params, hypernetwork, recipe, phase),
+            ),
             after=report,
         )
         params = state.result
     return dict(params)
+
+
+def _fit_target(hypernetwork, recipe, apply, teacher, x):
+    inr, family = recipe.fit_inr, apply if isinstance(apply, elastic.Family) else None
+    check(
+        family or not inr.needs_moments,
+        f"A fit to what is {recipe.fit_target} needs the Family of the network in place of its "
+        'function, as nm.trace makes it; or set fit_target="averaged".',
+    )
+    moments = None
+    if inr.needs_moments:
+        names = hypernetwork.names
+        moments = jax.jit(lambda tree, x: elastic.moments(family, tree, x, names))(
+            teacher, x[:2000]
+        )
+    return start.fit_target(hypernetwork, inr, family, teacher, x[:2000], moments)
 
 
 def _forward(hypernetwork, apply):

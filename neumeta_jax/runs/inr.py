@@ -79,6 +79,18 @@ class _Training:
             for number, phase in enumerate(phases, 1)
         ]
 
+    @functools.cached_property
+    def fit_target(self) -> Params:
+        """See `start.fit_target`."""
+        experiment, backbone, images = self.experiment, self.backbone, self.splits.train_images
+        family, inr = experiment.hypernetwork, experiment.recipe.fit_inr
+        moments = None
+        if inr.needs_moments:
+            print("INR: projecting the teacher to the widths that it is fitted at", flush=True)
+            moments = backbones.measure_moments(experiment, backbone, images)
+        given = family, inr, family.network.family, backbone, _inputs(experiment, images)
+        return start.fit_target(*given, moments)
+
     def _phase(self, phase: recipes.Phase, steps: Steps, title: str) -> Phase:
         family, recipe = self.experiment.hypernetwork, self.experiment.recipe
         inputs = update.phase_inputs(self.shapes, family, recipe, phase)
@@ -100,7 +112,7 @@ class _Training:
             steps,
             begin,
             locate,
-            rest=(self.backbone, inputs),
+            rest=lambda: (self.backbone if phase.loss else self.fit_target, inputs),
             shown=("loss", "ce", "accuracy", phase.sizes.metric) if phase.loss else ("loss",),
             evaluate=evaluate,
             looks_at_images=phase.loss is not None,
@@ -190,10 +202,15 @@ def _filled(
     """`start.fill_terms` of the first training images."""
     family = experiment.hypernetwork
     print("INR: fitting terms for small sizes to the full network", flush=True)
-    images = splits.train_images[: backbones.NUM_MOMENT_IMAGES]
-    x = experiment.preprocessing.evaluate(jnp.asarray(images)).astype(jnp.float32)
-    given = family, family.network.family, params, backbone, x
-    return start.fill_terms(*given, max_skipped=experiment.recipe.max_skipped)
+    given = family, family.network.family, params, backbone
+    x = _inputs(experiment, splits.train_images)
+    return start.fill_terms(*given, x, max_skipped=experiment.recipe.max_skipped)
+
+
+def _inputs(experiment: Experiment, images: np.ndarray) -> jax.Array:
+    """What networks take of the first `images`."""
+    chosen = jnp.asarray(images[: backbones.NUM_MOMENT_IMAGES])
+    return experiment.preprocessing.evaluate(chosen).astype(jnp.float32)
 
 
 def save_result(workdir: Workdir, experiment: Experiment, params: Params) -> pathlib.Path:

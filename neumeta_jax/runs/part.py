@@ -83,7 +83,8 @@ class Phase:
 
     Attributes:
         title: for progress.
-        steps: of their update; `rest` are its last arguments. Phases that share it share a program.
+        steps: of their update; `rest` makes its last arguments. Phases that share it share a
+            program.
         begin: the state before `start`, of what the phase before ended with.
         locate: where a step that is not finite goes wrong, of the state before it; "" if unknown.
         shown: metrics that progress shows.
@@ -97,7 +98,7 @@ class Phase:
     steps: Steps
     begin: Callable[[Any], TrainState]
     locate: Callable[[TrainState, diagnosis.Step], str]
-    rest: tuple = ()
+    rest: Callable[[], tuple] = tuple
     shown: Sequence[str] = ("loss", "accuracy")
     evaluate: Callable[[TrainState], dict[str, float]] = lambda _: {}
     looks_at_images: bool = True
@@ -190,7 +191,7 @@ class Part:
             key=self.key,
             images=self.images,
             every=(settings.log_every, settings.checkpoint_every, settings.eval_every),
-            rest=phase.rest,
+            rest=phase.rest(),
         )
         spans = [(start, phase.stop, nullcontext())]
         if self.profile:

@@ -67,6 +67,9 @@ class PerTensorMLP(INR):
             (2.04 M parameters each, 187.8 M for ResNet56); NeuMeta: 256, 4, 16, "relu".
         noise_scale: size of the coordinate noise in channels; 1 is the papers' +-0.5.
         noise_per: "query" (papers) or "channel", see `coordinates.add_noise`.
+        relative: a channel's coordinate is its share of the width (papers), so that a narrow network
+            has the channels of a wide one averaged; else its number, the same at all widths, so
+            that a narrow network has the first ones.
     """
 
     hidden_width: int = 512
@@ -75,6 +78,7 @@ class PerTensorMLP(INR):
     activation: str = "elu"
     noise_scale: float = 1.0
     noise_per: str = "query"
+    relative: bool = True
 
     def __post_init__(self):
         if min(self.hidden_width, self.num_layers) < 1 or self.num_frequencies < 0:
@@ -139,7 +143,7 @@ class PerTensorMLP(INR):
                     scale=self.noise_scale,
                     per=self.noise_per,
                 )
-            coords = coordinates.normalize(coords, stack.norm)
+            coords = coordinates.normalize(coords, stack.norm, relative=self.relative)
             # vmap needs the axis of tensors in every entry.
             tensors = len(stack.paths)
             coords = Coordinates.of(
