@@ -15,7 +15,6 @@ from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import SHORTCUTS, generated_blocks, morph, resnet_spec
 
 NUM_IMAGES = 3
-LAYERS, KINDS = ("conv1", "conv2"), ("kernel", "bias")
 apply = jax.jit(cifar_resnet.apply, static_argnums=0)
 
 
@@ -197,11 +196,10 @@ def cell_means(x, axis, width):
 
 def test_resampling_averages_over_cells():
     spec, axes = small_spec(), {"conv1/kernel": 3, "conv1/bias": 0, "conv2/kernel": 2}
-    family = cifar_resnet.hypernetwork(spec, (3,), Grid())
-    tensors = hyper.flat(random_params(spec))
-    names = [f"stage2_block1/{layer}/{kind}" for layer in LAYERS for kind in KINDS]
-    values = {name: tensors[name] for name in names}
-    resample = jax.jit(lambda width: hyper.resampled(family, values, width[None]))
+    family = cifar_resnet.hypernetwork(spec, (3,), Grid(num_terms=1))
+    values = hyper.flat(random_params(spec))
+    inr = hyper.init(jax.random.key(0), family, random_params(spec))["inr"]
+    resample = jax.jit(lambda width: hyper.generate_tensors(family, inr, width[None]))
     for width in range(7):
         resampled = {name: np.asarray(x) for name, x in resample(np.array(width)).items()}
         if width == 0:

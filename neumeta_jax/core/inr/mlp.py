@@ -67,9 +67,9 @@ class PerTensorMLP(INR):
             (2.04 M parameters each, 187.8 M for ResNet56); NeuMeta: 256, 4, 16, "relu".
         noise_scale: size of the coordinate noise in channels; 1 is the papers' +-0.5.
         noise_per: "query" (papers) or "channel", see `coordinates.add_noise`.
-        relative: a channel's coordinate is its share of the width (papers), so that a narrow network
-            has the channels of a wide one averaged; else its number, the same at all widths, so
-            that a narrow network has the first ones.
+        relative: a channel's coordinate is its share of the width (papers), which suits narrow
+            networks that have the channels of the full one averaged; else its number, the same at
+            all widths, which suits those that have the first ones.
     """
 
     hidden_width: int = 512
