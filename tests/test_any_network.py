@@ -211,6 +211,41 @@ def test_groups_join_the_training_one_at_a_time(kind, fit_steps):
     assert all(jax.tree.leaves(moved))
 
 
+def test_a_kind_without_a_closed_form_is_fitted_to_the_network_and_its_small_ones():
+    x = np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
+    params = Two().init(jax.random.key(0), x)
+    family = nm.trace(Two().apply, params, x[:2], check=False)
+    kind = inr.PerTensorMLP(64, num_layers=2, num_frequencies=5, relative=False)
+    hypernetwork = nm.Hypernetwork(family.groups, family.groups.elastic(), kind)
+    inr_params = nm.init(jax.random.key(1), hypernetwork, params)
+    recipe = dataclasses.replace(
+        fitting.RECIPE,
+        epochs=0.0,
+        fit_steps=250,
+        fit_learning_rate=1e-2,
+        fit_widths="random",
+        fit_target="projected",
+        noise=False,
+    )
+    labels = np.arange(64) % 3
+    fitted = nm.fit(hypernetwork, family, inr_params, x, labels, recipe, teacher=params)
+    half = hypernetwork.widths(0.5)
+    for widths in (hypernetwork.full_widths, half):
+        small = elastic.mask_params(family.groups, params, hypernetwork.by_name(widths))
+        wanted = elastic.refit(family, params, small, hypernetwork.by_name(widths), x)
+        error = [
+            sum(
+                float(jnp.sum((a - b) ** 2))
+                for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True)
+            )
+            for tree in (nm.generate(hypernetwork, p, widths) for p in (inr_params, fitted))
+        ]
+        assert error[1] < 0.6 * error[0], widths
+
+    with refused("needs the Family of the network", 'fit_target to "averaged"'):
+        nm.fit(hypernetwork, Two().apply, inr_params, x, labels, recipe, teacher=params)
+
+
 def test_fit_refuses_what_makes_no_step():
     x = np.zeros((5, 4, 4, 1), np.float32)
     params = Two().init(jax.random.key(0), x)

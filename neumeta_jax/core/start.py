@@ -22,12 +22,13 @@ from neumeta_jax.core.inr.base import (
 from neumeta_jax.core.sizes import shallowest_widths
 from neumeta_jax.elastic.family import Family
 from neumeta_jax.elastic.refit import refit
+from neumeta_jax.errors import UsageError
 
 
 def fit_target(
     hypernetwork: Hypernetwork,
     inr: INR,
-    family: Family,
+    family: Family | None,
     backbone: Any,
     x: Any,
     moments: Mapping[str, jax.Array] | None = None,
@@ -40,14 +41,24 @@ def fit_target(
     Args:
         hypernetwork: the family to be fitted.
         inr: of the target.
-        family, x: see `fill_terms`.
+        family, x: see `fill_terms`; kinds without terms need none.
         backbone: the full-size network.
         moments: see `hypernetwork.init`.
+
+    Raises:
+        UsageError: for a kind with terms without a family.
     """
     closed = dataclasses.replace(hypernetwork, inr=inr)
     params = hyper.init(jax.random.key(0), closed, backbone, moments=moments)
     params.pop("width", None)
-    return fill_terms(closed, family, params, backbone, x)["inr"]
+    if inr.width_terms:
+        if family is None:
+            raise UsageError(
+                "A fit to projected networks needs the Family of the network in place of its "
+                'function, see nm.trace; or set fit_target to "averaged".'
+            )
+        params = fill_terms(closed, family, params, backbone, x)
+    return params["inr"]
 
 
 def fill_terms(

@@ -1,5 +1,6 @@
 """Training of a family of any network on arrays: what train.py does, as one function."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
@@ -51,11 +52,15 @@ class Hooks(TypedDict, total=False):
         objective: `objective(logits, labels, soft)` to (loss, terms to report) of one network, in
             place of cross-entropy and distillation; `soft` are the logits of the full network.
         after: called with (step, metrics) after each epoch.
+        teacher: the tree of the full network, whose logits are the soft labels and whose weights a
+            fit phase aims at; default what `params` generate. An INR kind without a closed form
+            does not start there and needs it.
     """
 
     augment: Callable[[jax.Array, jax.Array], jax.Array]
     objective: Objective
     after: Callable[[int, dict[str, float]], None]
+    teacher: Any
 
 
 def fit(
@@ -70,7 +75,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains the INR so that one set of parameters serves every width.
 
-    All networks of a step learn the labels and, softly, the logits of the one of `params`.
+    All networks of a step learn the labels and, softly, the logits of the full one.
 
     Args:
         hypernetwork: the family.
@@ -81,7 +86,7 @@ def fit(
         labels: int[n], float[n, classes], or whatever the objective takes.
         recipe: of the training; `dataclasses.replace(fitting.RECIPE, epochs=...)` changes it.
         key: PRNG key, default that of 0.
-        hooks: augment, objective and after, see `Hooks`.
+        hooks: augment, objective, after and teacher, see `Hooks`.
 
     Returns:
         The trained parameters, of the structure of `params`.
@@ -103,7 +108,9 @@ def fit(
 
     key = jax.random.key(0) if key is None else key
     full = np.array(hypernetwork.full_widths, np.int32)
-    teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
+    teacher = hooks.get("teacher")
+    if teacher is None:
+        teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
     forward = _forward(hypernetwork, apply)
     options = {
         "unroll": jax.default_backend() != "tpu",
@@ -138,19 +145,14 @@ def fit(
 
 
 def _fit_target(hypernetwork, recipe, apply, teacher, x):
-    inr, family = recipe.fit_inr, apply if isinstance(apply, elastic.Family) else None
-    check(
-        family or not inr.needs_moments,
-        f"A fit to what is {recipe.fit_target} needs the Family of the network in place of its "
-        'function, as nm.trace makes it; or set fit_target="averaged".',
-    )
+    """`start.fit_target` of the first inputs."""
+    inr, x = recipe.fit_inr, x[:2000]
+    family = apply if isinstance(apply, elastic.Family) else None
     moments = None
-    if inr.needs_moments:
-        names = hypernetwork.names
-        moments = jax.jit(lambda tree, x: elastic.moments(family, tree, x, names))(
-            teacher, x[:2000]
-        )
-    return start.fit_target(hypernetwork, inr, family, teacher, x[:2000], moments)
+    if family and inr.needs_moments:
+        measure = functools.partial(elastic.moments, family, names=hypernetwork.names)
+        moments = jax.jit(measure)(teacher, x)
+    return start.fit_target(hypernetwork, inr, family, teacher, x, moments)
 
 
 def _forward(hypernetwork, apply):
