@@ -182,7 +182,7 @@ def draw_widths(family: ResNetHypernetwork, number: int) -> np.ndarray:
 
 
 def measure_grid(case: Case) -> Findings:
-    args, family, spec = case.args, case.family, case.spec
+    args, family = case.args, case.family
     preprocessing = case.experiment.preprocessing
     images, labels = case.dataset.test_images, case.dataset.test_labels
     widths = draw_widths(family, args.num_networks)
@@ -214,7 +214,7 @@ def measure_grid(case: Case) -> Findings:
     dense = []
     for row in widths:
         tree = jax.device_get(generate(case.params, jnp.asarray(row)))
-        small, tree = cifar_resnet.slice_params(spec, tree, family.blocks, row.tolist())
+        small, tree = family.dense(tree, row.tolist())
         dense.append((small, jax.device_put(tree)))
     counts = [forward(*network) for network in dense]
 

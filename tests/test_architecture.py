@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from networks import random_params, random_pixels, refused
 
+from neumeta_jax.elastic.widths import widths_at
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import (
     SHORTCUTS,
@@ -16,7 +17,6 @@ from neumeta_jax.networks.cifar_spec import (
     generated_blocks,
     morph,
     resnet_spec,
-    widths_at,
 )
 
 RESNET14 = resnet_spec(14, num_classes=5)
@@ -63,7 +63,8 @@ def count_macs(jaxpr):
 )
 def test_compressed_networks_have_the_totals_of_the_papers(gamma, thousand_params, million_macs):
     blocks = generated_blocks(RESNET56, "inner")
-    small = morph(RESNET56, blocks, widths_at(RESNET56, blocks, 1 - gamma))
+    full = [RESNET56.hidden_widths[n] for n in blocks]
+    small = morph(RESNET56, blocks, widths_at(full, 1 - gamma))
     assert round(small.num_params / 1000) == thousand_params
     assert round(small.num_macs / 1e6, 1) == million_macs
 
@@ -92,9 +93,8 @@ def test_the_inner_blocks_of_a_resnet56_are_23_of_27():
 
 
 def test_widths_are_rounded_half_up_and_at_least_one():
-    spec = resnet_spec(14, num_classes=5, stage_widths=(3, 5, 8))
     wanted = {0.5: (2, 3, 4), 0.01: (1, 1, 1), 1.5: (5, 8, 12), 1: (3, 5, 8)}
-    assert {ratio: widths_at(spec, (0, 2, 4), ratio) for ratio in wanted} == wanted
+    assert {ratio: widths_at((3, 5, 8), ratio) for ratio in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ WITHOUT_CHANNELS = {name: value for name, value in FIELDS.items() if name != "ch
     "impossible, words",
     [
         *((partial(resnet_spec, n, num_classes=9), f"6n . 2.*depth={n}") for n in NO_DEPTHS),
-        *((partial(widths_at, RESNET14, [1], x), f"got {x};") for x in (0, 1.6, -1, math.nan)),
+        *((partial(widths_at, [16], x), f"got {x};") for x in (0, 1.6, -1, math.nan)),
         (partial(resnet_spec, 14, num_classes=5, stage_widths=[4, 6]), r"\(4, 6\)"),
         (partial(generated_blocks, RESNET14, "outer"), "'outer'"),
         # ... and says what to do.

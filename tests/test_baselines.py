@@ -24,7 +24,7 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation import evaluator
 from neumeta_jax.networks import cifar_import, cifar_resnet, cifar_spec
-from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec, widths_at
+from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 from neumeta_jax.networks.saved import INR_FILE
 from neumeta_jax.report.comparisons import Row
 from neumeta_jax.runs import checkpoint, recipes
@@ -38,7 +38,7 @@ BLOCKS = generated_blocks(SPEC, "all")
 FAMILY = cifar_resnet.hypernetwork(SPEC, BLOCKS, make_inr("grid"))
 GROUPS = cifar_resnet.linen_groups(SPEC)
 RATIOS = (1.0, 0.5)
-HALF = widths_at(SPEC, BLOCKS, 0.5)
+HALF = tuple(SPEC.hidden_widths[n] // 2 for n in BLOCKS)
 PLAIN = Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=0, flip=False)
 
 
@@ -95,9 +95,8 @@ def baseline(**fields):
 
 def test_the_sliced_network_folds_to_the_slice_of_the_folded_one():
     small, sliced = half()
-    spec, wanted = cifar_resnet.slice_params(
-        SPEC, cifar_resnet.fold_batch_norm(variables()), BLOCKS, HALF
-    )
+    family = cifar_resnet.hypernetwork(SPEC, BLOCKS, make_inr("grid"))
+    spec, wanted = family.dense(cifar_resnet.fold_batch_norm(variables()), HALF)
     assert small == spec
     close(cifar_resnet.fold_batch_norm(sliced), wanted, 1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 
 from neumeta_jax.evaluation.rows import GridRow
 from neumeta_jax.evaluation.slices import WeightSlices
-from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec, widths_at
+from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import plotting, published
 
 RESNET20 = resnet_spec(20, num_classes=100)
@@ -14,7 +14,7 @@ RESNET56 = resnet_spec(56, num_classes=100)
 
 
 def made_up_row(spec, ratio):
-    widths = widths_at(spec, generated_blocks(spec), ratio)
+    widths = [round(ratio * spec.hidden_widths[n]) for n in generated_blocks(spec)]
     small = morph(spec, generated_blocks(spec), widths)
     accuracy = 0.7 - 0.5 * abs(ratio - 0.8) ** 1.5
     row = GridRow(ratio, widths, small.num_params, small.num_macs, accuracy, 0.5 <= ratio <= 1)

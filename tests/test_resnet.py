@@ -157,7 +157,7 @@ def test_the_masked_network_equals_the_smaller_dense_one(shortcut, which):
     lowest = [0 if spec.blocks[n].skippable else 1 for n in blocks]
     full = [spec.blocks[n].hidden_width for n in blocks]
     for widths in [*choices, lowest, full]:
-        small, dense = cifar_resnet.slice_params(spec, params, blocks, widths)
+        small, dense = family.dense(params, widths)
         assert small == morph(spec, blocks, widths)
         assert jax.tree.map(jnp.shape, dense) == cifar_resnet.param_shapes(small)
         expected = reference_logits(small, dense, images)
@@ -185,7 +185,7 @@ def test_what_is_masked_may_be_anything_and_gets_no_gradient():
 def test_slicing_beyond_the_tree_is_refused():
     spec = small_spec()
     with refused("stage2_block1/conv1 takes widths from 0 to 6, got 7"):
-        cifar_resnet.slice_params(spec, random_params(spec), (1, 3), (4, 7))
+        cifar_resnet.hypernetwork(spec, (1, 3), Grid()).dense(random_params(spec), (4, 7))
 
 
 def cell_means(x, axis, width):

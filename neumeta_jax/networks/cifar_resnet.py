@@ -259,25 +259,6 @@ def fold_batch_norm(variables: Mapping) -> Params:
     return folded
 
 
-def slice_params(
-    spec: ResNetSpec, params: Mapping, blocks: Sequence[int], widths: Sequence[int]
-) -> tuple[ResNetSpec, Params]:
-    """The small dense network inside `params`: its spec and its tree.
-
-    Keeps the first `widths[i]` hidden channels of `blocks[i]`; blocks of width 0 leave the tree.
-
-    Raises:
-        ValueError: if a width exceeds the number of channels that `params` has.
-    """
-    small = morph(spec, blocks, widths)
-    groups = family(spec).groups
-    at = {hidden_group(spec.blocks[n]): int(w) for n, w in zip(blocks, widths, strict=True)}
-    # One channel, or none, is no group: it stays, or leaves the tree with its block.
-    at = {name: width for name, width in at.items() if width > 1 or name in groups.by_name}
-    sliced = elastic.slice_params(groups, params, at)
-    return small, {name: sliced[name] for name in param_shapes(small)}
-
-
 # --- the family ------------------------------------------------------------------------------
 
 

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neumeta_jax.elastic import widths as core_widths
-
 NUM_STAGES = 3
 SHORTCUTS = ("projection", "pad")
 MAX_DEPTH = 6002  # the deepest published one has 1,202 layers
@@ -265,16 +263,6 @@ def generated_blocks(spec: ResNetSpec, which: str = "inner") -> tuple[int, ...]:
             "depth of at least 14."
         )
     return chosen
-
-
-def widths_at(spec: ResNetSpec, blocks: Sequence[int], width_ratio: float) -> tuple[int, ...]:
-    """Hidden widths of `blocks` when each keeps `width_ratio` of its channels, at least one.
-
-    >>> spec = resnet_spec(14, num_classes=10)
-    >>> widths_at(spec, generated_blocks(spec), 0.37)
-    (6, 12)
-    """
-    return core_widths.widths_at([spec.hidden_widths[n] for n in blocks], width_ratio)
 
 
 def morph(spec: ResNetSpec, blocks: Sequence[int], widths: Sequence[int]) -> ResNetSpec:

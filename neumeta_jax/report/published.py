@@ -6,13 +6,8 @@ those of a run.
 
 import dataclasses
 
-from neumeta_jax.networks.cifar_spec import (
-    ResNetSpec,
-    generated_blocks,
-    morph,
-    resnet_spec,
-    widths_at,
-)
+from neumeta_jax.elastic.widths import widths_at
+from neumeta_jax.networks.cifar_spec import ResNetSpec, generated_blocks, morph, resnet_spec
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100}
 STAGE_WIDTHS = (16, 32, 64)
@@ -57,7 +52,8 @@ class Curve:
         """
         spec = _spec(self.dataset, self.depth)
         blocks = generated_blocks(spec)
-        sizes = [widths_at(spec, blocks, ratio) for ratio in self.width_ratios]
+        full = [spec.hidden_widths[n] for n in blocks]
+        sizes = [widths_at(full, ratio) for ratio in self.width_ratios]
         return tuple(morph(spec, blocks, widths).num_macs for widths in sizes)
 
 
