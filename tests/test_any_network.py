@@ -211,6 +211,54 @@ def test_groups_join_the_training_one_at_a_time(kind, fit_steps):
     assert all(jax.tree.leaves(moved))
 
 
+def test_stacked_layers_are_what_they_are_one_by_one():
+    rng = np.random.default_rng(0)
+    shapes = {"up": (6, 10), "b": (10,), "down": (10, 6), "c": (6,)}
+    layers = [own_networks.draw(shapes, seed) for seed in range(3)]
+    ends = own_networks.draw({"in": (4, 6), "out": (6, 3)})
+    x = rng.normal(size=(200, 4)).astype(np.float32)
+
+    def layer(h, q):
+        return h + jax.nn.gelu(h @ q["up"] + q["b"]) @ q["down"] + q["c"]
+
+    def scanned(p, x):
+        start = jnp.tanh(x @ p["in"])
+        end, _ = jax.lax.scan(lambda h, q: (layer(h, q), None), start, p["layers"], reverse=True)
+        return end @ p["out"]
+
+    def written(p, x):
+        h = jnp.tanh(x @ p["in"])
+        for q in p["layers"][::-1]:
+            h = layer(h, q)
+        return h @ p["out"]
+
+    def family_of(apply, layers):
+        """(groups, moments, tensors of the INR, logits at half the width)."""
+        params = {**ends, "layers": layers}
+        family = nm.trace(apply, params, x[:2])
+        names = family.groups.elastic("stream")
+        moments = jax.jit(lambda p, x: nm.moments(family, p, x, names))(params, x)
+        hypernetwork = nm.Hypernetwork(family.groups, names, nm.make_inr("projection"))
+        inr_params = nm.init(jax.random.key(0), hypernetwork, params, moments=moments)
+        half = nm.generate(hypernetwork, inr_params, jnp.asarray(hypernetwork.widths(0.5)))
+        tensors = sum(len(stack.paths) for stack in hypernetwork.stacks)
+        return family.groups, jax.device_get(moments), tensors, apply(half, x)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    groups, measured, tensors, half = family_of(scanned, stacked)
+    _, one_by_one, wanted_tensors, wanted_half = family_of(written, layers)
+    assert tensors == wanted_tensors
+    assert largest(wanted_half, half) < 1e-4
+    for name in ("up", "down"):
+        wanted = np.stack([one_by_one[f"layers/{n}/{name}"] for n in range(3)])
+        np.testing.assert_allclose(measured[f"layers/{name}"], wanted, rtol=2e-5, atol=1e-5)
+    # Channels of all layers that have one number stay or go together, and their costs add up.
+    orders = ordering.importance_orders(groups, {**ends, "layers": stacked}, measured)
+    each = {str(n): measured["layers/down"][n] for n in range(3)}
+    kernels = {str(n): np.asarray(layers[n]["down"]) for n in range(3)}
+    np.testing.assert_array_equal(orders["layers/up"], ordering.importance_order(each, kernels))
+
+
 def test_a_kind_without_a_closed_form_is_fitted_to_the_network_and_its_small_ones():
     x = np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
     params = Two().init(jax.random.key(0), x)

@@ -374,8 +374,8 @@ def generate_tensors(
     container = {} if sizes is None else hypernetwork.by_name([int(size) for size in sizes])
     tensors = {}
     for stack in made:
-        for row, path in enumerate(stack.paths):
-            tensor = stacks.unpack(groups, stack, row, raw[stack.name][row], container)
+        for path in dict.fromkeys(stack.paths):
+            tensor = stacks.unpack(groups, stack, path, raw[stack.name], container)
             tensor = mask_axes(tensor, groups.axes[path], by_name, container)
             for position in skips.get(path, ()):
                 tensor = jnp.where(widths[position] > 0, tensor, 0)
@@ -424,13 +424,14 @@ def pack(hypernetwork: Hypernetwork, values: Mapping[str, Any]) -> dict[str, jax
     """
     raw = {}
     for stack in hypernetwork.stacks:
-        tensors = [stacks.pack(hypernetwork.groups, p, values[p]) for p in stack.paths]
-        if len({tensor.shape for tensor in tensors}) > 1:
+        paths = dict.fromkeys(stack.paths)
+        tensors = [stacks.pack(hypernetwork.groups, path, values[path]) for path in paths]
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
             raise ValueError(
                 f"The tensors of {stack.name} must have one shape to be stacked, got "
-                f"{[tensor.shape for tensor in tensors]}."
+                f"{[tensor.shape[1:] for tensor in tensors]}."
             )
-        raw[stack.name] = jnp.stack(tensors)
+        raw[stack.name] = jnp.concatenate(tensors)
     return raw
 
 

@@ -2,11 +2,13 @@
 
 Every generated tensor is brought to the form [rows, columns, outputs]: rows are the channels that
 it writes (or only touches, as a bias does), columns those that it reads, outputs all that holds no
-channels, such as the taps of a kernel. Tensors of equal form are stacked and generated together.
+channels, such as the taps of a kernel. Tensors of equal form are stacked and generated together;
+where a parameter holds stacked layers, each of them is a tensor.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -122,7 +124,7 @@ class TensorStack:
 
     Attributes:
         name: by which an INR keeps its parameters.
-        paths: of the tensors.
+        paths: of the tensors; one of stacked layers is named as often as there are layers.
         indices: the tensor index i of each, in 0..num_tensors - 1.
         num_tensors: N, the number of tensors that the INR generates.
         rows, columns: sides of the query grid.
@@ -177,37 +179,42 @@ def identities(channels: Side) -> jax.Array:
 
 
 def _placed(groups: Groups, path: str) -> tuple[list[tuple[int, Axis]], ...]:
-    """(row factors, column factors, other factors) of a tensor: (place among all factors, axis)."""
+    """The factors of a tensor that are rows, columns, outputs and layers.
+
+    Of each (place among all factors, axis).
+    """
     roles = {m.axis: m.role for g in groups.groups for m in g.members if m.path == path}
-    parts: tuple[list[tuple[int, Axis]], ...] = [], [], []
+    parts: tuple[list[tuple[int, Axis]], ...] = [], [], [], []
     place = 0
     for n, axis in enumerate(groups.axes[path]):
         for factor in axis.factors():
-            fixed = not any(factor.groups())
-            parts[2 if fixed else roles.get(n) == "read"].append((place, factor))
+            part = roles.get(n) == "read" if any(factor.groups()) else 2 + (axis.kind == "layers")
+            parts[part].append((place, factor))
             place += 1
     return parts
 
 
 @functools.lru_cache(maxsize=4096)
 def _layout(groups: Groups, path: str) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
-    """All factors of a tensor, and the order that brings them to rows, columns, outputs."""
+    """All factors of a tensor, and the order that brings them to layers, rows, columns, outputs."""
     factors = tuple(factor for axis in groups.axes[path] for factor in axis.factors())
-    return factors, tuple(place for part in _placed(groups, path) for place, _ in part)
+    *sides, layers = _placed(groups, path)
+    return factors, tuple(place for part in (layers, *sides) for place, _ in part)
 
 
 def pack(groups: Groups, path: str, tensor: jax.Array) -> jax.Array:
-    """[rows, columns, outputs] of a full-size tensor."""
+    """[layers, rows, columns, outputs] of a full-size parameter; 1 layer where none are stacked."""
     factors, order = _layout(groups, path)
-    rows, columns, _ = (math.prod(f.size for _, f in part) for part in _placed(groups, path))
+    sizes = [math.prod(factor.size for _, factor in part) for part in _placed(groups, path)]
     tensor = jnp.asarray(tensor).reshape([factor.size for factor in factors])
-    return tensor.transpose(order).reshape(rows, columns, -1)
+    return tensor.transpose(order).reshape(sizes[3], sizes[0], sizes[1], -1)
 
 
-def unpack(groups: Groups, stack: TensorStack, row: int, grid: jax.Array, sizes: Mapping):
-    """The tensor number `row` of a stack, of [rows, columns, outputs] at the container `sizes`."""
-    path = stack.paths[row]
-    for n, side in enumerate((stack.rows, stack.columns)):
+def unpack(groups: Groups, stack: TensorStack, path: str, grid: jax.Array, sizes: Mapping):
+    """A parameter of [tensors, rows, columns, outputs] of a stack at the container `sizes`."""
+    row = stack.paths.index(path)
+    grid = grid[row : row + stack.paths.count(path)]
+    for n, side in enumerate((stack.rows, stack.columns), 1):
         present = side.present(row)
         if len(present) < side.size:
             whole = np.array_equal(present, np.arange(len(present)))
@@ -289,7 +296,9 @@ def tensor_stacks(
     """
     positions = {name: n for n, name in enumerate(names)}
     depends = generated_tensors(groups, names)
-    index = {path: n for n, path in enumerate(depends)}
+    placed = {path: _placed(groups, path) for path in depends}
+    layers = {path: math.prod(axis.size for _, axis in placed[path][3]) for path in depends}
+    index = dict(zip(depends, itertools.accumulate(layers.values(), initial=0), strict=False))
     readers = {
         r.path: r
         for r in groups.readers
@@ -301,9 +310,8 @@ def tensor_stacks(
         return axis.kind, axis.size, axis.group in positions, tuple(map(form, axis.parts))
 
     stacked: dict[object, list[str]] = {}
-    placed = {path: _placed(groups, path) for path in depends}
     for path in depends:
-        rows, columns, outputs = placed[path]
+        rows, columns, outputs, _ = placed[path]
         own = path.rpartition("/")[2], scope(path), path in readers, _layout(groups, path)[1]
         key = label(path) or (
             *own,
@@ -311,26 +319,30 @@ def tensor_stacks(
             form(_product(columns)),
             form(_product(outputs)),
         )
-        stacked.setdefault(key, []).append(path)
+        stacked.setdefault(key, []).extend([path] * layers[path])
     places = {
-        path: (label(path) or paths[0].replace("/", "."), row)
+        path: (label(path) or paths[0].replace("/", "."), paths.index(path))
         for paths in stacked.values()
-        for row, path in enumerate(paths)
+        for path in paths
     }
     norm = max(group.size for group in groups.groups if "output" not in group.flags)
     stacks = []
     for paths in stacked.values():
         rows, columns, outputs = ([_product(placed[p][n]) for p in paths] for n in range(3))
+        number = [row - paths.index(path) for row, path in enumerate(paths)]  # of its layer
         biases: tuple = ()
         if all(path in readers for path in paths):
-            partners = [readers[path] for path in paths]
-            biases = tuple((*places[r.bias], r.sign) if r.bias else None for r in partners)
+            partners = [(readers[path], n) for path, n in zip(paths, number, strict=True)]
+            biases = tuple(
+                (places[r.bias][0], places[r.bias][1] + n, r.sign) if r.bias else None
+                for r, n in partners
+            )
         stacks.append(
             TensorStack(
                 name=places[paths[0]][0],
                 paths=tuple(paths),
-                indices=tuple(index[path] for path in paths),
-                num_tensors=len(index),
+                indices=tuple(index[path] + n for path, n in zip(paths, number, strict=True)),
+                num_tensors=sum(layers.values()),
                 rows=_side(rows, positions),
                 columns=_side(columns, positions),
                 num_outputs=outputs[0].size,

@@ -141,8 +141,9 @@ def join(dims: list[Dim]) -> Dim:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis of a parameter: `kind` is "fixed", "group", "product" or "concat".
+    """An axis of a parameter: `kind` is "fixed", "layers", "group", "product" or "concat".
 
+    Along "layers" lie the parameters of layers that run one after the other in a loop.
     `widths` are ints by group name; a group that is not in them has its full size. `sizes` are
     those of a container: a network of the same family with more, or fewer, channels.
     """
@@ -164,7 +165,7 @@ class Axis:
 
     def width(self, widths: Mapping) -> Any:
         """How long the axis is at `widths`, which may be traced."""
-        if self.kind == "fixed":
+        if self.kind in ("fixed", "layers"):
             return self.size
         if self.kind == "group":
             return widths.get(self.group, self.size)
@@ -194,7 +195,7 @@ class Axis:
         """int[new length]: what remains when a group consists of its channels `chosen[group]`."""
         if self.kind == "group" and self.group in chosen:
             return np.asarray(chosen[self.group])
-        if self.kind in ("group", "fixed"):
+        if self.kind in ("group", "fixed", "layers"):
             return np.arange(self.size)
         channels, offset = np.zeros(int(self.kind == "product"), int), 0
         for part in self.parts:

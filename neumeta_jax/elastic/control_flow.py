@@ -66,11 +66,14 @@ def _lengths(params):
 
 
 def scan(tracer, params, ins):
-    """Layers that are stacked along a leading axis have all the same widths."""
+    """Layers that are stacked along a leading axis have all the same widths.
+
+    Each has products of its own, which are observed one by one.
+    """
     first, split = _lengths(params)
     last = first + split
     active = any(value.active for value in ins)
-    inner = [dataclasses.replace(value, view=False) for value in ins]
+    inner = [dataclasses.replace(v, view=v.view and n >= last) for n, v in enumerate(ins)]
     inner[first:last] = _carried(ins[first:last], active)
     length = Dim(params["length"], ["fixed"])
     for value in inner[last:]:
@@ -78,6 +81,10 @@ def scan(tracer, params, ins):
         value.dims = value.dims[1:]
         value.zero = frozenset(axis - 1 for axis in value.zero if axis)
     body = tracer.body(params["jaxpr"], inner)
+    weights = {s.inputs[s.weight] for s in body.walk() if s.weight is not None}
+    stacked = any(w.view and w.sources <= v.sources for w in weights for v in inner[last:])
+    if stacked:
+        length.note("layers")
     for before, after in zip(inner[first:last], body.outputs[: last - first], strict=True):
         for a, b in zip(before.dims, after.dims, strict=True):
             unify(a, b)
@@ -95,10 +102,19 @@ def scan(tracer, params, ins):
             return results[:split], results[split:]
 
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
-        carry, stacked = jax.lax.scan(layer, arrays[first:last], arrays[last:], **options)
-        return [*carry, *stacked]
+        carry, results = jax.lax.scan(layer, arrays[first:last], arrays[last:], **options)
+        return [*carry, *results]
 
-    return Step(ins, outs, run, bodies=((params["length"], body),))
+    def one_by_one(size, arrays, observe, outer):
+        carry, results, number = arrays[first:last], {}, params["length"]
+        for n in range(number)[:: -1 if params["reverse"] else 1]:
+            given = [*arrays[:first], *carry, *(array[n] for array in arrays[last:])]
+            out = body.run(size, given, observe, outer * number + n)
+            carry, results[n] = out[:split], out[split:]
+        return [*carry, *map(jnp.stack, zip(*(results[n] for n in range(number)), strict=True))]
+
+    each = one_by_one if stacked else None
+    return Step(ins, outs, run, bodies=((params["length"], body),), each=each)
 
 
 def while_loop(tracer, params, ins):

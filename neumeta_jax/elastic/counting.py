@@ -72,7 +72,7 @@ def params_count(groups: Groups, names: Sequence[str]) -> Count:
     def length(axis: Axis) -> Monomials:
         if axis.kind == "group" and axis.group in positions:
             return Monomials({(positions[axis.group],): 1})
-        if axis.kind in ("fixed", "group"):
+        if axis.kind in ("fixed", "layers", "group"):
             return Monomials({(): axis.size})
         parts = [length(part) for part in axis.parts]
         return _times(parts) if axis.kind == "product" else sum(parts, Monomials())

@@ -144,7 +144,7 @@ def _freeze(dim: Dim, names: dict[Dim, str]) -> Axis:
     if dim in names:
         return Axis("group", dim.size, names[dim])
     if not any(atom in names for atom in dim.atoms()):
-        return Axis("fixed", dim.size)
+        return Axis("layers" if "layers" in dim.notes else "fixed", dim.size)
     parts: list[Axis] = []
     for part in (_freeze(part, names) for part in dim.parts):
         parts += part.parts if part.kind == dim.kind else [part]
@@ -186,7 +186,8 @@ def _readers(tracer: Tracer, axes: dict) -> tuple[Reader, ...]:
         reads = tuple(n for n in reads if axes[path][n].kind != "fixed")
         if reads and all(tracer.roles[path, axis] == {"read"} for axis in reads):
             bias, sign = tracer.biases.get(number, (None, 1))
-            if bias and axes[bias] != tuple(axes[path][n] for n in writes):
+            stacked = [axis for axis in axes[path] if axis.kind == "layers"]
+            if bias and [*axes[bias]] != [*stacked, *(axes[path][n] for n in writes)]:
                 bias = None
             readers[path] = Reader(path, reads, writes, bias, sign)
     uses = collections.Counter(reader.bias for reader in readers.values())
@@ -377,7 +378,7 @@ def apply_at(
     params: Any,
     x: Any,
     widths: Mapping[str, int],
-    observe: Callable[[Step, Any], None] | None = None,
+    observe: Callable[[Step, Any, int], None] | None = None,
 ) -> Any:
     """What `apply` would return if the network had been built with `widths`.
 
@@ -386,7 +387,8 @@ def apply_at(
         params: a tree like the one traced, at the shapes of `widths`, smaller or larger.
         x: inputs; of another batch size, if nothing in the network sums over the batch.
         widths: int by group.
-        observe: called with each step of the program and its arrays.
+        observe: called with each step of the program, its arrays, and the number of the layer where
+            layers are stacked, else 0.
 
     Raises:
         ValueError: for widths or parameters that do not fit the network.

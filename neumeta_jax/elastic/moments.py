@@ -1,5 +1,6 @@
 """Second moments of the channels that products read, which a least-squares projection needs."""
 
+import collections
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,19 +26,20 @@ def moments(family: Family, params: Any, x: Any, names: Iterable[str]) -> dict[s
         names: of groups.
 
     Returns:
-        float32[n + 1, n + 1] by the path of the reader; the last row holds the means.
+        float32[n + 1, n + 1] by the path of the reader, of stacked layers float32[layers, n + 1,
+        n + 1]; the last row holds the means.
     """
     sums = moment_sums(family, params, x, names)
-    return {path: total / total[-1, -1] for path, total in sums.items()}
+    return {path: total / total[..., -1:, -1:] for path, total in sums.items()}
 
 
 def moment_sums(family: Family, params: Any, x: Any, names: Iterable[str]) -> dict[str, jax.Array]:
     """The sums of which `moments` are the means; the last entry counts the terms."""
     wanted = set(names)
-    sums: dict[str, jax.Array] = {}
+    sums: dict[str, dict[int, jax.Array]] = collections.defaultdict(dict)
     readers = {reader.path: reader for reader in family.groups.readers}
 
-    def observe(step, arrays):
+    def observe(step, arrays, layer):
         if step.weight is None or step.contracted is None:
             return
         weight = step.inputs[step.weight]
@@ -55,10 +57,14 @@ def moment_sums(family: Family, params: Any, x: Any, names: Iterable[str]) -> di
         channels = {n: reads[axes[mine]] for n, mine in enumerate(order) if axes[mine] in reads}
         h = _channels_first(h, channels).astype(jnp.float32)
         h = jnp.pad(h, ((0, 1), (0, 0)), constant_values=1.0)
-        sums[path] = sums.get(path, 0) + h @ h.T
+        sums[path][layer] = sums[path].get(layer, 0) + h @ h.T
 
     apply_at(family, params, x, {}, observe)
-    return sums
+    totals = {}
+    for path, parts in sums.items():
+        stacked = any(axis.kind == "layers" for axis in family.groups.axes[path])
+        totals[path] = jnp.stack([parts[n] for n in sorted(parts)]) if stacked else parts[0]
+    return totals
 
 
 def _channels_first(x: jax.Array, axes: Mapping[int, Axis]) -> jax.Array:

@@ -8,6 +8,7 @@ float64 NumPy.
 Method: NeuMeta (arXiv 2410.11878), for all blocks as in HTTY (arXiv 2505.05510).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -228,14 +229,20 @@ def importance_orders(
     """
     leaves, orders = groups.leaves(params, {}), {}
     for name in movable(groups):
-        kernels = {}
-        for reader in groups.readers:
-            axes = [n for n in reader.reads if groups.axes[reader.path][n].group == name]
-            if reader.path in moments and len(axes) == len(reader.reads) == 1:
-                kernel = np.moveaxis(np.asarray(leaves[reader.path]), axes[0], 0)
-                kernels[reader.path] = kernel.reshape(groups[name].size, -1)
+        kernels, of_kernels, size = {}, {}, groups[name].size
+        for path, reads in ((reader.path, reader.reads) for reader in groups.readers):
+            of_tensor = groups.axes[path]
+            if path not in moments or [of_tensor[n].group for n in reads] != [name]:
+                continue
+            layers = [n for n, axis in enumerate(of_tensor) if axis.kind == "layers"]
+            first = (*layers, *reads)
+            kernel = np.moveaxis(np.asarray(leaves[path]), first, range(len(first)))
+            number = math.prod(kernel.shape[: len(layers)])
+            each = (x.reshape(number, size + n, -1) for n, x in enumerate((kernel, moments[path])))
+            for layer, (kernel, moment) in enumerate(zip(*each, strict=True)):
+                kernels[f"{path}:{layer}"], of_kernels[f"{path}:{layer}"] = kernel, moment
         if kernels:
-            orders[name] = importance_order(moments, kernels)
+            orders[name] = importance_order(of_kernels, kernels)
     return orders
 
 

@@ -72,6 +72,7 @@ class Step:
         bodies: (times, program) inside; 0 times where another one is counted in its place.
         transparent: running the only body gives the same outputs.
         weight: which operand of a product does not depend on the input.
+        each: as `run` and `Program.run`, layer by layer, of a loop over stacked layers.
     """
 
     inputs: list[Value]
@@ -82,6 +83,7 @@ class Step:
     contracted: tuple | None = None
     number: int | None = None
     weight: int | None = None
+    each: Callable[..., list[jax.Array]] | None = None
 
     def summed(self, operand: int) -> list[Dim]:
         """The axes of an operand that a product sums over."""
@@ -106,9 +108,13 @@ class Program:
         self,
         size: Callable[[Dim], int],
         arrays: Sequence[jax.Array],
-        observe: Callable[[Step, Sequence[jax.Array]], None] | None = None,
+        observe: Callable[[Step, Sequence[jax.Array], int], None] | None = None,
+        layer: int = 0,
     ) -> list[jax.Array]:
-        """The outputs at the sizes that `size` tells; calls `observe(step, arrays)` for each.
+        """The outputs at the sizes that `size` tells.
+
+        Calls `observe(step, arrays, layer)` for each step, with the number of the layer where these
+        are stacked, else 0.
 
         Raises:
             ValueError: where an array that the network holds as a constant would have to grow.
@@ -125,10 +131,12 @@ class Program:
         for step in self.steps:
             arrays = [values[value] for value in step.inputs]
             if observe and step.transparent:
-                results = step.bodies[0][1].run(size, arrays, observe)
+                results = step.bodies[0][1].run(size, arrays, observe, layer)
+            elif observe and step.each:
+                results = step.each(size, arrays, observe, layer)
             else:
                 results = step.run(size, arrays)
             if observe:
-                observe(step, arrays)
+                observe(step, arrays, layer)
             values.update(zip(step.outputs, results, strict=True))
         return [values[value] for value in self.outputs]

@@ -49,7 +49,7 @@ def _finder(family: elastic.Family, loss: Callable[..., jax.Array]) -> Callable[
     def all_finite(tree, x, *labels):
         reads = {}
 
-        def observe(step, arrays):
+        def observe(step, arrays, layer):
             if step.weight is None or step.contracted is None:
                 return
             for path in sorted(step.inputs[step.weight].sources)[:1]:
@@ -192,7 +192,8 @@ def idle_parts(
     @jax.jit
     def energies(tree, images):
         moments = elastic.moments(network.family, tree, images.astype(jnp.float32), names)
-        return {path: jnp.diagonal(moment)[:-1] for path, moment in moments.items()}
+        energies = {p: jnp.diagonal(m, axis1=-2, axis2=-1)[..., :-1] for p, m in moments.items()}
+        return {p: x if x.ndim == 1 else jnp.max(x, axis=0) for p, x in energies.items()}
 
     forward = jax.jit(network.apply)
     full = np.array(hypernetwork.full_widths, np.int32)

@@ -70,7 +70,7 @@ class INR(abc.ABC):
     ) -> Params:
         """`inr_params` that hold the second moments of the channels that each tensor reads.
 
-        They are float32[columns + 1, columns + 1] by path (see `moments.moments`), and are
+        They are float32[..., columns + 1, columns + 1] by path (see `moments.moments`), and are
         measured, not learned: no tensor copies those of another. Kinds without `needs_moments`
         return `inr_params` as they are.
         """
@@ -87,9 +87,11 @@ class INR(abc.ABC):
         copied = dict(inr_params)
         for stack in stacks:
             if source in stack.owners and target in stack.owners:
-                s, t = stack.owners.index(source), stack.owners.index(target)
+                owners = np.array(stack.owners)
+                s, t = (np.flatnonzero(owners == group) for group in (source, target))
+                number = min(len(s), len(t))
                 copied[stack.name] = jax.tree.map(
-                    lambda p, s=s, t=t: p.at[t].set(p[s]), inr_params[stack.name]
+                    lambda p, s=s[:number], t=t[:number]: p.at[t].set(p[s]), inr_params[stack.name]
                 )
         return copied
 

@@ -206,7 +206,8 @@ class Projection(INR):
         measured = dict(inr_params)
         for stack in stacks:
             if _repaired(stack):
-                values = jnp.stack([jnp.asarray(moments[path]) for path in stack.paths])
+                parts = (jnp.asarray(moments[path]) for path in dict.fromkeys(stack.paths))
+                values = jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in parts])
                 measured[stack.name] = {**inr_params[stack.name], "moments": values}
         return measured
 
