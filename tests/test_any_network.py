@@ -233,7 +233,7 @@ def test_stacked_layers_are_what_they_are_one_by_one():
         return h @ p["out"]
 
     def family_of(apply, layers):
-        """(groups, moments, tensors of the INR, logits at half the width)."""
+        """(groups, moments, tensors of the INR, logits at half the width, without it refitted)."""
         params = {**ends, "layers": layers}
         family = nm.trace(apply, params, x[:2])
         names = family.groups.elastic("stream")
@@ -242,12 +242,17 @@ def test_stacked_layers_are_what_they_are_one_by_one():
         inr_params = nm.init(jax.random.key(0), hypernetwork, params, moments=moments)
         half = nm.generate(hypernetwork, inr_params, jnp.asarray(hypernetwork.widths(0.5)))
         tensors = sum(len(stack.paths) for stack in hypernetwork.stacks)
-        return family.groups, jax.device_get(moments), tensors, apply(half, x)
+        widths = hypernetwork.by_name(hypernetwork.widths(0.5).tolist())
+        small = nm.mask_params(family.groups, params, widths)
+        refitted = nm.refit(family, params, small, widths, x)["layers"]
+        return family.groups, jax.device_get(moments), tensors, apply(half, x), refitted
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    groups, measured, tensors, half = family_of(scanned, stacked)
-    _, one_by_one, wanted_tensors, wanted_half = family_of(written, layers)
-    assert tensors == wanted_tensors
+    groups, measured, tensors, half, refitted = family_of(scanned, stacked)
+    _, one_by_one, wanted_tensors, wanted_half, wanted = family_of(written, layers)
+    wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *wanted)
+    assert tensors == wanted_tensors and largest(wanted, refitted) < 1e-3
+    assert largest(refitted, stacked) > 0.1
     assert largest(wanted_half, half) < 1e-4
     for name in ("up", "down"):
         wanted = np.stack([one_by_one[f"layers/{n}/{name}"] for n in range(3)])

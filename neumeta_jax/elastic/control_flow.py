@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from neumeta_jax.elastic.axes import Dim, unify
-from neumeta_jax.elastic.program import Step, Value
+from neumeta_jax.elastic.program import Layers, Step, Value
 
 
 def custom_jvp(tracer, params, ins):
@@ -105,16 +105,9 @@ def scan(tracer, params, ins):
         carry, results = jax.lax.scan(layer, arrays[first:last], arrays[last:], **options)
         return [*carry, *results]
 
-    def one_by_one(size, arrays, observe, outer):
-        carry, results, number = arrays[first:last], {}, params["length"]
-        for n in range(number)[:: -1 if params["reverse"] else 1]:
-            given = [*arrays[:first], *carry, *(array[n] for array in arrays[last:])]
-            out = body.run(size, given, observe, outer * number + n)
-            carry, results[n] = out[:split], out[split:]
-        return [*carry, *map(jnp.stack, zip(*(results[n] for n in range(number)), strict=True))]
-
-    each = one_by_one if stacked else None
-    return Step(ins, outs, run, bodies=((params["length"], body),), each=each)
+    order = range(params["length"])[:: -1 if params["reverse"] else 1]
+    layers = Layers(first, last, order) if stacked else None
+    return Step(ins, outs, run, bodies=((params["length"], body),), layers=layers)
 
 
 def while_loop(tracer, params, ins):

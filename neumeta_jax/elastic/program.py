@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from neumeta_jax.elastic.axes import Dim
 
@@ -61,6 +62,22 @@ class Value:
         )
 
 
+class Layers(NamedTuple):
+    """How a loop goes through stacked layers.
+
+    Its inputs are constants before `first`, what is carried before `last`, and what is stacked; its
+    outputs are what is carried and what is stacked. `order` is that of the layers.
+    """
+
+    first: int
+    last: int
+    order: Sequence[int]
+
+    @property
+    def carried(self) -> int:
+        return self.last - self.first
+
+
 @dataclasses.dataclass(eq=False)
 class Step:
     """`run(size, arrays)` computes `outputs` from `inputs`; `size` tells the int of a `Dim`.
@@ -72,7 +89,7 @@ class Step:
         bodies: (times, program) inside; 0 times where another one is counted in its place.
         transparent: running the only body gives the same outputs.
         weight: which operand of a product does not depend on the input.
-        each: as `run` and `Program.run`, layer by layer, of a loop over stacked layers.
+        layers: of a loop over stacked layers.
     """
 
     inputs: list[Value]
@@ -83,7 +100,19 @@ class Step:
     contracted: tuple | None = None
     number: int | None = None
     weight: int | None = None
-    each: Callable[..., list[jax.Array]] | None = None
+    layers: Layers | None = None
+
+    def run_each(self, size, arrays: Sequence[jax.Array], observe, outer: int) -> list[jax.Array]:
+        """As `run`, layer by layer, each of which is observed; `outer` is the layer this is in."""
+        assert self.layers
+        (first, last, order), carried = self.layers, self.layers.carried
+        carry, stacked = arrays[first:last], {}
+        for n in order:
+            given = [*arrays[:first], *carry, *(array[n] for array in arrays[last:])]
+            out = self.bodies[0][1].run(size, given, observe, outer * len(order) + n)
+            carry, stacked[n] = out[:carried], out[carried:]
+        results = zip(*(stacked[n] for n in range(len(order))), strict=True)
+        return [*carry, *map(jnp.stack, results)]
 
     def summed(self, operand: int) -> list[Dim]:
         """The axes of an operand that a product sums over."""
@@ -132,8 +161,8 @@ class Program:
             arrays = [values[value] for value in step.inputs]
             if observe and step.transparent:
                 results = step.bodies[0][1].run(size, arrays, observe, layer)
-            elif observe and step.each:
-                results = step.each(size, arrays, observe, layer)
+            elif observe and step.layers:
+                results = step.run_each(size, arrays, observe, layer)
             else:
                 results = step.run(size, arrays)
             if observe:

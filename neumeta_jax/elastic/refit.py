@@ -12,7 +12,7 @@ Method: He, Zhang and Sun, arXiv 1707.06168, section 3.2, for any traced network
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,11 @@ class _Call:
 class _Plan:
     """A program as calls of steps, the bodies of transparent ones in their place.
 
+    So are those of loops over stacked layers, once for each layer; what is stacked in a parameter
+    counts as parameters of their own.
+
     Attributes:
+        whole: (path of the parameter, layer) by the path of a layer of it.
         calls: in order, those that depend on the input.
         active: what depends on the input.
         makers: the call that makes each other value, but for parameters and constants.
@@ -53,6 +57,7 @@ class _Plan:
         program = family.program
         self.examples = [value for value in program.inputs if value.active]
         self.paths = dict(zip(program.inputs, (p for p, _ in family.groups.tensors), strict=False))
+        self.whole: dict[str, tuple[str, int]] = {}
         self.active = set(self.examples)
         self.constants: dict[Value, Any] = {}
         self.makers: dict[Value, _Call] = {}
@@ -74,18 +79,68 @@ class _Plan:
             path for call in self.calls for path in set().union(*map(self.sources, call.inputs))
         )
 
-    def _flat(self, program: Program, names: dict[Value, Value]) -> Iterator[_Call]:
+    def _flat(self, program: Program, names: dict[Value, Value], often=False) -> Iterator[_Call]:
         self.constants |= dict(program.constants)
         for step in program.steps:
             inputs = [names.get(value, value) for value in step.inputs]
-            if step.transparent:
+            if step.layers:
+                yield from self._layers(step, inputs, names)
+            elif step.transparent:
                 body = step.bodies[0][1]
                 names |= zip(body.inputs, inputs, strict=True)
-                yield from self._flat(body, names)
+                yield from self._flat(body, names, often)
                 made = [names.get(value, value) for value in body.outputs]
                 names |= zip(step.outputs, made, strict=True)
             else:
-                yield _Call(step, inputs, step.outputs)
+                outputs = list(map(dataclasses.replace, step.outputs)) if often else step.outputs
+                names |= zip(step.outputs, outputs, strict=True)
+                yield _Call(step, inputs, outputs)
+
+    def _layers(self, step: Step, inputs: list[Value], names: dict) -> Iterator[_Call]:
+        assert step.layers
+        (first, last, order), body = step.layers, step.bodies[0][1]
+        carry, stacked = inputs[first:last], {}
+        for n in order:
+            slices = list(map(dataclasses.replace, body.inputs[last:]))
+            for whole, part in zip(inputs[last:], slices, strict=True):
+                if path := self.paths.get(whole):
+                    self.paths[part] = f"{path}[{n}]"
+                    self.whole[self.paths[part]] = path, n
+                else:
+                    yield _call(lambda arrays, n=n: arrays[0][n], [whole], part)
+            names |= zip(body.inputs, [*inputs[:first], *carry, *slices], strict=True)
+            yield from self._flat(body, names, True)
+            made = [names.get(value, value) for value in body.outputs]
+            carry, stacked[n] = made[: len(carry)], made[len(carry) :]
+        names |= zip(step.outputs, carry, strict=False)
+        for number, output in enumerate(step.outputs[len(carry) :]):
+            parts = [stacked[n][number] for n in range(len(order))]
+            names[output] = dataclasses.replace(output)
+            yield _call(jnp.stack, parts, names[output])
+
+    def split(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """`leaves` by path, those of layers too."""
+        return {**leaves, **{path: leaves[of][n] for path, (of, n) in self.whole.items()}}
+
+    def joined(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """`leaves` by path, of layers stacked as they were."""
+        result = dict(leaves)
+        for path, (of, n) in self.whole.items():
+            result[of] = result[of].at[n].set(leaves[path])
+        return result
+
+    def readers(self, readers: Iterable[Reader]) -> dict[str, Reader]:
+        """`readers` by path, those of layers too."""
+        result = {reader.path: reader for reader in readers}
+        for path, (of, n) in self.whole.items():
+            if reader := result.get(of):
+                reads, writes = (
+                    tuple(a - 1 for a in axes) for axes in (reader.reads, reader.writes)
+                )
+                bias = f"{reader.bias}[{n}]"
+                bias = bias if bias in self.whole else None
+                result[path] = Reader(path, reads, writes, bias, reader.sign)
+        return result
 
     def sources(self, value: Value) -> set[str]:
         """The parameters that a value is made of which does not depend on the input."""
@@ -96,11 +151,17 @@ class _Plan:
         return set().union(*map(self.sources, self.makers[value].inputs))
 
 
+def _call(function: Callable, inputs: list[Value], output: Value) -> _Call:
+    """A call of `function(arrays)`."""
+    step = Step(inputs, [output], lambda size, arrays: [function(arrays)])
+    return _Call(step, inputs, [output])
+
+
 class _Network:
     """A network that runs call by call, on all batches at once."""
 
     def __init__(self, plan: _Plan, leaves: Mapping[str, jax.Array], batches: list[list]):
-        self.plan, self.leaves = plan, dict(leaves)
+        self.plan, self.leaves = plan, plan.split(leaves)
         parts, self.num_batches = zip(*batches, strict=True), len(batches)
         self.values: dict[Value, Arrays] = dict(zip(plan.examples, map(list, parts), strict=True))
 
@@ -184,8 +245,9 @@ def refit(
 ) -> Any:
     """`small` with the weights and biases of its products solved anew, one after the other.
 
-    Products of parameters that are used more than once, or inside of loops, stay as they are; so do
-    grouped convolutions. Activations of `x` stay in memory as long as they are needed.
+    Products of parameters that are used more than once, or inside of loops other than those over
+    stacked layers, stay as they are; so do grouped convolutions. Activations of `x` stay in memory
+    as long as they are needed.
 
     Args:
         family: of the network, see `trace`.
@@ -214,11 +276,11 @@ def refit(
     groups = family.groups
     plan = _Plan(family, sizes_at(family, batches[0], {}))
     ones = jax.tree.map(jnp.ones_like, params)
-    masks = groups.leaves(mask_params(groups, ones, widths))
+    masks = plan.split(groups.leaves(mask_params(groups, ones, widths)))
     full = _Network(plan, groups.leaves(params), batches)
     narrow = _Network(plan, groups.leaves(small), batches)
-    solved = {reader.path: reader for reader in groups.readers if reader.path not in groups.frozen}
-    readers = {path: reader for path, reader in solved.items() if paths is None or path in paths}
+    solved = [r for r in groups.readers if r.path not in groups.frozen]
+    readers = plan.readers(r for r in solved if paths is None or r.path in paths)
     left = collections.Counter({value: len(calls) for value, calls in plan.users.items()})
     for call in plan.calls:
         product = _product(plan, call, readers)
@@ -231,7 +293,8 @@ def refit(
         over = [value for value in (*call.inputs, *call.outputs) if left[value] < 1]
         full.forget(over)
         narrow.forget(over)
-    return groups.map(lambda path, _, leaf: narrow.leaves[path].astype(leaf.dtype), small)
+    found = plan.joined(narrow.leaves)
+    return groups.map(lambda path, _, leaf: found[path].astype(leaf.dtype), small)
 
 
 class _Product(NamedTuple):
@@ -308,9 +371,11 @@ def _product(plan: _Plan, call: _Call, readers: Mapping[str, Reader]) -> _Produc
     if not operand.view or len(sources) != 1:
         return None
     (path,) = sources
-    origins = [{axis for p, axis in dim.origins if p == path} for dim in operand.dims]
+    of, layers = (plan.whole[path][0], 1) if path in plan.whole else (path, 0)
+    origins = [{axis - layers for p, axis in dim.origins if p == of} for dim in operand.dims]
     order = tuple(min(axes, default=-1) for axes in origins)  # -1: it is more than moved
-    if path not in readers or plan.uses[path] != 1 or sorted(order) != [*range(len(order))]:
+    uses = plan.uses[path] + (plan.uses[of] if layers else 0)
+    if path not in readers or uses != 1 or sorted(order) != [*range(len(order))]:
         return None
     summed = tuple(step.contracted[step.weight])
     free = tuple(axis for axis in range(len(order)) if axis not in summed)
