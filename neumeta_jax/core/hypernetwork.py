@@ -385,32 +385,20 @@ def generate_tensors(
 
 def _mean_of(function: Callable, keys: jax.Array, batch: int):
     """The mean of the trees `function(key)`; `batch` keys are taken in one vectorised call."""
-    num_batches, rest = divmod(len(keys), batch)
+    batch = min(batch, len(keys))
+    whole = len(keys) - len(keys) % batch
 
-    def total(some):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(some))
+    def add(sums, some):
+        return jax.tree.map(lambda s, x: s + jnp.sum(x, axis=0), sums, jax.vmap(function)(some))
 
-    parts = []
-    if num_batches == 1:
-        parts.append(total(keys[:batch]))
-    elif num_batches:
-        # Added up as they come: one batch of samples and one sum are in memory, never all samples.
-        start = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(total, keys[:batch])
-        )
-        parts.append(
-            jax.lax.fori_loop(
-                0,
-                num_batches,
-                lambda n, sums: jax.tree.map(
-                    jnp.add, sums, total(jax.lax.dynamic_slice_in_dim(keys, n * batch, batch))
-                ),
-                start,
-            )
-        )
-    if rest:
-        parts.append(total(keys[num_batches * batch :]))
-    return jax.tree.map(lambda *sums: sum(sums) / len(keys), *parts)
+    # Added up as they come: one batch of samples and one sum are in memory, never all samples.
+    shapes = jax.eval_shape(function, keys[0])
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    batches = keys[:whole].reshape(-1, batch, *keys.shape[1:])
+    sums, _ = jax.lax.scan(lambda sums, some: (add(sums, some), None), sums, batches)
+    if whole < len(keys):
+        sums = add(sums, keys[whole:])
+    return jax.tree.map(lambda x: x / len(keys), sums)
 
 
 def pack(hypernetwork: Hypernetwork, values: Mapping[str, Any]) -> dict[str, jax.Array]:
