@@ -183,7 +183,7 @@ def _readers(tracer: Tracer, axes: dict) -> tuple[Reader, ...]:
     """Parameters that are read, and not also written, along axes of groups."""
     readers = {}
     for number, (path, reads, writes) in tracer.readers.items():
-        reads = tuple(n for n in reads if axes[path][n].kind != "fixed")
+        reads = tuple(n for n in reads if axes[path][n].kind not in ("fixed", "layers"))
         if reads and all(tracer.roles[path, axis] == {"read"} for axis in reads):
             bias, sign = tracer.biases.get(number, (None, 1))
             stacked = [axis for axis in axes[path] if axis.kind == "layers"]
