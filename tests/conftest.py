@@ -4,6 +4,7 @@ Nearly all the time of these tests is compilation. The settings are environment 
 that the programs that tests start see them.
 """
 
+import gc
 import os
 import pathlib
 
@@ -37,6 +38,17 @@ def pytest_xdist_auto_num_workers():
     """A process for each core, and no other than pytest's own where there is one core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores, 8) if cores and cores > 1 else 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs take maps of memory, of which Linux allows a process 65,530.
+
+    All tests together would need more; those of a module take up to 14,000.
+    """
+    maps, last = pathlib.Path("/proc/self/maps"), nextitem is None or nextitem.path != item.path
+    if last and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):
