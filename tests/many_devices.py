@@ -26,6 +26,7 @@ def main(folder):
     from neumeta_jax.core import hypernetwork as hyper
     from neumeta_jax.core.devices import data_mesh, replicate
     from neumeta_jax.core.inr import Grid, Projection
+    from neumeta_jax.core.start import fit_target
     from neumeta_jax.core.update import inr_update, phase_inputs, start_phase
     from neumeta_jax.evaluation.evaluator import Evaluator, device_mesh
     from neumeta_jax.networks import cifar_resnet
@@ -80,7 +81,9 @@ def main(folder):
             given = family, recipe, phase.program, tiny.prepare, family.forward
             update = inr_update(*given, unroll=case == "unrolled", mesh=mesh)
             state = start_phase(start, family, recipe, phase)
-            rest = backbone, phase_inputs(start, family, recipe, phase)
+            target = fit_target(family, recipe.fit_inr, None, backbone, None)
+            teacher = target if case == "fit" else backbone
+            rest = teacher, phase_inputs(start, family, recipe, phase)
             images_per_step = phase.images_per_step
         steps = Steps(update, images_per_step, 1 if case == "unrolled" else 2, mesh)
         given = {"key": jax.random.key(9), "images": images, "every": (1,), "rest": rest}
