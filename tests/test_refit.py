@@ -209,3 +209,24 @@ def test_a_fit_aims_at_networks_whose_generated_tensors_are_refitted():
         np.testing.assert_allclose(found, mlp.groups.leaves(wanted)[path], atol=1e-5)
     rest = [path for path in values if path not in mlp.owners]
     assert rest and all((mlp.groups.leaves(wanted)[path] == values[path]).all() for path in rest)
+
+
+def test_layers_of_layers_are_refitted_like_layers():
+    shapes = {"up": (2, 2, 4, 6), "b": (2, 2, 6), "down": (2, 2, 6, 4)}
+    layers = {name: np.asarray(leaf) for name, leaf in draw(shapes).items()}
+    flat = {name: leaf.reshape(4, *leaf.shape[2:]) for name, leaf in layers.items()}
+
+    def layer(h, q):
+        return h + jax.nn.gelu(h @ q["up"] + q["b"]) @ q["down"], None
+
+    def once(params, x):
+        return jax.lax.scan(layer, x[:, :4], params)[0]
+
+    def twice(params, x):
+        return jax.lax.scan(lambda h, q: (jax.lax.scan(layer, h, q)[0], None), x[:, :4], params)[0]
+
+    _, _, small, wanted = refitted(once, flat, 3)
+    _, _, _, found = refitted(twice, layers, 3)
+    for name, leaf in found.items():
+        np.testing.assert_allclose(leaf.reshape(wanted[name].shape), wanted[name], atol=1e-5)
+    assert error(once, flat, wanted) < 0.8 * error(once, flat, small)

@@ -49,7 +49,12 @@ def fit_target(
         UsageError: for a kind with terms without a family.
     """
     closed = dataclasses.replace(hypernetwork, inr=inr)
-    params = hyper.init(jax.random.key(0), closed, backbone, moments=moments)
+
+    @jax.jit  # else it is a hundred programs of one line each
+    def init(backbone, moments):
+        return hyper.init(jax.random.key(0), closed, backbone, moments=moments)
+
+    params = init(backbone, moments)
     params.pop("width", None)
     if inr.width_terms:
         if family is None:

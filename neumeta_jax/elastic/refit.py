@@ -120,14 +120,21 @@ class _Plan:
 
     def split(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """`leaves` by path, those of layers too."""
-        return {**leaves, **{path: leaves[of][n] for path, (of, n) in self.whole.items()}}
+        result = dict(leaves)
+        for path, (of, n) in self.whole.items():
+            result[path] = result[of][n]
+        return result
 
     def joined(self, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """`leaves` by path, of layers stacked as they were."""
         result = dict(leaves)
-        for path, (of, n) in self.whole.items():
-            result[of] = result[of].at[n].set(leaves[path])
+        for path, (of, n) in reversed(self.whole.items()):  # layers of layers first
+            result[of] = jnp.asarray(result[of]).at[n].set(result[path])
         return result
+
+    def chain(self, path: str) -> list[str]:
+        """`path`, and if it is a layer the parameters that it is a layer of, the whole one last."""
+        return [path, *(self.chain(self.whole[path][0]) if path in self.whole else ())]
 
     def readers(self, readers: Iterable[Reader]) -> dict[str, Reader]:
         """`readers` by path, those of layers too."""
@@ -371,10 +378,11 @@ def _product(plan: _Plan, call: _Call, readers: Mapping[str, Reader]) -> _Produc
     if not operand.view or len(sources) != 1:
         return None
     (path,) = sources
-    of, layers = (plan.whole[path][0], 1) if path in plan.whole else (path, 0)
-    origins = [{axis - layers for p, axis in dim.origins if p == of} for dim in operand.dims]
+    *layers, whole = plan.chain(path)
+    shift = len(layers)
+    origins = [{axis - shift for p, axis in dim.origins if p == whole} for dim in operand.dims]
     order = tuple(min(axes, default=-1) for axes in origins)  # -1: it is more than moved
-    uses = plan.uses[path] + (plan.uses[of] if layers else 0)
+    uses = sum(plan.uses[part] for part in plan.chain(path))
     if path not in readers or uses != 1 or sorted(order) != [*range(len(order))]:
         return None
     summed = tuple(step.contracted[step.weight])
