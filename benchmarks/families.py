@@ -102,9 +102,9 @@ def accuracy(experiment: Experiment, params: Any, widths: dict[str, int], split:
 
 
 def measure(
-    name: str, folder: pathlib.Path, ratios: list[float], rates: list[float], options: list[str]
+    name: str, folder: pathlib.Path, rates: list[float], options: list[str]
 ) -> Iterator[list[dict[str, Any]]]:
-    """A row for each width of one family, again after each rate that `ratios` are tuned at."""
+    """A row for each width of one family, again after each rate that they are tuned at."""
     start = time.perf_counter()
     command = [sys.executable, "train.py", f"--config=configs/own.py:{name}", *options]
     subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
@@ -137,12 +137,10 @@ def measure(
             }
         )
     yield rows
-    pairs = zip(rows, sizes, strict=True)
-    rows_of, sizes = zip(*(pair for pair in pairs if pair[0]["width_ratio"] in ratios), strict=True)
     best = [0.0] * len(sizes)
     for rate in rates:
         networks = tuned(experiment, teacher, splits, sizes, rate)
-        for n, (row, params, widths) in enumerate(zip(rows_of, networks, sizes, strict=True)):
+        for n, (row, params, widths) in enumerate(zip(rows, networks, sizes, strict=True)):
             score = accuracy(experiment, params, widths, validation)
             if score > best[n]:
                 best[n], row["rate"] = score, rate
@@ -156,7 +154,6 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--name", default="families", help="Of the files that are written.")
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--ratios", default=",".join(map(str, RATIOS)), help="Widths to tune.")
     parser.add_argument("--rates", default="3e-3,1e-3", help="Of the tuning.")
     parser.add_argument("--data_dir", help="Folder or .npz of the data set, if not the digits.")
     parser.add_argument("--workdir", type=pathlib.Path, help="Where runs live and are resumed.")
@@ -164,7 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     given = ["--config.train.epochs=1", "--config.teacher.epochs=1"] if options.smoke else []
     given += [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
-    ratios, rates = ([float(n) for n in x.split(",")] for x in (options.ratios, options.rates))
+    rates = [float(rate) for rate in options.rates.split(",")]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -174,7 +171,7 @@ def main() -> None:
         for name in options.families.split(","):
             start = time.perf_counter()
             kept = [row for row in rows if row["family"] != name]
-            for found in measure(name, pathlib.Path(workdir) / name, ratios, rates, given):
+            for found in measure(name, pathlib.Path(workdir) / name, rates, given):
                 rows = [*kept, *found]
                 runs[name] = {
                     "command": " ".join(["python", *sys.argv]),

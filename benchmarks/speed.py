@@ -11,7 +11,6 @@ float32 on CPUs; what generation costs is measured by inr_kinds.py. The parts:
 
     grid        evaluation of many networks, against the floor, the sum of their dense forward
                 passes one by one
-    strategies  loop, map and vmap on networks of one shape
     step        a training step, against its bare forward and backward passes and against a step of
                 plain SGD on the network itself
 
@@ -52,8 +51,6 @@ from neumeta_jax.runs.teacher import TeacherRecipe, teacher_init, teacher_update
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NETWORKS = ("resnet20", "resnet56")
 NUM_CLASSES = 100
-STRATEGY_NETWORKS = 4  # of one shape
-MAP_IMAGES = 8  # on which map is measured on a CPU, where it is slow
 # Flags of numbers: default, value of --smoke, what it says.
 NUMBERS = {
     "repeats": (5, 1, "times that everything but the grid is measured"),
@@ -61,7 +58,6 @@ NUMBERS = {
     "num_networks": (64, 4, "of the grid, all different"),
     "num_images": (2000, 24, "of the grid"),
     "grid_repeats": (2, 1, "times that the grid is measured"),
-    "strategy_images": (256, 8, "on which strategies are compared, in one batch"),
     "train_batch": (0, 4, "images of a training step, 0 for the config's"),
 }
 
@@ -247,54 +243,6 @@ def measure_grid(case: Case) -> Findings:
     }
 
 
-# --- strategies ------------------------------------------------------------------------------
-
-
-def one_bucket(family: ResNetHypernetwork, number: int) -> np.ndarray:
-    """int32[number, blocks]: different networks about three quarters as wide as the full one."""
-    rows = np.tile(family.widths(0.75), (number, 1))
-    for n in range(1, number):
-        rows[n, n % rows.shape[1]] -= n // rows.shape[1] + 1
-    return np.unique(np.maximum(rows, 1), axis=0)
-
-
-def measure_strategies(case: Case) -> Findings:
-    args = case.args
-    on_cpu = jax.default_backend() == "cpu"
-    widths = one_bucket(case.family, STRATEGY_NETWORKS)
-    images, labels = random_images(
-        np.random.default_rng(0), args.strategy_images, case.spec.image_size
-    )
-    rows, facts = [], {"networks": f"{len(widths)} of one shape; whole calls, generation included"}
-
-    def measure(strategies, number):
-        def call(strategy):
-            evaluator = Evaluator(
-                case.family,
-                case.params,
-                images[:number],
-                labels[:number],
-                case.experiment.preprocessing,
-                strategy=strategy,
-                max_buckets=1,
-                batch_size=number,
-            )
-            return evaluator.score(evaluator.plan(widths))[0]
-
-        calls = {strategy: functools.partial(call, strategy) for strategy in strategies}
-        times = timing.fewest(calls, args.repeats)
-        for strategy, seconds in times.items():
-            what = f"{strategy}, {number:,} images"
-            facts[what] = f"{len(widths) * number / seconds:,.0f} images/s"
-            if strategy != "loop":
-                rows.append(Row(case.name, "strategies", what, seconds, "loop", times["loop"]))
-
-    measure(("loop", "vmap") if on_cpu else ("loop", "map", "vmap"), len(labels))
-    if on_cpu:
-        measure(("loop", "map"), min(MAP_IMAGES, len(labels)))
-    return rows, facts
-
-
 # --- training step ---------------------------------------------------------------------------
 
 
@@ -418,7 +366,7 @@ def measure_step(case: Case) -> Findings:
 
 # --- the report ------------------------------------------------------------------------------
 
-MEASURES = {"grid": measure_grid, "strategies": measure_strategies, "step": measure_step}
+MEASURES = {"grid": measure_grid, "step": measure_step}
 PARTS = tuple(MEASURES)
 
 

@@ -1,12 +1,12 @@
 """What each part of the recipe is worth: ResNet20 on CIFAR-100, a short budget, one row a preset.
 
     neumeta fetch cifar100 cifar100-resnet20-teacher
-    python benchmarks/ablation.py --workdir=DIR -- --config.teacher.file=cifar100-resnet20-teacher
+    for row in base nested cell; do
+        neumeta train --config=ablation:$row --workdir=DIR/$row \\
+            --config.teacher.file=cifar100-resnet20-teacher
+    done
 
-or one row alone
-
-    neumeta train --config=ablation:nested --workdir=DIR \\
-        --config.teacher.file=cifar100-resnet20-teacher
+Each leaves its accuracies in DIR/ROW/grid.csv.
 
 Every row differs from the base (no preset, or `:base`) in as little as possible and has the same
 budget: 200 steps, each of which passes 32 images through each of three sizes, at 45,000 training

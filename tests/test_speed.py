@@ -46,8 +46,6 @@ def test_smoke_measures_every_ratio_and_its_two_files_agree(speed, tmp_path, cap
         ("grid", "Evaluator"),
         ("grid", "Evaluator"),
         ("grid", "multiply-adds an image at the shapes"),
-        ("strategies", "vmap"),
-        ("strategies", "map"),
         ("step", "training step"),
         ("step", "training step"),
     ]
@@ -78,13 +76,6 @@ def test_a_grid_has_no_network_twice(speed):
     assert sorted(speed.draw_widths(tiny, 3).tolist()) == [[1], [2]]
 
 
-def test_networks_of_one_shape_differ(speed):
-    spec = cifar_spec.resnet_spec(20, num_classes=10)
-    family = cifar_resnet.hypernetwork(spec, (1, 4), Grid())
-    rows = speed.one_bucket(family, 4)
-    assert len(rows) == 4 and rows.max(axis=0).tolist() == family.widths(0.75).tolist()
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -109,8 +100,6 @@ def test_bad_flags_are_refused_in_one_sentence(speed, flags, message, capsys):
 
 
 def test_parts_run_in_a_fixed_order_and_smoke_is_tiny(speed):
-    args = speed.parse(
-        ["speed.py", "--out=x", "--parts=step,strategies,grid", "--num_images=7", "--smoke"]
-    )
-    assert args.parts == ["grid", "strategies", "step"]
+    args = speed.parse(["speed.py", "--out=x", "--parts=step,grid", "--num_images=7", "--smoke"])
+    assert args.parts == ["grid", "step"]
     assert args.networks == ["tiny"] and args.num_images == 7 and args.num_networks == 4
