@@ -20,7 +20,6 @@ from neumeta_jax.data.preprocessing import Preprocessing
 from neumeta_jax.evaluation import consistency, programs, rows as tables
 from neumeta_jax.evaluation.evaluator import Evaluator, accuracy, predicted_classes
 from neumeta_jax.evaluation.rows import GridRow
-from neumeta_jax.evaluation.slices import weight_slices
 from neumeta_jax.networks import cifar_resnet
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 
@@ -485,22 +484,6 @@ def test_the_largest_dip_is_below_the_line_through_the_two_neighbours(
 def test_a_dip_needs_increasing_ratios_with_one_accuracy_each(ratios, accuracies, match):
     with refused(match):
         tables.largest_dip(ratios, accuracies)
-
-
-def test_weight_slices_are_the_kernels_of_the_dense_networks():
-    slices = weight_slices(FAMILY, inr_params())
-    full = FAMILY.full_widths[-1]
-    assert slices.block == SPEC.blocks[FAMILY.blocks[-1]].name
-    assert slices.full_width == full == 6
-    assert list(slices.widths) == list(range(1, 9))
-    for number in (1, 6):  # below and beyond the full size
-        width = slices.widths[number]
-        _, tree = dense_network(FAMILY, inr_params(), FAMILY.widths(width / full))
-        wanted = tree[slices.block]["conv2"]["kernel"]
-        kernel = slices.kernels[number]
-        np.testing.assert_allclose(kernel[:, :, :width], wanted, rtol=1e-5, atol=1e-6)
-        assert np.isnan(kernel[:, :, width:]).all()
-    assert np.isfinite(slices.kernels[-1]).all()
 
 
 # --- what is written -------------------------------------------------------------------------

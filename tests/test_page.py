@@ -1,21 +1,16 @@
 """The page to look at: its data, and what it does in a real browser where there is one."""
 
-import base64
 import dataclasses
 import json
 import pathlib
 import shutil
 
-import jax
-import numpy as np
 import pytest
 from builders import refused
 
-from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.core.inr import make_inr
 from neumeta_jax.errors import UsageError
 from neumeta_jax.evaluation.rows import GridRow
-from neumeta_jax.evaluation.slices import WeightSlices, weight_slices as slices_of
 from neumeta_jax.networks import cifar_resnet, linen
 from neumeta_jax.networks.cifar_spec import morph, resnet_spec
 from neumeta_jax.report import page
@@ -50,21 +45,11 @@ LATENCY = {
 }
 
 
-def weight_slices():
-    widths = np.arange(2, 11)
-    kernels = np.full((len(widths), 3, 3, 10, 16), np.nan, np.float32)
-    values = np.random.default_rng(0).normal(size=(3, 3, 10, 16))
-    for n, width in enumerate(widths):
-        kernels[n, :, :, :width] = values[:, :, :width] * width
-    return WeightSlices("stage2_block1", 8, widths, kernels)
-
-
 def document(**changes):
     options = {
         "heading": ("ResNet14 on </script><b>noise</b>", "A test"),
         "trained_range": (0.5, 1.0),
         "teacher_accuracy": 0.8,
-        "slices": weight_slices(),
         "latency": LATENCY,
         "about": {
             "config": {"data": {"name": "noise", "mean": [0.5]}, "comment": "<!-- $title -->"},
@@ -88,46 +73,12 @@ def test_networks_are_distinct_and_in_order_with_their_depth_and_their_latency()
         page.page_document([], FAMILY, heading=("", ""), trained_range=(0.5, 1))
 
 
-@pytest.mark.parametrize("max_values, widths, out", [(10**6, 9, 16), (200, 9, 3)])
-def test_a_slice_reads_back_to_within_half_a_step(max_values, widths, out):
-    slices = weight_slices()
-    entry = page.slice_entry(slices, max_values=max_values)
-    assert (len(entry["widths"]), entry["out"]) == (widths, out)
-    values = np.frombuffer(base64.b64decode(entry["values"]), np.int8)
-    assert len(values) == out * sum(entry["widths"]) and len(values) <= max_values
-    start = 0
-    for n, width in enumerate(entry["widths"]):
-        found = values[start : start + out * width].reshape(out, width) * entry["scale"]
-        wanted = slices.kernels[n, 1, 1, :width, :out].T
-        assert np.abs(found - wanted).max() <= 0.5001 * entry["scale"]
-        start += out * width
-
-
-def test_of_many_widths_some_are_left_out_so_that_a_page_stays_below_two_megabytes():
-    kernels = np.ones((90, 3, 3, 100, 2), np.float32)
-    entry = page.slice_entry(WeightSlices("b", 64, np.arange(10, 100), kernels), max_values=3000)
-    assert entry["thinned"] == 4 and entry["widths"] == list(range(10, 100, 4))
-    assert len(base64.b64decode(entry["values"])) == 2 * sum(entry["widths"]) <= 3000 * 4 / 3 + 4000
-    kernels = np.zeros((148, 3, 3, 160, 128), np.float16)
-    wide = WeightSlices("stage2_block1", 128, np.arange(13, 161), kernels)
-    assert len(page.render(document(slices=wide)).encode()) < 2e6
-
-
-def test_where_streams_are_narrow_too_the_slice_has_only_the_channels_that_are_there():
+def test_where_streams_are_narrow_too_channels_are_not_called_hidden():
     family = cifar_resnet.hypernetwork(SPEC, range(6), make_inr("grid"), streams=True)
-    backbone = cifar_resnet.init_params(jax.random.key(0), SPEC)
-    slices = slices_of(family, hyper.init(jax.random.key(1), family, backbone))
-    assert slices.block == "stage3_block1" and slices.widths.tolist() == list(range(2, 21))
-    for kernel, width in zip(slices.kernels, slices.widths, strict=True):
-        assert np.isfinite(kernel[:, :, :width, :width]).all()  # block and stream are as wide
-        assert np.isnan(kernel[:, :, width:]).all() and np.isnan(kernel[..., width:]).all()
     narrow = GridRow(0.5, (2, 2, 4, 4, 8, 8, 2, 4, 8), 1, 2, 0.5, True, interval=(0.4, 0.6))
-    options = {"heading": ("", ""), "trained_range": (0.5, 1.0)}
-    found = page.page_document([narrow], family, slices=slices, **options)
-    values = np.frombuffer(base64.b64decode(found["slices"]["values"]), np.int8)
-    assert values[:40].tolist().count(page.ABSENT) == 2 * 18  # of the width 2
-    assert (found["slices"]["position"], found["channels"]) == (5, "channels")
-    assert found["networks"][0]["interval"] == [0.4, 0.6]
+    found = page.page_document([narrow], family, heading=("", ""), trained_range=(0.5, 1.0))
+    assert (found["channels"], found["networks"][0]["interval"]) == ("channels", [0.4, 0.6])
+    assert document()["channels"] == "hidden channels"
 
 
 def test_a_network_that_is_no_resnet_has_a_page_too():
@@ -136,7 +87,7 @@ def test_a_network_that_is_no_resnet_has_a_page_too():
     rows = [GridRow(ratio, (4, 2), 1, 2, 0.5, True) for ratio in (1.0, 0.5)]
     found = page.page_document(rows, family, heading=("", ""), trained_range=(0.5, 1.0))
     assert [(e["depth"], e["shown"]) for e in found["networks"]] == [(3, "4 / 2")]
-    assert found["slices"] is None and found["channels"] == "channels"
+    assert found["channels"] == "channels"
     assert found["full"]["params"] == 64 * 8 + 8 + 8 * 4 + 4 + 4 * 10 + 10
 
 
@@ -221,14 +172,10 @@ def test_the_sliders_change_the_numbers_and_nothing_goes_wrong(browser, tmp_path
     assert (text("accuracy"), text("latency")) == ("75.00 %", "3.00 ms")
     assert text("params") == f"{SPEC.num_params:,}"
     assert (text("int8"), text("int8-note")) == ("70.00 %", "−5.00 points")
-    drawn = "return document.getElementById('slice').toDataURL()"
-    before = browser.execute_script(drawn)
     press(browser, "width", Keys.PAGE_DOWN * 4, Keys.ARROW_LEFT)
     assert text("width-value") == "0.59" and text("accuracy") == "62.50 %"
     assert text("int8-note") == "−5.00 points, at width 1"  # the nearest that was evaluated
     assert text("latency") == "1.50 ms" and "width ratio 0.5" in text("nearest")
-    assert browser.execute_script(drawn) != before
-    assert text("slice-title").endswith("at 4 hidden channels")  # as in the network of 0.5
     press(browser, "width", Keys.HOME)
     assert text("accuracy") == "25.00 %" and "never trained" in text("nearest")
     assert text("latency-note") == "p90 3.00 ms, at width 0.5"  # the nearest that was measured
@@ -261,10 +208,10 @@ def test_the_points_of_the_front_are_reached_by_keyboard(browser, tmp_path):
 
 def test_a_page_of_one_network_and_no_extras_has_no_empty_parts(browser, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROWS", [dataclasses.replace(ROWS[0], int8_accuracy=None)])
-    without = {"slices": None, "latency": None, "teacher_accuracy": None}
+    without = {"latency": None, "teacher_accuracy": None}
     text = open_page(browser, tmp_path / "report.html", **without)
     assert text("accuracy") == "75.00 %"
-    for name in ("depth-row", "latency-tile", "measure-row", "int8-tile", "slice-card"):
+    for name in ("depth-row", "latency-tile", "measure-row", "int8-tile"):
         assert not browser.find_element("id", name).is_displayed()
     assert len(browser.find_elements("css selector", "#over-width .point")) == 1
     assert browser.get_log("browser") == []

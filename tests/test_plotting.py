@@ -1,11 +1,9 @@
 import csv
 import dataclasses
 
-import numpy as np
 import pytest
 
 from neumeta_jax.evaluation.rows import GridRow
-from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.networks.cifar_spec import generated_blocks, morph, resnet_spec
 from neumeta_jax.report import plotting, published
 
@@ -98,39 +96,6 @@ def test_a_sweep_has_all_its_series_in_its_csv(tmp_path, teacher_accuracy):
     teacher = [("teacher", 1.0, 0.71)] if teacher_accuracy else []
     assert sorted(found) == sorted(generated + teacher)
     assert [point for point in found if point[0] == "generated"] == generated
-
-
-def test_weight_slices_have_curves_and_image_in_their_csv(tmp_path):
-    widths = np.arange(2, 7)  # of a block of full width 5
-    kernels = np.random.default_rng(0).normal(size=(5, 3, 3, 6, 3)).astype("float32")
-    for kernel, width in zip(kernels, widths, strict=True):
-        kernel[:, :, width:] = np.nan
-    slices = WeightSlices("stage3_block1", 5, widths, kernels)
-    path = tmp_path / "weights.png"
-    plotting.plot_weight_slices(path, slices, title="x", trained_range=(0.5, 1.0))
-    lines = written(path, "block panel width out_channel hidden_channel tap value")
-    curves = [line for line in lines if line["panel"] == "curves"]
-    image = [line for line in lines if line["panel"] == "image"]
-    assert len(curves) == 5 * 6 and len(image) == 5 * 6
-    assert {(line["out_channel"], line["tap"]) for line in image} == {("0", "4")}
-    for line in lines:
-        names = ("width", "out_channel", "hidden_channel", "tap")
-        width, out, hidden, tap = (int(line[name]) for name in names)
-        if hidden >= width:
-            assert line["value"] == ""
-        else:
-            wanted = slices.kernels[width - 2, tap // 3, tap % 3, hidden, out]
-            assert np.float32(line["value"]) == wanted
-
-
-def test_default_entries_differ_and_lie_within_the_kernel():
-    for out_width, hidden in ((3, 6), (64, 80)):
-        kernels = np.zeros((1, 3, 3, hidden, out_width), "float32")
-        slices = WeightSlices("x", hidden * 4 // 5, np.array([hidden]), kernels)
-        entries = plotting.default_entries(slices)
-        assert len(set(entries)) == 6
-        below = np.array([out_width, hidden, 9])
-        assert np.all((np.array(entries) >= 0) & (np.array(entries) < below))
 
 
 def test_the_heat_map_of_width_and_depth_has_its_networks_in_its_csv(tmp_path):

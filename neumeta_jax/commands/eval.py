@@ -28,7 +28,7 @@ FLAGS: command_line.Flags = {
     "teacher": (str, "", "A trained PyTorch network to check."),
     "split": (("test", "validation"), None, "Default: the config's."),
     "width_ratios": (list, None, "Comma-separated; default: the config's."),
-    "figures": (bool, False, "Write against_macs, sweep and weights (.png, .csv) too."),
+    "figures": (bool, False, "Write against_macs and sweep (.png, .csv) too."),
     "report": (
         bool,
         False,

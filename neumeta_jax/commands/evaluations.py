@@ -17,7 +17,7 @@ import numpy as np
 from neumeta_jax.core import hypernetwork as hyper
 from neumeta_jax.data import datasets
 from neumeta_jax.errors import check
-from neumeta_jax.evaluation import quantize, slices
+from neumeta_jax.evaluation import quantize
 from neumeta_jax.evaluation.choices import uniform_networks
 from neumeta_jax.evaluation.evaluator import Evaluator, evaluation_split
 from neumeta_jax.evaluation.morphs import Widths, outside_range
@@ -271,7 +271,7 @@ def _along_axis(target: Target, name: str, ratios: Sequence[float], what: str) -
 def write_sweep(
     target: Target, width_ratios: Sequence[float], sweep_ratios: Sequence[float]
 ) -> None:
-    """A sweep of the width axis, sweep.json; figures sweep, against_macs and weights, with .csv."""
+    """A sweep of the width axis, sweep.json; figures sweep and against_macs, with .csv."""
     experiment, out = target.experiment, target.out
     what = f"sweep of {len(sweep_ratios)} widths"
     rows = _along_axis(target, "sweep", sweep_ratios, what)
@@ -283,15 +283,9 @@ def write_sweep(
         teacher_accuracy=target.teacher_accuracy,
         caption=target.caption,
     )
-    curves, singles, drawn = (), (), ""
+    curves, singles = (), ()
     if isinstance(experiment.spec, ResNetSpec):
         curves, singles = published.references(experiment.name, experiment.spec)
-        some = slices.weight_slices(experiment.hypernetwork, target.evaluator.params)
-        title = f"{experiment.network}, {experiment.name}: what reads {some.block} at every width"
-        path, trained = out / "weights.png", experiment.trained_range
-        caption = "Shaded, and between the dashed lines: the trained widths."
-        plotting.plot_weight_slices(path, some, title=title, trained_range=trained, caption=caption)
-        drawn = ", weights"
     plotting.plot_against_macs(
         out / "against_macs.png",
         list(target.rows(width_ratios)),
@@ -300,7 +294,7 @@ def write_sweep(
         singles=singles,
         caption=target.caption,
     )
-    print(f"wrote {out / 'sweep.json'}; sweep{drawn} and against_macs as .png and .csv")
+    print(f"wrote {out / 'sweep.json'}; sweep and against_macs as .png and .csv")
 
 
 def write_random_ratios(target: Target, ratios: Sequence[float]) -> None:
@@ -397,13 +391,12 @@ def write_report(
 ) -> None:
     """report.html, a page to look at what the others evaluate."""
     experiment, evaluator = target.experiment, target.evaluator
-    family, is_resnet = experiment.hypernetwork, isinstance(experiment.spec, ResNetSpec)
     rows = list(_with_int8(target, width_ratios) if int8 else target.rows(width_ratios))
     rows += target.rows(sweep_ratios)
     rows += map(GridRow.from_dict, _depth_rows(target, depths))
     document = page.page_document(
         rows,
-        family,
+        experiment.hypernetwork,
         heading=(
             f"{experiment.network} on {experiment.name}: every size from one INR",
             f"Top-1 accuracy on {target.caption} The INR has "
@@ -412,7 +405,6 @@ def write_report(
         ),
         trained_range=experiment.trained_range,
         teacher_accuracy=target.teacher_accuracy,
-        slices=slices.weight_slices(family, evaluator.params) if is_resnet else None,
         latency=page.read_latency(target.workdir / page.LATENCY_FILE),
         about={"config": read_config(target.workdir), "versions": versions()},
     )

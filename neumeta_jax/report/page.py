@@ -1,10 +1,9 @@
 """One HTML file to look at what a run's networks can do; it needs a browser and no network.
 
 `render` puts the numbers into page_template.html, whose script draws them: sliders, the accuracy
-over the width axis, the Pareto front, and a slice of the weights at every width.
+over the width axis, and the Pareto front.
 """
 
-import base64
 import html
 import importlib.resources
 import json
@@ -14,11 +13,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from neumeta_jax.errors import UsageError, check
 from neumeta_jax.evaluation.rows import GridRow
-from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.files import storage
 from neumeta_jax.networks.cifar_resnet import STREAM_GROUPS
 from neumeta_jax.networks.cifar_spec import ResNetSpec
@@ -26,10 +22,6 @@ from neumeta_jax.networks.families import Family
 
 TEMPLATE = "page_template.html"
 LATENCY_FILE = "latency.json"
-MAX_SLICE_VALUES = 900_000  # one byte each, 4/3 in the file
-CENTER = 1  # row and column of the centre tap
-ABSENT = -128  # stands for a weight that is not there
-SATURATED = 99.5  # percentile of the sizes of the weights that has the strongest colour
 
 
 def network_entries(
@@ -88,40 +80,6 @@ def _measurements(latency: Mapping[str, Any]) -> dict[tuple[int, ...], dict[str,
     }
 
 
-def slice_entry(slices: WeightSlices, *, max_values: int = MAX_SLICE_VALUES) -> dict[str, Any]:
-    """The centre taps of `slices`, rounded to 8 bits, as the page reads them.
-
-    Where there are more than `max_values`, one in `thinned` widths is kept, then the first output
-    channels.
-
-    Returns:
-        {"block", "full_width", "widths", "out": output channels kept, "thinned": 0 or the step,
-        "scale": a weight is scale times its integer, "limit": the weight of the strongest colour,
-        "values": base64 of int8[out, width] of each width, one after another; `ABSENT` for none}.
-    """
-    taps = slices.kernels[:, CENTER, CENTER].transpose(0, 2, 1)  # [n, out, hidden]
-    step, outputs = 1, taps.shape[1]
-    while len(slices.widths) // step > 16 and outputs * slices.widths[::step].sum() > max_values:
-        step += 1
-    widths, taps = slices.widths[::step], taps[::step]
-    out = min(outputs, max(1, int(max_values // widths.sum())))
-    kept = [taps[n, :out, :width] for n, width in enumerate(widths)]
-    sizes = np.abs(np.concatenate([part.ravel() for part in kept]))
-    scale = float(np.nanmax(sizes)) / 127 or 1.0
-    rounded = (np.rint(np.nan_to_num(part / scale, nan=ABSENT)) for part in kept)
-    packed = b"".join(part.astype(np.int8).tobytes() for part in rounded)
-    return {
-        "block": slices.block,
-        "full_width": slices.full_width,
-        "widths": widths.tolist(),
-        "out": out,
-        "thinned": step if step > 1 else 0,
-        "scale": scale,
-        "limit": float(np.nanpercentile(sizes, SATURATED)) or 1.0,
-        "values": base64.b64encode(packed).decode(),
-    }
-
-
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested fields as text by dotted name.
 
@@ -144,7 +102,6 @@ def page_document(
     heading: tuple[str, str],
     trained_range: tuple[float, float],
     teacher_accuracy: float | None = None,
-    slices: WeightSlices | None = None,
     latency: Mapping[str, Any] | None = None,
     about: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -155,16 +112,11 @@ def page_document(
         heading: the first two lines; the second says on what images, see `plotting.caveats`.
         trained_range: smallest and largest width ratio seen in training, shaded.
         teacher_accuracy: in [0, 1], drawn as a dashed line.
-        slices: weights to show at the width of the slider.
         latency: the document that `neumeta latency` writes.
         about: the "config" of the run and "versions" of software, shown as tables.
     """
     check(rows, "A page needs at least one evaluated network, got none.")
     hidden = isinstance(family.spec, ResNetSpec) and not set(family.names) & set(STREAM_GROUPS)
-    drawn = None
-    if slices is not None:
-        blocks = [name.partition("/")[0] for name in family.names]
-        drawn = slice_entry(slices) | {"position": blocks.index(slices.block)}
     about = about or {"config": {}, "versions": {}}
     device = {"latency measured on": latency["device"]} if latency else {}
     return {
@@ -175,7 +127,6 @@ def page_document(
         "teacher_accuracy": teacher_accuracy,
         "full": {"params": family.spec.num_params, "macs": family.spec.num_macs},
         "networks": network_entries(rows, family, latency),
-        "slices": drawn,
         "config": flatten(about["config"]),
         "versions": flatten(about["versions"]) | device,
     }

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from neumeta_jax.evaluation.rows import GridRow, accuracy_interval
-from neumeta_jax.evaluation.slices import WeightSlices
 from neumeta_jax.files import storage
 from neumeta_jax.report.published import CURVES_NOTE, Curve, Single
 
@@ -24,9 +23,8 @@ TRAINED, UNSEEN = "#1f5fa8", "#c8501e"
 # One for each published curve; none is a color of the run.
 REFERENCES = (("0.25", "s"), ("#4c8c4a", "^"), ("#8a5fa8", "v"), ("#b08a2e", "P"))
 COLORS = (TRAINED, UNSEEN, "#4c8c4a", "#8a5fa8", "#b08a2e", "0.35", "#c23b80", "#2a9d9d")
-RATIO, HIDDEN = "kept width (ratio)", "hidden width (channels)"
+RATIO = "kept width (ratio)"
 MACS, TOP_1 = "multiply-adds (millions)", "top-1 accuracy (%)"
-CENTER = 4  # of the nine taps of a 3x3 kernel, row by row
 _SPAN = 5.0  # percent that the colours of a heat map span at least: less may be chance
 _FAR = 2 / 3  # of the best accuracy: methods below are told, not drawn
 
@@ -143,72 +141,6 @@ def plot_against_macs(
     _legend(figure, axis)
     caption = f"{caption} {CURVES_NOTE}".strip() if curves else caption
     _save(figure, path, title, _with_bars(rows, caption), table)
-
-
-def default_entries(slices: WeightSlices, number: int = 6) -> tuple[tuple[int, int, int], ...]:
-    """`number` entries (out channel, hidden channel, tap), spread over a full-size kernel."""
-    taps, outputs = (4, 1, 3, 5, 7, 0, 2, 6, 8), slices.kernels.shape[-1]
-    # Not evenly over the hidden channels: only the lower ones are there at small widths.
-    return tuple(
-        (
-            n * outputs // number,
-            int(slices.full_width * (n / number) ** 1.5),
-            taps[n % len(taps)],
-        )
-        for n in range(number)
-    )
-
-
-def plot_weight_slices(
-    path: str | os.PathLike,
-    slices: WeightSlices,
-    *,
-    title: str,
-    trained_range: tuple[float, float],
-    caption: str = "",
-) -> None:
-    """Draws how the weights that read a group change with its width (`slices.weight_slices`).
-
-    Left: `default_entries` as curves. Right: the centre tap to output channel 0 as an image, hidden
-    channel against width, the trained range between dashed lines. What is masked is left blank. The
-    CSV beside it has the columns block, panel ("curves" or "image"), width, out_channel,
-    hidden_channel, tap (0 to 8, row by row), value; the value of what is masked is empty.
-    """
-    widths, kernels = slices.widths, slices.kernels
-    figure = _figure(10.5, 4.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    low, high = (ratio * slices.full_width for ratio in trained_range)
-    left.axvspan(low, high, color=TRAINED, alpha=0.07, zorder=0)
-    header = ("block", "panel", "width", "out_channel", "hidden_channel", "tap", "value")
-    table: list[tuple] = [header]
-
-    def add(panel, out, hidden, tap):
-        values = kernels[:, tap // 3, tap % 3, hidden, out]
-        for width, value in zip(widths.tolist(), values.tolist(), strict=True):
-            shown = "" if np.isnan(value) else value
-            table.append((slices.block, panel, width, out, hidden, tap, shown))
-        return values
-
-    for color, (out, hidden, tap) in zip(COLORS, default_entries(slices), strict=False):
-        label = f"out {out}, hidden {hidden}, tap {tap}"
-        style = {"color": color, "linewidth": 1, "marker": ".", "markersize": 4}
-        left.plot(widths, add("curves", out, hidden, tap), label=label, **style)
-    _finish(left, HIDDEN, "weight")
-    _legend(figure, left, columns=3)
-
-    image = np.array([add("image", 0, hidden, CENTER) for hidden in range(kernels.shape[3])])
-    # A few large weights, at widths far from the trained ones, must not bleach all the others.
-    limit = np.nanpercentile(np.abs(image), 98) or 1.0
-    extent = (widths[0] - 0.5, widths[-1] + 0.5, -0.5, len(image) - 0.5)
-    style = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "origin": "lower", "aspect": "auto"}
-    shown = right.imshow(image, extent=extent, interpolation="nearest", **style)
-    for bound in (low, high):
-        right.axvline(bound, color="0.3", linestyle="--", linewidth=1)
-    right.set_xlim(extent[:2])
-    right.spines[["top", "right"]].set_visible(False)
-    right.set(xlabel=HIDDEN, ylabel="hidden channel")
-    figure.colorbar(shown, ax=right, extend="both", label="centre tap to output channel 0")
-    _save(figure, path, title, caption, table)
 
 
 _AXES = {
