@@ -129,6 +129,7 @@ def get_config(preset: str = "") -> ConfigDict:
         config.data.num_validation = 200
         config.teacher.epochs = 0.005
         config.train.epochs = 0.005
+        config.train.micro_batch = 0  # half as much to compile
         config.eval.progress_images = 100
         config.eval.split = "validation"
         config.eval.width_ratios = (1.0, 0.5, 0.25)

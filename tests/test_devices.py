@@ -30,10 +30,9 @@ PLATFORMS = ("tpu", "cuda")
 
 def start(*args, num_devices):
     """Runs a Python program with this many virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
     return subprocess.run(
         [sys.executable, *map(str, args)],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,

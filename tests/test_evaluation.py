@@ -371,7 +371,7 @@ print("equal")
 def test_four_devices_give_the_numbers_of_one():
     tests = pathlib.Path(__file__).parent
     settings = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_NUM_CPU_DEVICES": "4",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
     }

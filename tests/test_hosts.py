@@ -83,7 +83,7 @@ def start(*args, num_devices=1):
         [sys.executable, "train.py", *map(str, args)],
         env={
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            "JAX_NUM_CPU_DEVICES": str(num_devices),
             "PYTHONPATH": str(ROOT),
         },
         cwd=ROOT,
