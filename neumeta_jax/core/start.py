@@ -102,24 +102,31 @@ def fill_terms(
     if inr.depth_term and 0 in shallowest:
         sizes.append(np.array(shallowest, np.int32))
     params = dict(params)
-    for number, concrete in enumerate(sizes):
-        widths, by_name = jnp.asarray(concrete), hypernetwork.by_name(concrete.tolist())
-        leaves, tree = hypernetwork.groups.leaves, made(params, widths)
+    for number, widths in enumerate(sizes):
+        tree, by_name = made(params, widths), hypernetwork.by_name(widths.tolist())
         solved = None if {"width", "depth"} & params.keys() else hypernetwork.owners
         found = refit(family, backbone, tree, by_name, x, paths=solved, batch_size=batch_size)
-        changes = {path: new - leaves(tree)[path] for path, new in leaves(found).items()}
-        for path, position in hyper.scaled(hypernetwork).items():
-            alpha = float(params["alpha"][position])  # a branch that is switched off stays as it is
-            changes[path] = changes[path] * (1 / alpha if alpha else 0.0)
-        raw = hyper.pack(hypernetwork, changes)
-        params["inr"] = inr.with_term(params["inr"], hypernetwork.stacks, widths, number, raw)
-        learned = {path: changes[path] for path in hyper.flat(params["learned"])}
-        if number == len(inr.width_terms):
-            shares = {path: skipped_share(widths, hypernetwork.scope(path)) for path in learned}
-            params["depth"] = hyper.nested({p: over(x, shares[p]) for p, x in learned.items()})
-        elif "width" in params:
-            ratio = kept_ratio(widths, hypernetwork.full_widths)
-            count = width_counts(ratio, inr.width_terms)[number]
-            term = {path: over(change, count) for path, change in learned.items()}
-            params["width"] = {**params["width"], str(number + 1): hyper.nested(term)}
+        params = _with_term(hypernetwork, number, params, widths, tree, found)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # else it is a hundred programs of one line each
+def _with_term(hypernetwork, number, params, widths, tree, wanted):
+    """`params` that generate `wanted` in place of `tree` at `widths`, those of term `number`."""
+    inr, leaves = hypernetwork.inr, hypernetwork.groups.leaves
+    changes = {path: new - leaves(tree)[path] for path, new in leaves(wanted).items()}
+    for path, position in hyper.scaled(hypernetwork).items():
+        alpha = params["alpha"][position]  # a branch that is switched off stays as it is
+        changes[path] = changes[path] * jnp.where(alpha == 0, 0.0, 1 / alpha)
+    raw = hyper.pack(hypernetwork, changes)
+    inr_params = inr.with_term(params["inr"], hypernetwork.stacks, widths, number, raw)
+    params, learned = {**params, "inr": inr_params}, hyper.flat(params["learned"])
+    if number == len(inr.width_terms):
+        shares = {path: skipped_share(widths, hypernetwork.scope(path)) for path in learned}
+        params["depth"] = hyper.nested({p: over(changes[p], shares[p]) for p in learned})
+    elif "width" in params:
+        ratio = kept_ratio(widths, hypernetwork.full_widths)
+        count = width_counts(ratio, inr.width_terms)[number]
+        term = hyper.nested({path: over(changes[path], count) for path in learned})
+        params["width"] = {**params["width"], str(number + 1): term}
     return params

@@ -238,6 +238,9 @@ def _equal(a: jax.Array, b: jax.Array) -> bool:
     return bool(jnp.max(jnp.abs(a - b)) <= 1e-3 * (jnp.max(jnp.abs(b)) + 1e-6))
 
 
+_masked = jax.jit(mask_params, static_argnums=0)  # else each operation is a program
+
+
 @jax.default_matmul_precision("highest")
 def refit(
     family: Family,
@@ -282,8 +285,8 @@ def refit(
     batches = [[jnp.asarray(leaf[part]) for leaf in inputs] for part in parts]
     groups = family.groups
     plan = _Plan(family, sizes_at(family, batches[0], {}))
-    ones = jax.tree.map(jnp.ones_like, params)
-    masks = plan.split(groups.leaves(mask_params(groups, ones, widths)))
+    ones = jax.tree.map(lambda leaf: np.ones(np.shape(leaf), np.float32), params)
+    masks = plan.split(groups.leaves(_masked(groups, ones, dict(widths))))
     full = _Network(plan, groups.leaves(params), batches)
     narrow = _Network(plan, groups.leaves(small), batches)
     solved = [r for r in groups.readers if r.path not in groups.frozen]
