@@ -230,8 +230,15 @@ def init(
     Raises:
         ValueError: if `backbone` is not a tree of this network.
     """
-    inr, made = hypernetwork.inr, hypernetwork.stacks
     values = hypernetwork.groups.leaves(backbone, {})
+    return _init(hypernetwork, from_backbone, key, values, alpha, moments)
+
+
+# Else it would be a hundred programs of one line each where no `jit` is around it.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _init(hypernetwork, from_backbone, key, values, alpha, moments):
+    """`init` of the backbone's leaves by path."""
+    inr, made = hypernetwork.inr, hypernetwork.stacks
     inr_params = inr.init(key, made)
     if moments is not None:
         inr_params = inr.with_moments(inr_params, made, moments)
@@ -480,17 +487,9 @@ def generate(
             f"sample_batch must be at least 1, got {sample_batch=}; None takes all samples at once."
         )
     check_num_samples(num_samples, key)
-    tensors = generate_tensors(
-        hypernetwork,
-        params["inr"],
-        jnp.asarray(widths),
-        sizes=sizes,
-        key=key,
-        num_samples=num_samples,
-        sample_batch=sample_batch,
-    )
-    tensors = skip_init(hypernetwork, tensors, params["alpha"])
-    tree = assemble(hypernetwork, learned_at(hypernetwork, params, widths, sizes) | tensors)
+    sizes = None if sizes is None else tuple(map(int, sizes))
+    options = {"sizes": sizes, "num_samples": num_samples, "sample_batch": sample_batch}
+    tree = _generate(hypernetwork, dict(params), widths, key, **options)
     if isinstance(widths, jax.core.Tracer):
         most = hypernetwork.full_widths if sizes is None else sizes
         within = (widths >= np.array(hypernetwork.lowest)) & (widths <= np.array(most))
@@ -498,6 +497,19 @@ def generate(
     if dtype is not None:
         tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
     return tree
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("sizes", "num_samples", "sample_batch"),
+    inline=True,  # as `_init`
+)
+def _generate(hypernetwork, params, widths, key, **options):
+    tensors = generate_tensors(hypernetwork, params["inr"], widths, key=key, **options)
+    tensors = skip_init(hypernetwork, tensors, params["alpha"])
+    learned = learned_at(hypernetwork, params, widths, options["sizes"])
+    return assemble(hypernetwork, learned | tensors)
 
 
 def _nan_unless(condition: jax.Array, x: jax.Array) -> jax.Array:
