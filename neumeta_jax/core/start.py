@@ -49,12 +49,7 @@ def fit_target(
         UsageError: for a kind with terms without a family.
     """
     closed = dataclasses.replace(hypernetwork, inr=inr)
-
-    @jax.jit  # else it is a hundred programs of one line each
-    def init(backbone, moments):
-        return hyper.init(jax.random.key(0), closed, backbone, moments=moments)
-
-    params = init(backbone, moments)
+    params = hyper.init(jax.random.key(0), closed, backbone, moments=moments)
     params.pop("width", None)
     if inr.width_terms:
         if family is None:
@@ -96,18 +91,18 @@ def fill_terms(
         ValueError: as `refit`.
     """
     inr = hypernetwork.inr
-    made = jax.jit(functools.partial(hyper.generate, hypernetwork))
     sizes = [hypernetwork.widths(ratio) for ratio in inr.width_terms]
     shallowest = shallowest_widths(hypernetwork, max_skipped)
     if inr.depth_term and 0 in shallowest:
         sizes.append(np.array(shallowest, np.int32))
-    params = dict(params)
+    filled: Params = dict(params)
     for number, widths in enumerate(sizes):
-        tree, by_name = made(params, widths), hypernetwork.by_name(widths.tolist())
-        solved = None if {"width", "depth"} & params.keys() else hypernetwork.owners
+        tree = hyper.generate(hypernetwork, filled, widths)
+        by_name = hypernetwork.by_name(widths.tolist())
+        solved = None if {"width", "depth"} & filled.keys() else hypernetwork.owners
         found = refit(family, backbone, tree, by_name, x, paths=solved, batch_size=batch_size)
-        params = _with_term(hypernetwork, number, params, widths, tree, found)
-    return params
+        filled = _with_term(hypernetwork, number, filled, widths, tree, found)
+    return filled
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # else it is a hundred programs of one line each

@@ -186,10 +186,6 @@ def idle_parts(
     names, network = hypernetwork.names, hypernetwork.network
 
     @jax.jit
-    def tree_at(params, widths):
-        return hyper.generate(hypernetwork, params, widths)
-
-    @jax.jit
     def energies(tree, images):
         moments = elastic.moments(network.family, tree, images.astype(jnp.float32), names)
         energies = {p: jnp.diagonal(m, axis1=-2, axis2=-1)[..., :-1] for p, m in moments.items()}
@@ -198,7 +194,8 @@ def idle_parts(
     forward = jax.jit(network.apply)
     full = np.array(hypernetwork.full_widths, np.int32)
     silent: dict[str, np.ndarray] = {}
-    for path, energy in jax.device_get(energies(tree_at(params, full), images)).items():
+    whole = hyper.generate(hypernetwork, params, full)
+    for path, energy in jax.device_get(energies(whole, images)).items():
         (reader,) = (r for r in hypernetwork.groups.readers if r.path == path)
         axes = [hypernetwork.groups.axes[path][n] for n in reader.reads]
         if len(axes) == 1 and axes[0].group in names:
@@ -208,13 +205,14 @@ def idle_parts(
 
     idle = [n for n, lowest in enumerate(hypernetwork.lowest) if lowest == 0]
     for widths in (full, np.array(smallest, np.int32)):
-        whole = tree_at(params, widths)
+        whole = hyper.generate(hypernetwork, params, widths)
         for some in (images[:NUM_FIRST_IMAGES], images) if idle else ():
             logits = jax.device_get(forward(whole, some))
             for position in tuple(idle):
                 without = widths.copy()
                 without[position] = 0
-                others = jax.device_get(forward(tree_at(params, without), some))
+                shorter = hyper.generate(hypernetwork, params, without)
+                others = jax.device_get(forward(shorter, some))
                 if not np.allclose(others, logits, rtol=1e-5, atol=1e-5):
                     idle.remove(position)
     return Idle(channels, tuple(idle))

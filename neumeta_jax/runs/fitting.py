@@ -110,7 +110,7 @@ def fit(
     full = np.array(hypernetwork.full_widths, np.int32)
     teacher = hooks.get("teacher")
     if teacher is None:
-        teacher = jax.jit(lambda params: hyper.generate(hypernetwork, params, full))(params)
+        teacher = hyper.generate(hypernetwork, params, full)
     forward = _forward(hypernetwork, apply)
     options = {
         "unroll": jax.default_backend() != "tpu",

@@ -175,7 +175,7 @@ def train_inr(
         moments = None
         if family.inr.needs_moments:
             moments = backbones.measure_moments(experiment, backbone, splits.train_images)
-        params = jax.jit(init)(key, backbone=backbone, moments=moments)
+        params = init(key, backbone=backbone, moments=moments)
         if (family.inr.width_terms or family.inr.depth_term) and recipe.block_init == "teacher":
             params = _filled(experiment, params, backbone, splits)
         return params
