@@ -18,7 +18,7 @@ from neumeta_jax import __main__ as dispatcher
 from neumeta_jax.data import sources
 from neumeta_jax.export import torch_state
 from neumeta_jax.networks import cifar_import, cifar_spec
-from neumeta_jax.runs import backbone
+from neumeta_jax.runs import backbone, inr
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CI = (ROOT / ".ci" / "run").read_text().replace('"', "").replace("install -q", "install")
@@ -47,6 +47,7 @@ SHORT = {
     "--config=resnet56": "--config=resnet56 --config.data.num_validation=50",
     "--config=configs/resnet56.py": "--config=configs/resnet56.py --config.data.num_validation=50",
     "--config=baselines:slimmable": "--config=baselines:slimmable --config.data.num_validation=50",
+    "--workdir=cifar100-resnet56": "--workdir=cifar100-resnet56 --split=test",  # four images
     "--profile=100:110": "--profile=2:4",
     "--budget=0.5": "--budget=0.001",
     "--num_candidates=100": "--num_candidates=12 --population=4 --num_images=40",
@@ -106,6 +107,7 @@ def run(command, inputs, folder):
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging, "basicConfig", lambda **options: None)
         patch.setattr(backbone, "NUM_MOMENT_IMAGES", 100)
+        patch.setattr(inr, "NUM_IDLE_IMAGES", 100)
         try:
             dispatcher.main(words)
         except SystemExit as stop:
