@@ -149,6 +149,8 @@ def test_fewer_inputs_than_a_batch_are_one_batch_and_none_are_refused():
     family = elastic.trace(apply, params, X[:2], check=False)
     with pytest.raises(ValueError, match="needs inputs, a few hundred or more, got none"):
         elastic.refit(family, params, params, {"a": 4}, X[:0])
+    with pytest.raises(ValueError, match="a takes widths from 1 to 8, got 9"):
+        elastic.refit(family, params, params, {"a": 9}, X)
 
 
 # --- the terms of an INR ---------------------------------------------------------------------

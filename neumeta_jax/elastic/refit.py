@@ -276,6 +276,7 @@ def refit(
     Raises:
         ValueError: for no inputs, and as `apply_at`.
     """
+    family.groups.check(widths)
     inputs = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
     if not (number := min(map(len, inputs))):
         raise ValueError("A refit needs inputs, a few hundred or more, got none.")
