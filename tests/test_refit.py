@@ -18,7 +18,6 @@ from neumeta_jax.networks.cifar_spec import generated_blocks, resnet_spec
 
 X = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float32)
 SPEC = resnet_spec(14, num_classes=5, stage_widths=(4, 6, 8), image_size=8, channels=2)
-generate = jax.jit(hyper.generate, static_argnums=0)
 IMAGES = np.random.default_rng(1).normal(size=(40, 8, 8, 2)).astype(np.float32)
 
 
@@ -170,7 +169,7 @@ def filled():
 def test_terms_start_at_networks_that_follow_the_full_one():
     family, before, params, backbone = filled()
     full = jnp.asarray(family.full_widths)
-    exact = [generate(family, tree, full) for tree in (before, params)]
+    exact = [hyper.generate(family, tree, full) for tree in (before, params)]
     jax.tree.map(np.testing.assert_array_equal, *exact)
 
     def logits(tree):
@@ -179,7 +178,7 @@ def test_terms_start_at_networks_that_follow_the_full_one():
     wanted = logits(backbone)
     shallow = np.array([w * (n not in (1, 3, 5)) for n, w in enumerate(family.full_widths)])
     for widths in (family.widths(0.5), family.widths(0.75), shallow):
-        trees = [generate(family, tree, jnp.asarray(widths)) for tree in (before, params)]
+        trees = [hyper.generate(family, tree, jnp.asarray(widths)) for tree in (before, params)]
         far, near = (float(jnp.sum((logits(tree) - wanted) ** 2)) for tree in trees)
         assert near < 0.6 * far, widths
 
@@ -187,11 +186,11 @@ def test_terms_start_at_networks_that_follow_the_full_one():
 def test_the_network_of_a_term_is_the_refitted_one():
     family, before, params, backbone = filled()
     widths = family.widths(0.5)
-    small = generate(family, before, jnp.asarray(widths))
+    small = hyper.generate(family, before, jnp.asarray(widths))
     at = family.by_name(widths.tolist())
     given = family.network.family, backbone, small, at, IMAGES
     wanted = elastic.refit(*given, batch_size=20)
-    found = generate(family, params, jnp.asarray(widths))
+    found = hyper.generate(family, params, jnp.asarray(widths))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
 
 

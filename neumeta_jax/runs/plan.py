@@ -152,8 +152,8 @@ def _time(experiment: Experiment, phases: Sequence[Phase]) -> str:
     network, dtype = family.network, experiment.preprocessing.dtype
     images = jnp.zeros((recipe.batch_size, *experiment.spec.input_shape), dtype)
     backbone = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), network.abstract_params())
-    init = jax.jit(lambda key, tree: hyper.init(key, family, tree))
-    params, widths = init(jax.random.key(0), backbone), jnp.array(family.full_widths, jnp.int32)
+    params = hyper.init(jax.random.key(0), family, backbone)
+    widths = jnp.array(family.full_widths, jnp.int32)
     run = jax.jit(network.apply)
     generate = jax.jit(lambda params, widths: hyper.generate(family, params, widths))
     seconds = timing.fewest(
